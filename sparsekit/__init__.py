@@ -1,0 +1,21 @@
+"""PyTorch kernels that make pruned CNNs fast, and the pruning and transfer loops that run on them."""
+
+from . import nn
+from ._ops import available_backends, backend, set_isa, use_isa
+from .convert import dense_state_dict, densify_, keep_zeros, set_mask_, sparsify_, sparsity
+
+from ._version import __version__
+
+__all__ = [
+    "available_backends",
+    "backend",
+    "dense_state_dict",
+    "densify_",
+    "keep_zeros",
+    "nn",
+    "set_isa",
+    "set_mask_",
+    "sparsify_",
+    "sparsity",
+    "use_isa",
+]

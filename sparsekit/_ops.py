@@ -1,0 +1,524 @@
+"""Every op: schema, fake, autograd. The contract page: start reading here.
+
+A sparse weight reaches the ops as ``values`` ``[nnz]`` and the five int32 tensors of a
+:class:`sparsekit.formats.Pattern`. Convolutions take ``padding`` as (top, bottom, left, right). Each op has a slow
+reference of the same signature in :mod:`sparsekit.reference`, and a C++ kernel under ``torch.ops.sparsekit_cpu`` that
+writes into an output it is given. float32 on the CPU runs the C++ kernel; every other dtype on the CPU, and
+everything where the package was installed without C++, runs the reference; other devices are not implemented yet.
+
+Ops never fall back in silence: :func:`backend` says what runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .formats import Pattern
+
+ISAS = ("generic", "avx2", "avx512")
+
+_LIBRARY = torch.library.Library("sparsekit", "DEF")
+_state = {"native": False, "isa": "reference"}
+
+
+# --- the compiled library -------------------------------------------------------------------------------------------
+
+
+def _load() -> None:
+    files = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not files:
+        if os.environ.get("SPARSEKIT_ISA"):
+            raise RuntimeError("SPARSEKIT_ISA is set, but sparsekit was installed without its C++ kernels")
+        return
+    torch.ops.load_library(str(files[0]))
+    _state["native"] = True
+    set_isa(os.environ.get("SPARSEKIT_ISA") or torch.ops.sparsekit_cpu.best_isa())
+
+
+def backend() -> str:
+    """What runs float32 on the CPU now: ``"avx512"``, ``"avx2"``, ``"generic"`` or ``"reference"``."""
+    return _state["isa"]
+
+
+def available_backends() -> tuple[str, ...]:
+    """The values that :func:`set_isa` accepts on this machine, slowest first."""
+    if not _state["native"]:
+        return ("reference",)
+    best = ISAS.index(torch.ops.sparsekit_cpu.best_isa())
+    return ("reference", *ISAS[: best + 1])
+
+
+def set_isa(isa: str) -> None:
+    """Choose the kernels for float32 on the CPU.
+
+    Args:
+        isa: ``"generic"``, ``"avx2"``, ``"avx512"``, or ``"reference"`` for plain PyTorch.
+
+    Raises:
+        ValueError: this machine or this build cannot run ``isa``.
+    """
+    if isa not in available_backends():
+        raise ValueError(f"isa must be one of {', '.join(available_backends())} on this machine, got {isa!r}")
+    if isa != "reference":
+        torch.ops.sparsekit_cpu.set_isa(isa)
+    _state["isa"] = isa
+
+
+@contextlib.contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """:func:`set_isa` for the length of a ``with`` block."""
+    before = backend()
+    set_isa(isa)
+    try:
+        yield
+    finally:
+        set_isa(before)
+
+
+def _runs_native(*tensors: Tensor) -> bool:
+    return _state["isa"] != "reference" and all(t.dtype == torch.float32 for t in tensors)
+
+
+# --- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def output_size(input_size, out_channels, kernel_size, stride, padding, dilation):
+    """Shape of a convolution's output, ``[n, out_channels, oh, ow]``."""
+    top, bottom, left, right = padding
+    oh = (input_size[2] + top + bottom - dilation[0] * (kernel_size[0] - 1) - 1) // stride[0] + 1
+    ow = (input_size[3] + left + right - dilation[1] * (kernel_size[1] - 1) - 1) // stride[1] + 1
+    return input_size[0], out_channels, oh, ow
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether a 4-D tensor is stored channels_last; a tensor that is both (one channel, one pixel) counts as NCHW."""
+    return t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
+def _dense_layout(t: Tensor) -> Tensor:
+    """``t``, copied to NCHW if it is neither NCHW nor channels_last contiguous."""
+    return t if t.is_contiguous(memory_format=torch.channels_last) else t.contiguous()
+
+
+def _empty(like: Tensor, size: Sequence[int]) -> Tensor:
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def _define(schema: str, cpu, fake) -> None:
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    torch.library.impl(f"sparsekit::{name}", "CPU", cpu, lib=_LIBRARY)
+    torch.library.register_fake(f"sparsekit::{name}", fake, lib=_LIBRARY)
+
+
+_PATTERN = "Tensor crow_indices, Tensor col_indices, Tensor t_crow_indices, Tensor t_col_indices, Tensor t_permutation"
+_GEOMETRY = "int[2] kernel_size, int[2] stride, int[4] padding, int[2] dilation, int groups"
+
+
+# compress: the kept entries of a dense weight, [out_channels, ...] -> [nnz]. Its gradient is decompress.
+def _compress(weight, crow_indices, col_indices):
+    if not _runs_native(weight):
+        return reference.compress(weight, crow_indices, col_indices)
+    out = weight.new_empty(col_indices.shape)
+    torch.ops.sparsekit_cpu.compress(out, weight, crow_indices, col_indices)
+    return out
+
+
+_define(
+    "compress(Tensor weight, Tensor crow_indices, Tensor col_indices) -> Tensor",
+    _compress,
+    lambda weight, crow_indices, col_indices: weight.new_empty(col_indices.shape),
+)
+
+
+# decompress: values [nnz] -> dense weight of shape size, zero elsewhere. Its gradient is compress.
+def _decompress(values, crow_indices, col_indices, size, channels_last):
+    if not _runs_native(values):
+        return reference.decompress(values, crow_indices, col_indices, size, channels_last)
+    out = _decompress_fake(values, crow_indices, col_indices, size, channels_last)
+    torch.ops.sparsekit_cpu.decompress(out, values, crow_indices, col_indices)
+    return out
+
+
+def _decompress_fake(values, crow_indices, col_indices, size, channels_last):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(size, dtype=values.dtype, device=values.device, memory_format=layout)
+
+
+_define(
+    "decompress(Tensor values, Tensor crow_indices, Tensor col_indices, SymInt[] size, bool channels_last) -> Tensor",
+    _decompress,
+    _decompress_fake,
+)
+
+
+# conv2d: input [n, in_channels, h, w] -> [n, out_channels, oh, ow], in the input's memory format.
+def _conv2d(input, values, crow, col, t_crow, t_col, t_permutation, bias, kernel_size, stride, padding, dilation, groups):
+    geometry = (kernel_size, stride, padding, dilation, groups)
+    if not _runs_native(input, values):
+        return reference.conv2d(input, values, crow, col, bias, *geometry)
+    input = _dense_layout(input)
+    out = _empty(input, output_size(input.shape, crow.numel() - 1, *geometry[:4]))
+    torch.ops.sparsekit_cpu.conv2d(out, input, values.contiguous(), crow, col, bias, *geometry)
+    return out
+
+
+def _conv2d_fake(input, values, crow, col, t_crow, t_col, t_permutation, bias, kernel_size, stride, padding, dilation, groups):
+    return _empty(input, output_size(input.shape, crow.shape[0] - 1, kernel_size, stride, padding, dilation))
+
+
+_define(f"conv2d(Tensor input, Tensor values, {_PATTERN}, Tensor? bias, {_GEOMETRY}) -> Tensor", _conv2d, _conv2d_fake)
+
+
+# conv2d_input_grad: grad_output [n, out_channels, oh, ow] -> [n, in_channels, h, w] = input_size.
+def _conv2d_input_grad(grad_output, values, t_crow, t_col, t_permutation, input_size, *geometry):
+    if not _runs_native(grad_output, values):
+        grad = reference.conv2d_input_grad(grad_output, values, t_crow, t_col, t_permutation, input_size, *geometry)
+        return _empty(grad_output, input_size).copy_(grad)
+    grad_output = _dense_layout(grad_output)
+    out = _empty(grad_output, input_size)
+    torch.ops.sparsekit_cpu.conv2d_input_grad(
+        out, grad_output, values.contiguous(), t_crow, t_col, t_permutation, *geometry
+    )
+    return out
+
+
+_define(
+    "conv2d_input_grad(Tensor grad_output, Tensor values, Tensor t_crow_indices, Tensor t_col_indices, "
+    f"Tensor t_permutation, SymInt[4] input_size, {_GEOMETRY}) -> Tensor",
+    _conv2d_input_grad,
+    lambda grad_output, values, t_crow, t_col, t_permutation, input_size, *geometry: _empty(grad_output, input_size),
+)
+
+
+# conv2d_values_grad: the weight gradient at the kept positions only, [nnz].
+def _conv2d_values_grad(grad_output, input, crow, col, *geometry):
+    if not _runs_native(grad_output, input):
+        return reference.conv2d_values_grad(grad_output, input, crow, col, *geometry)
+    out = input.new_empty(col.shape)
+    torch.ops.sparsekit_cpu.conv2d_values_grad(
+        out, _dense_layout(grad_output), _dense_layout(input), crow, col, *geometry
+    )
+    return out
+
+
+_define(
+    f"conv2d_values_grad(Tensor grad_output, Tensor input, Tensor crow_indices, Tensor col_indices, {_GEOMETRY}) -> Tensor",
+    _conv2d_values_grad,
+    lambda grad_output, input, crow, col, *geometry: input.new_empty(col.shape),
+)
+
+
+# conv2d_weight_grad: the dense weight gradient of one layer, [out_channels, in_channels / groups, kh, kw], for
+# re-growth methods. PyTorch's own kernel: a dense result is dense work.
+_define(
+    f"conv2d_weight_grad(Tensor grad_output, Tensor input, {_GEOMETRY}) -> Tensor",
+    lambda grad_output, input, *geometry: reference.conv2d_weight_grad(grad_output, input, *geometry).contiguous(),
+    lambda grad_output, input, kernel_size, stride, padding, dilation, groups: input.new_empty(
+        grad_output.shape[1], input.shape[1] // groups, *kernel_size
+    ),
+)
+
+
+# linear: input [batch, in_features] -> [batch, out_features].
+def _linear(input, values, crow, col, t_crow, t_col, t_permutation, bias):
+    if not _runs_native(input, values):
+        return reference.linear(input, values, crow, col, bias)
+    out = input.new_empty(input.shape[0], crow.numel() - 1)
+    torch.ops.sparsekit_cpu.linear(out, input.contiguous(), values.contiguous(), crow, col, bias)
+    return out
+
+
+_define(
+    f"linear(Tensor input, Tensor values, {_PATTERN}, Tensor? bias) -> Tensor",
+    _linear,
+    lambda input, values, crow, col, t_crow, t_col, t_permutation, bias: input.new_empty(
+        input.shape[0], crow.shape[0] - 1
+    ),
+)
+
+
+# linear_input_grad: grad_output [batch, out_features] -> [batch, in_features].
+def _linear_input_grad(grad_output, values, t_crow, t_col, t_permutation):
+    if not _runs_native(grad_output, values):
+        return reference.linear_input_grad(grad_output, values, t_crow, t_col, t_permutation)
+    out = grad_output.new_empty(grad_output.shape[0], t_crow.numel() - 1)
+    torch.ops.sparsekit_cpu.linear_input_grad(
+        out, grad_output.contiguous(), values.contiguous(), t_crow, t_col, t_permutation
+    )
+    return out
+
+
+_define(
+    "linear_input_grad(Tensor grad_output, Tensor values, Tensor t_crow_indices, Tensor t_col_indices, "
+    "Tensor t_permutation) -> Tensor",
+    _linear_input_grad,
+    lambda grad_output, values, t_crow, t_col, t_permutation: grad_output.new_empty(
+        grad_output.shape[0], t_crow.shape[0] - 1
+    ),
+)
+
+
+# linear_values_grad: the weight gradient at the kept positions only, [nnz].
+def _linear_values_grad(grad_output, input, crow, col):
+    if not _runs_native(grad_output, input):
+        return reference.linear_values_grad(grad_output, input, crow, col)
+    out = input.new_empty(col.shape)
+    torch.ops.sparsekit_cpu.linear_values_grad(out, grad_output.contiguous(), input.contiguous(), crow, col)
+    return out
+
+
+_define(
+    "linear_values_grad(Tensor grad_output, Tensor input, Tensor crow_indices, Tensor col_indices) -> Tensor",
+    _linear_values_grad,
+    lambda grad_output, input, crow, col: input.new_empty(col.shape),
+)
+
+
+# bias_grad: grad_output [n, channels, ...] -> [channels]; its own kernel because PyTorch's sum depends on the threads.
+def _bias_grad(grad_output):
+    if not _runs_native(grad_output):
+        return reference.bias_grad(grad_output)
+    grad_output = _dense_layout(grad_output) if grad_output.dim() == 4 else grad_output.contiguous()
+    out = grad_output.new_empty(grad_output.shape[1])
+    torch.ops.sparsekit_cpu.bias_grad(out, grad_output)
+    return out
+
+
+_define(
+    "bias_grad(Tensor grad_output) -> Tensor",
+    _bias_grad,
+    lambda grad_output: grad_output.new_empty(grad_output.shape[1]),
+)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------------
+
+
+def _save_compress(ctx, inputs, output):
+    weight, crow, col = inputs
+    ctx.save_for_backward(crow, col)
+    ctx.size, ctx.channels_last = weight.shape, weight.dim() == 4 and is_channels_last(weight)
+
+
+def _compress_backward(ctx, grad):
+    crow, col = ctx.saved_tensors
+    return torch.ops.sparsekit.decompress(grad, crow, col, ctx.size, ctx.channels_last), None, None
+
+
+def _save_decompress(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _decompress_backward(ctx, grad):
+    return torch.ops.sparsekit.compress(grad, *ctx.saved_tensors), None, None, None, None
+
+
+def _save_product(ctx, inputs, output):
+    """Keep only what the gradients that are asked for will read."""
+    input, values, crow, col, t_crow, t_col, t_permutation, _bias, *geometry = inputs
+    needs_input, needs_values = ctx.needs_input_grad[:2]
+    ctx.input_size, ctx.geometry = input.shape, geometry
+    saved = [None] * 7
+    if needs_input:
+        saved[:4] = values, t_crow, t_col, t_permutation
+    if needs_values:
+        saved[4:] = input, crow, col
+    ctx.save_for_backward(*saved)
+
+
+def _product_backward(op):
+    input_grad = getattr(torch.ops.sparsekit, f"{op}_input_grad")
+    values_grad = getattr(torch.ops.sparsekit, f"{op}_values_grad")
+
+    def backward(ctx, grad):
+        values, t_crow, t_col, t_permutation, input, crow, col = ctx.saved_tensors
+        grads = [None] * len(ctx.needs_input_grad)
+        if ctx.needs_input_grad[0]:
+            size = (ctx.input_size,) if op == "conv2d" else ()
+            grads[0] = input_grad(grad, values, t_crow, t_col, t_permutation, *size, *ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            grads[1] = values_grad(grad, input, crow, col, *ctx.geometry)
+        if ctx.needs_input_grad[7]:
+            grads[7] = torch.ops.sparsekit.bias_grad(grad)
+        return tuple(grads)
+
+    return backward
+
+
+def _register_autograd(name, backward, setup_context):
+    torch.library.register_autograd(f"sparsekit::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+_register_autograd("compress", _compress_backward, _save_compress)
+_register_autograd("decompress", _decompress_backward, _save_decompress)
+_register_autograd("conv2d", _product_backward("conv2d"), _save_product)
+_register_autograd("linear", _product_backward("linear"), _save_product)
+
+
+def _no_double_backward(name):
+    def backward(ctx, *grads):
+        raise NotImplementedError(f"sparsekit::{name} has no derivative: double backward is not supported")
+
+    _register_autograd(name, backward, lambda ctx, inputs, output: None)
+
+
+for _name in (
+    "conv2d_input_grad",
+    "conv2d_values_grad",
+    "conv2d_weight_grad",
+    "linear_input_grad",
+    "linear_values_grad",
+    "bias_grad",
+):
+    _no_double_backward(_name)
+
+
+# --- what the modules call: validation, autocast, half precision -----------------------------------------------------
+
+
+def compress(weight: Tensor, pattern: Pattern) -> Tensor:
+    """The kept entries of ``weight`` (``[out_channels, in_channels / groups, kh, kw]`` or 2-D) as ``[nnz]``."""
+    return torch.ops.sparsekit.compress(weight, pattern.crow_indices, pattern.col_indices)
+
+
+def decompress(values: Tensor, pattern: Pattern, size: Sequence[int], channels_last: bool = False) -> Tensor:
+    """``values`` ``[nnz]`` as a dense weight of shape ``size``, zero where the pattern is not."""
+    return torch.ops.sparsekit.decompress(values, pattern.crow_indices, pattern.col_indices, size, channels_last)
+
+
+def _check_device(input: Tensor, values: Tensor, bias: Tensor | None) -> None:
+    for name, t in (("input", input), ("values", values), ("bias", bias)):
+        if t is not None and t.device.type not in ("cpu", "meta"):
+            raise NotImplementedError(f"{name} is on {t.device}: sparsekit has kernels for the CPU only")
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating point, got {input.dtype}")
+
+
+def _run(op, input: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None, *geometry) -> Tensor:
+    """Apply ``op`` with the dtype rules of dense layers: autocast's dtype if on; float16/bfloat16 compute in float32."""
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device))
+    elif input.dtype != values.dtype:
+        raise TypeError(f"input and weight must have the same dtype, got {input.dtype} and {values.dtype}")
+    dtype = input.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        # Rounded to the low precision first, as a dense layer would do, then computed in float32.
+        input, values = input.float(), values.to(dtype).float()
+        bias = bias if bias is None else bias.to(dtype).float()
+    return op(input, values, *pattern, bias, *geometry).to(dtype)
+
+
+def conv2d(
+    input: Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Convolution with an unstructured sparse weight.
+
+    Args:
+        input: ``[n, in_channels, h, w]`` or ``[in_channels, h, w]``, NCHW or channels_last.
+        values: ``[nnz]``, the kept weights in the order of ``pattern.col_indices``.
+        pattern: where they are.
+        bias: ``[out_channels]`` or None.
+        kernel_size, stride, dilation: pairs (vertical, horizontal).
+        padding: zeros added at (top, bottom, left, right).
+        groups: as in ``nn.Conv2d``.
+
+    Returns:
+        ``[n, out_channels, oh, ow]`` (or 3-D), in the input's memory format and dtype.
+
+    Raises:
+        ValueError: shapes that do not fit; the message names the argument.
+        TypeError: dtypes that do not fit.
+        NotImplementedError: a device without kernels.
+
+    Example:
+        >>> import torch
+        >>> from sparsekit import _ops
+        >>> from sparsekit.formats import pattern_from_mask
+        >>> weight = torch.randn(8, 4, 3, 3) * (torch.rand(8, 4, 3, 3) > 0.9)
+        >>> pattern = pattern_from_mask(weight != 0)
+        >>> values = _ops.compress(weight, pattern)
+        >>> _ops.conv2d(torch.randn(2, 4, 6, 6), values, pattern, kernel_size=(3, 3), padding=(1, 1, 1, 1)).shape
+        torch.Size([2, 8, 6, 6])
+    """
+    out_channels, in_channels = pattern.crow_indices.shape[0] - 1, pattern.t_crow_indices.shape[0] - 1
+    if input.dim() == 3:
+        return conv2d(
+            input.unsqueeze(0), values, pattern, bias,
+            kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        ).squeeze(0)  # fmt: skip
+    if input.dim() != 4 or input.shape[1] != in_channels:
+        raise ValueError(f"input must be [n, {in_channels}, h, w] or [{in_channels}, h, w], got {tuple(input.shape)}")
+    _check_operands(input, values, pattern, bias, out_channels)
+    size = output_size(input.shape, out_channels, kernel_size, stride, padding, dilation)
+    if size[2] < 1 or size[3] < 1:
+        raise ValueError(
+            f"input of {input.shape[2]} x {input.shape[3]} is smaller than the kernel "
+            f"{tuple(kernel_size)} with dilation {tuple(dilation)} and padding {tuple(padding)}"
+        )
+    geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
+    return _run(torch.ops.sparsekit.conv2d, input, values, pattern, bias, *geometry)
+
+
+def linear(input: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Tensor:
+    """Linear layer with an unstructured sparse weight.
+
+    Args:
+        input: ``[..., in_features]``.
+        values: ``[nnz]``, the kept weights in the order of ``pattern.col_indices``.
+        pattern: where they are.
+        bias: ``[out_features]`` or None.
+
+    Returns:
+        ``[..., out_features]``.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as :func:`conv2d`.
+
+    Example:
+        >>> import torch
+        >>> from sparsekit import _ops
+        >>> from sparsekit.formats import pattern_from_mask
+        >>> weight = torch.randn(8, 16) * (torch.rand(8, 16) > 0.9)
+        >>> pattern = pattern_from_mask(weight != 0)
+        >>> _ops.linear(torch.randn(5, 16), _ops.compress(weight, pattern), pattern).shape
+        torch.Size([5, 8])
+    """
+    out_features, in_features = pattern.crow_indices.shape[0] - 1, pattern.t_crow_indices.shape[0] - 1
+    if input.dim() < 1 or input.shape[-1] != in_features:
+        raise ValueError(f"input must be [..., {in_features}], got {tuple(input.shape)}")
+    _check_operands(input, values, pattern, bias, out_features)
+    out = _run(torch.ops.sparsekit.linear, input.reshape(-1, in_features), values, pattern, bias)
+    return out.view(*input.shape[:-1], out_features)
+
+
+def _check_operands(input: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None, rows: int) -> None:
+    if values.shape != pattern.col_indices.shape:
+        raise ValueError(f"values must be [{pattern.nnz}] like pattern.col_indices, got {tuple(values.shape)}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias must be [{rows}], got {tuple(bias.shape)}")
+    _check_device(input, values, bias)
+
+
+_load()

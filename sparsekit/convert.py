@@ -1,0 +1,241 @@
+"""Into sparse modules, out of them, and the one door through which masks change."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .nn.sparse import SparseConv2d, SparseLinear, SparseModule, _check_mask, modules_of
+
+_SPARSE_CLASS = {nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
+_DENSE_CLASS = {sparse: dense for dense, sparse in _SPARSE_CLASS.items()}
+
+
+def sparsify_(
+    model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None, min_sparsity: float = 0.5
+) -> nn.Module:
+    """Turn the layers of ``model`` that hold zeros into sparse ones, in place.
+
+    Modules change their class and keep everything else: the Parameter objects (so optimizers stay valid), hooks, tied
+    weights, mode. ``torch.nn.utils.prune`` masks and parametrizations of ``weight`` are made permanent first.
+
+    Args:
+        model: any module; subclasses of ``nn.Conv2d`` and ``nn.Linear`` with a forward of their own are left alone.
+        filter_fn: called with (qualified name, module); False leaves that layer dense.
+        min_sparsity: layers with a smaller fraction of zeros in the weight stay dense; 0 converts every layer.
+
+    Returns:
+        ``model``; ``model`` itself is converted if it is a layer.
+
+    Raises:
+        ValueError: ``min_sparsity`` is outside [0, 1].
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3), torch.nn.ReLU())
+        >>> _ = sk.pruning.magnitude_(model, sparsity=0.9, distribution="uniform")
+        >>> sk.sparsify_(model)[0].sparsity > 0.89
+        True
+    """
+    if not 0 <= min_sparsity <= 1:
+        raise ValueError(f"min_sparsity must be in [0, 1], got {min_sparsity}")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseModule) or not isinstance(module, (nn.Conv2d, nn.Linear)):
+            continue
+        if filter_fn is not None and not filter_fn(name, module):
+            continue
+        mask = _bake_pruning(module)
+        if type(module) not in _SPARSE_CLASS:
+            continue
+        if mask is None:
+            mask = module.weight.detach() != 0
+        if 1 - mask.float().mean().item() < min_sparsity:
+            continue
+        module.__class__ = _SPARSE_CLASS[type(module)]
+        module._attach(mask)
+    return model
+
+
+def _bake_pruning(module: nn.Module) -> Tensor | None:
+    """Make ``torch.nn.utils.prune`` or a parametrization of ``weight`` permanent; return prune's mask if there is one."""
+    if parametrize.is_parametrized(module, "weight"):
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        return None
+    hooks = [k for k, hook in module._forward_pre_hooks.items() if getattr(hook, "_tensor_name", None) == "weight"]
+    if not hooks or "weight_orig" not in module._parameters:
+        return None
+    # prune.remove makes the same change, but a module then holds a new Parameter in some versions of PyTorch.
+    for key in hooks:
+        del module._forward_pre_hooks[key]
+    mask = module._buffers.pop("weight_mask").bool()
+    weight = module._parameters.pop("weight_orig")
+    module.__dict__.pop("weight", None)
+    with torch.no_grad():
+        weight.mul_(mask)
+    module._parameters["weight"] = weight
+    # nn.Module prints and saves parameters in order: weight before bias, as in a fresh module.
+    module._parameters.move_to_end("weight", last=False) if hasattr(module._parameters, "move_to_end") else None
+    return mask
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """Turn every sparse layer of ``model`` back into the plain PyTorch layer, in place, zeros included.
+
+    Args:
+        model: any module.
+
+    Returns:
+        ``model``.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> model = sk.sparsify_(torch.nn.Sequential(torch.nn.Linear(8, 8)), min_sparsity=0)
+        >>> type(sk.densify_(model)[0]).__name__
+        'Linear'
+    """
+    for module in model.modules():
+        if isinstance(module, SparseModule):
+            module._detach()
+            module.__class__ = next(dense for sparse, dense in _DENSE_CLASS.items() if isinstance(module, sparse))
+    return model
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A state dict without masks, that the plain PyTorch model loads strictly; tensors are shared with ``model``.
+
+    Args:
+        model: any module.
+
+    Returns:
+        Name to tensor.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> model = sk.sparsify_(torch.nn.Sequential(torch.nn.Linear(8, 8)), min_sparsity=0)
+        >>> torch.nn.Sequential(torch.nn.Linear(8, 8)).load_state_dict(sk.dense_state_dict(model))
+        <All keys matched successfully>
+    """
+    masks = {
+        f"{name}.weight_mask" if name else "weight_mask"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, SparseModule)
+    }
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in masks}
+
+
+def set_mask_(module: SparseModule, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> SparseModule:
+    """Give a sparse layer another mask: the one door through which masks change.
+
+    The weight, its gradient and the optimizer's state become zero where the new mask drops; where it grows, the weight
+    stays at zero and its state starts at zero; what is kept is kept. Layers that share the weight get the mask too.
+
+    Args:
+        module: a :class:`~sparsekit.nn.SparseConv2d` or :class:`~sparsekit.nn.SparseLinear`.
+        mask: bool, the weight's shape; True is kept.
+        optimizer: whose state to keep consistent, if the weight is being trained.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        TypeError: ``module`` is not sparse, or ``mask`` is not bool.
+        ValueError: ``mask`` has another shape than the weight.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> layer = sk.nn.SparseLinear(8, 8)
+        >>> sk.set_mask_(layer, torch.eye(8, dtype=torch.bool)).sparsity
+        0.875
+    """
+    if not isinstance(module, SparseModule):
+        raise TypeError(f"module must be a SparseConv2d or SparseLinear, got {type(module).__name__}; see sparsify_")
+    weight = module.weight
+    mask = _check_mask(weight, mask).to(weight.device)
+    survivors = mask & module.weight_mask
+    for owner in {module, *modules_of(weight)}:
+        owner._set_mask(mask)
+    with torch.no_grad():
+        if weight.grad is not None:
+            weight.grad.masked_fill_(~mask, 0)
+        if optimizer is not None:
+            for state in optimizer.state.get(weight, {}).values():
+                if torch.is_tensor(state) and state.shape == weight.shape:
+                    state.masked_fill_(~survivors, 0)
+    return module
+
+
+def keep_zeros(optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+    """Make any optimizer keep pruned weights at zero, by a hook after each step.
+
+    Elementwise optimizers (SGD, Adam, AdamW, RMSprop …) need none: a zero weight with a zero gradient stays zero. Those
+    that mix the entries of a weight (Muon, Shampoo) do.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer`` over a model with sparse layers.
+
+    Returns:
+        A handle; ``handle.remove()`` undoes it.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> layer = sk.nn.SparseLinear(8, 8)
+        >>> handle = sk.keep_zeros(torch.optim.SGD(layer.parameters(), lr=0.1))
+    """
+    reference = weakref.ref(optimizer)
+
+    def zero_pruned(*_):
+        with torch.no_grad():
+            for group in reference().param_groups:
+                for parameter in group["params"]:
+                    for module in modules_of(parameter):
+                        parameter.masked_fill_(~module.weight_mask, 0)
+
+    return optimizer.register_step_post_hook(zero_pruned)
+
+
+class SparsityReport(dict):
+    """``{layer name: fraction of zeros}``, printable; ``overall`` counts every listed weight.
+
+    Attributes:
+        overall: fraction of zeros over all listed layers.
+        zeros: ``{layer name: number of zeros}``.
+        numel: ``{layer name: number of weights}``.
+    """
+
+    def __init__(self, zeros: dict[str, int], numel: dict[str, int]):
+        super().__init__({name: zeros[name] / max(numel[name], 1) for name in zeros})
+        self.zeros, self.numel = zeros, numel
+        self.overall = sum(zeros.values()) / max(sum(numel.values()), 1)
+
+    def __str__(self) -> str:
+        width = max([len(name) for name in self] + [len("overall")])
+        lines = [f"{'layer':<{width}}  sparsity      weights"]
+        lines += [f"{name:<{width}}  {value:8.4f}  {self.numel[name]:11,d}" for name, value in self.items()]
+        return "\n".join([*lines, f"{'overall':<{width}}  {self.overall:8.4f}  {sum(self.numel.values()):11,d}"])
+
+
+def sparsity(model: nn.Module) -> SparsityReport:
+    """Fraction of zeros in the weight of every Conv2d and Linear, dense or sparse; tied weights count once.
+
+    Args:
+        model: any module.
+
+    Returns:
+        A dict by layer name, with ``.overall``; ``print`` shows a table.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> sk.sparsity(torch.nn.Sequential(torch.nn.Linear(8, 8))).overall
+        0.0
+    """
+    zeros, numel, seen = {}, {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            zeros[name or type(module).__name__] = int((module.weight == 0).sum())
+            numel[name or type(module).__name__] = module.weight.numel()
+    return SparsityReport(zeros, numel)

@@ -1,0 +1,134 @@
+"""Sparse or dense, layer by layer.
+
+A training module asks :func:`decide`. In order: the user's choice (``module.backend``), what
+:func:`sparsekit.autotune_` measured for this input shape, the cost table below. The table predicts the time of both
+ways from shape, sparsity, threads and ISA alone, so that a resumed run computes what the first one did.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _ops
+
+
+class Decision(NamedTuple):
+    """Which way a layer runs, and why.
+
+    Attributes:
+        backend: ``"sparse"`` or ``"dense"``.
+        reason: one phrase for people.
+        sparse_seconds: expected time of the sparse kernels; NaN if nothing predicts it.
+        dense_seconds: expected time of PyTorch's dense kernels; NaN if nothing predicts it.
+    """
+
+    backend: str
+    reason: str
+    sparse_seconds: float = math.nan
+    dense_seconds: float = math.nan
+
+
+class Shape(NamedTuple):
+    """What the cost of a layer depends on; a linear layer is a 1 x 1 convolution of ``batch`` pixels."""
+
+    kind: str
+    in_channels: int
+    out_channels: int
+    taps: int
+    groups: int
+    stride: int
+    batch: int
+    in_pixels: int
+    out_pixels: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the dense layer."""
+        return self.batch * self.out_pixels * self.out_channels * (self.in_channels // self.groups) * self.taps
+
+    @property
+    def key(self) -> str:
+        """A JSON-safe name of the shape, for tuned results."""
+        return "-".join(str(field) for field in self)
+
+
+def shape_of(module, input: Tensor) -> Shape:
+    """The :class:`Shape` of a sparse module on ``input``."""
+    if hasattr(module, "kernel_size"):
+        unbatched = input.dim() == 3
+        size = (1, *input.shape) if unbatched else tuple(input.shape)
+        left, right, top, bottom = module._reversed_padding_repeated_twice
+        if len(size) != 4:
+            size = (1, module.in_channels, 1, 1)
+        _, _, oh, ow = _ops.output_size(
+            size, module.out_channels, module.kernel_size, module.stride, (top, bottom, left, right), module.dilation
+        )
+        return Shape(
+            "conv2d",
+            module.in_channels,
+            module.out_channels,
+            math.prod(module.kernel_size),
+            module.groups,
+            math.prod(module.stride),
+            size[0],
+            size[2] * size[3],
+            oh * ow,
+        )
+    batch = input.numel() // max(module.in_features, 1)
+    return Shape("linear", module.in_features, module.out_features, 1, 1, 1, batch, 1, 1)
+
+
+# Seconds per unit of work on one thread, from `make bench-costs`; see benchmarks/costs.py for how they are fitted.
+#   fma: one kept weight times one output pixel; move: one input or output element brought in or out.
+SPARSE_COSTS = {
+    "avx512": {"fma": 3.2e-11, "move": 2.5e-10},
+    "avx2": {"fma": 6.0e-11, "move": 2.8e-10},
+    "generic": {"fma": 2.0e-10, "move": 4.0e-10},
+    "reference": {"fma": math.inf, "move": math.inf},
+}
+#   mac: one multiply-add of PyTorch's dense kernel, by the ISA that PyTorch itself uses.
+DENSE_COSTS = {"AVX512": 1.9e-11, "AVX2": 3.2e-11, "NO AVX": 2.0e-10, "DEFAULT": 2.0e-10}
+GROUPED_DENSE_FACTOR = 4.0
+OVERHEAD_SECONDS = 3e-5
+
+
+def predict(shape: Shape, nnz: int, train: bool) -> tuple[float, float]:
+    """Expected seconds of (sparse, dense) for a layer's forward, or forward and backward if ``train``."""
+    threads = torch.get_num_threads()
+    cost = SPARSE_COSTS[_ops.backend()]
+    lanes = 16
+    pixels = math.ceil(shape.batch * shape.out_pixels / lanes) * lanes
+    moved = shape.batch * (shape.in_channels * shape.in_pixels + shape.out_channels * shape.out_pixels)
+    passes = 3 if train else 1
+    sparse = OVERHEAD_SECONDS + passes * (cost["fma"] * nnz * pixels + cost["move"] * moved) / threads
+    mac = DENSE_COSTS.get(torch.backends.cpu.get_cpu_capability(), DENSE_COSTS["DEFAULT"])
+    if shape.groups > 1:
+        mac *= GROUPED_DENSE_FACTOR
+    dense = OVERHEAD_SECONDS / 3 + passes * mac * shape.macs / threads
+    return sparse, dense
+
+
+def decide(module, input: Tensor) -> Decision:
+    """Which way ``module`` runs on ``input``, and why."""
+    if module.backend == "sparse":
+        return Decision("sparse", "forced by module.backend")
+    if module.backend == "dense":
+        return Decision("dense", "forced by module.backend")
+    if module.backend != "auto":
+        raise ValueError(f"backend must be 'auto', 'sparse' or 'dense', got {module.backend!r}")
+    if _ops.backend() == "reference":
+        return Decision("dense", "installed without C++ kernels")
+    if input.dtype == torch.float64:
+        return Decision("dense", "no sparse kernels for float64")
+    if input.device.type != "cpu":
+        return Decision("dense", f"no sparse kernels for {input.device.type}")
+    shape = shape_of(module, input)
+    train = torch.is_grad_enabled() and module.weight.requires_grad
+    measured = module.tuned.get(f"{shape.key}-{'train' if train else 'eval'}")
+    sparse, dense = measured or predict(shape, module._kept, train)
+    backend = "sparse" if sparse < dense else "dense"
+    return Decision(backend, "measured" if measured else "cost table", sparse, dense)

@@ -1,0 +1,88 @@
+"""The slow, obvious PyTorch version of every op: the specification, the oracle of the tests, and the fallback.
+
+Signatures are those of the ops in :mod:`sparsekit._ops`; shapes are documented there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .formats import row_indices
+
+
+def compress(weight: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    return weight.reshape(weight.shape[0], -1)[row_indices(crow_indices), col_indices.long()]
+
+
+def decompress(values: Tensor, crow_indices: Tensor, col_indices: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+    weight = values.new_zeros(size)
+    weight.view(size[0], -1)[row_indices(crow_indices), col_indices.long()] = values
+    return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
+
+
+def _dense(values, crow_indices, col_indices, in_channels, kernel_size, groups):
+    size = (crow_indices.numel() - 1, in_channels // groups, *kernel_size)
+    return decompress(values, crow_indices, col_indices, size, False)
+
+
+def _pad(input: Tensor, padding: Sequence[int]) -> Tensor:
+    top, bottom, left, right = padding
+    return F.pad(input, (left, right, top, bottom))
+
+
+def conv2d(input, values, crow_indices, col_indices, bias, kernel_size, stride, padding, dilation, groups):
+    weight = _dense(values, crow_indices, col_indices, input.shape[1], kernel_size, groups)
+    return F.conv2d(_pad(input, padding), weight, bias, stride, 0, dilation, groups)
+
+
+def _backward(grad_output, padded, weight, stride, dilation, groups, which):
+    grads = torch.ops.aten.convolution_backward(
+        grad_output, padded, weight, None, stride, [0, 0], dilation, False, [0, 0], groups, which
+    )
+    return grads[which.index(True)]
+
+
+def conv2d_input_grad(
+    grad_output, values, t_crow_indices, t_col_indices, t_permutation, input_size, kernel_size, stride, padding, dilation, groups
+):
+    # The transposed weight, [in_channels, out_channels / groups, kh, kw], brought back to [out_channels, in_channels / groups, kh, kw].
+    weight_t = values.new_zeros(input_size[1], grad_output.shape[1] // groups, *kernel_size)
+    weight_t.view(input_size[1], -1)[row_indices(t_crow_indices), t_col_indices.long()] = values[t_permutation.long()]
+    weight = weight_t.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    top, bottom, left, right = padding
+    n, c, h, w = input_size
+    padded = grad_output.new_empty(n, c, h + top + bottom, w + left + right)
+    grad = _backward(grad_output, padded, weight, stride, dilation, groups, [True, False, False])
+    return grad[:, :, top : top + h, left : left + w]
+
+
+def conv2d_values_grad(grad_output, input, crow_indices, col_indices, kernel_size, stride, padding, dilation, groups):
+    grad = conv2d_weight_grad(grad_output, input, kernel_size, stride, padding, dilation, groups)
+    return compress(grad, crow_indices, col_indices)
+
+
+def conv2d_weight_grad(grad_output, input, kernel_size, stride, padding, dilation, groups):
+    weight = input.new_empty(grad_output.shape[1], input.shape[1] // groups, *kernel_size)
+    return _backward(grad_output, _pad(input, padding), weight, stride, dilation, groups, [False, True, False])
+
+
+def linear(input, values, crow_indices, col_indices, bias):
+    weight = decompress(values, crow_indices, col_indices, (crow_indices.numel() - 1, input.shape[1]), False)
+    return F.linear(input, weight, bias)
+
+
+def linear_input_grad(grad_output, values, t_crow_indices, t_col_indices, t_permutation):
+    size = (t_crow_indices.numel() - 1, grad_output.shape[1])
+    return grad_output @ decompress(values[t_permutation.long()], t_crow_indices, t_col_indices, size, False).t()
+
+
+def linear_values_grad(grad_output, input, crow_indices, col_indices):
+    return compress(grad_output.t() @ input, crow_indices, col_indices)
+
+
+def bias_grad(grad_output):
+    return grad_output.sum([d for d in range(grad_output.dim()) if d != 1])
