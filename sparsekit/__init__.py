@@ -2,9 +2,8 @@
 
 from . import nn
 from ._ops import available_backends, backend, set_isa, use_isa
-from .convert import dense_state_dict, densify_, keep_zeros, set_mask_, sparsify_, sparsity
-
 from ._version import __version__
+from .convert import dense_state_dict, densify_, keep_zeros, set_mask_, sparsify_, sparsity
 
 __all__ = [
     "available_backends",

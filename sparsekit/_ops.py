@@ -164,7 +164,9 @@ _define(
 
 
 # conv2d: input [n, in_channels, h, w] -> [n, out_channels, oh, ow], in the input's memory format.
-def _conv2d(input, values, crow, col, t_crow, t_col, t_permutation, bias, kernel_size, stride, padding, dilation, groups):
+def _conv2d(
+    input, values, crow, col, t_crow, t_col, t_permutation, bias, kernel_size, stride, padding, dilation, groups
+):
     geometry = (kernel_size, stride, padding, dilation, groups)
     if not _runs_native(input, values):
         return reference.conv2d(input, values, crow, col, bias, *geometry)
@@ -174,7 +176,9 @@ def _conv2d(input, values, crow, col, t_crow, t_col, t_permutation, bias, kernel
     return out
 
 
-def _conv2d_fake(input, values, crow, col, t_crow, t_col, t_permutation, bias, kernel_size, stride, padding, dilation, groups):
+def _conv2d_fake(
+    input, values, crow, col, t_crow, t_col, t_permutation, bias, kernel_size, stride, padding, dilation, groups
+):
     return _empty(input, output_size(input.shape, crow.shape[0] - 1, kernel_size, stride, padding, dilation))
 
 

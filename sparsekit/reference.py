@@ -18,7 +18,9 @@ def compress(weight: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tenso
     return weight.reshape(weight.shape[0], -1)[row_indices(crow_indices), col_indices.long()]
 
 
-def decompress(values: Tensor, crow_indices: Tensor, col_indices: Tensor, size: Sequence[int], channels_last: bool) -> Tensor:
+def decompress(
+    values: Tensor, crow_indices: Tensor, col_indices: Tensor, size: Sequence[int], channels_last: bool
+) -> Tensor:
     weight = values.new_zeros(size)
     weight.view(size[0], -1)[row_indices(crow_indices), col_indices.long()] = values
     return weight.contiguous(memory_format=torch.channels_last) if channels_last else weight
@@ -47,7 +49,17 @@ def _backward(grad_output, padded, weight, stride, dilation, groups, which):
 
 
 def conv2d_input_grad(
-    grad_output, values, t_crow_indices, t_col_indices, t_permutation, input_size, kernel_size, stride, padding, dilation, groups
+    grad_output,
+    values,
+    t_crow_indices,
+    t_col_indices,
+    t_permutation,
+    input_size,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
 ):
     # The transposed weight, [in_channels, out_channels / groups, kh, kw], brought back to [out_channels, in_channels / groups, kh, kw].
     weight_t = values.new_zeros(input_size[1], grad_output.shape[1] // groups, *kernel_size)

@@ -145,7 +145,9 @@ class SparseModule(nn.Module):
         zeros = weight == 0
         if self.sparsity == 0 or self.infer_mask:
             if zeros.any():
-                logger.warning("%s: mask inferred from the checkpoint's zeros, sparsity %.4f", name, zeros.float().mean())
+                logger.warning(
+                    "%s: mask inferred from the checkpoint's zeros, sparsity %.4f", name, zeros.float().mean()
+                )
             return ~zeros
         if weight.shape == self.weight_mask.shape:
             dropped = int((~zeros & ~self.weight_mask.to(zeros.device)).sum())
