@@ -9,6 +9,7 @@ from setuptools import find_packages, setup
 
 # The kernels are compiled once per ISA and chosen at run time, so no file but these may use more than the baseline.
 ISA_FLAGS = {"generic": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
+CSRC = os.path.abspath("csrc")
 SHARED_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
@@ -28,8 +29,8 @@ def extension():
                 ext.extra_objects += self.compiler.compile(
                     ["csrc/cpu/kernels.cpp"],
                     output_dir=os.path.join(self.build_temp, isa),
-                    include_dirs=["csrc"],
-                    extra_postargs=[*SHARED_FLAGS, *flags, f"-DSPARSEKIT_ISA={isa}"],
+                    include_dirs=[CSRC],
+                    extra_postargs=[*SHARED_FLAGS, "-Wno-maybe-uninitialized", "-Wno-uninitialized", *flags, f"-DSPARSEKIT_ISA={isa}"],
                     depends=ext.depends,
                 )
             super().build_extension(ext)
@@ -39,8 +40,8 @@ def extension():
             CppExtension(
                 "sparsekit._C",
                 ["csrc/ops.cpp", "csrc/cpu/conv2d.cpp", "csrc/cpu/dispatch.cpp"],
-                include_dirs=["csrc"],
-                depends=["csrc/ops.h", "csrc/cpu/conv2d.h", "csrc/cpu/kernels.h", "csrc/cpu/vec.h"],
+                include_dirs=[CSRC],
+                depends=["csrc/ops.h", "csrc/checks.h", "csrc/cpu/conv2d.h", "csrc/cpu/kernels.h", "csrc/cpu/vec.h"],
                 extra_compile_args=SHARED_FLAGS,
                 extra_link_args=["-s"],
                 py_limited_api=True,

@@ -1,0 +1,558 @@
+// Sparse convolution on the CPU: forward, input gradient and masked weight gradient, as one kind of walk.
+//
+// All three read a source through small integer shifts: forward shifts x by the taps of the kernel, the input gradient
+// shifts dy (once per residue of the stride), the weight gradient multiplies dy with the shifts of forward. A Walk is
+// that common form. It is cut into tiles of output pixels; a thread copies the source pixels of a tile into a packed
+// block of channels (zero padding included, a strided source split by residue), so that every kept weight becomes one
+// offset into the block, and hands it to the microkernels. Every output is reduced by one thread in an order that
+// depends on the shapes alone, so results do not depend on the number of threads.
+
+#include "cpu/conv2d.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace sparsekit {
+namespace {
+
+constexpr int64_t kAlign = 16;  // floats in a cache line, and in the widest register
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t floor_div(int64_t n, int64_t by) { return n >= 0 ? n / by : -ceil_div(-n, by); }
+
+template <class F>
+void parallel(int64_t count, const F& f) {
+  if (count > 0) torch::stable::parallel_for(0, count, 1, f);
+}
+
+// A thread's own memory, kept between calls.
+class Scratch {
+ public:
+  float* get(int64_t floats) {
+    if (floats > size_) {
+      size_ = round_up(floats, 1 << 14);
+      memory_.reset(static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float))));
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t size_ = 0;
+};
+
+thread_local Scratch tile_scratch, result_scratch;
+
+struct Tap {
+  int64_t phase, dy, dx;  // phase < 0: the tap does not touch this walk
+};
+
+// The source pixels (y * step_h + offset_h, x * step_w + offset_w), and the rows that taps reach above and below.
+struct Phase {
+  int64_t offset_h, offset_w, up, down;
+  int64_t base;  // of its first float in a channel of the packed block
+};
+
+struct Walk {
+  Images source;
+  int64_t source_h, source_w, step_h, step_w;
+  Images target;
+  int64_t target_h, target_w, images;
+  int64_t groups, source_channels, rows;  // channels and rows are per group
+  std::vector<Tap> taps;
+  std::vector<Phase> phases;
+  int64_t left = 0, right = 0;  // columns that taps reach beyond the target's
+
+  // The tile: tile_h x tile_w target pixels, pitch lanes from one row to the next.
+  int64_t tile_h, tile_w, pitch, channel_stride;
+
+  int64_t tiles_h() const { return ceil_div(target_h, tile_h); }
+  int64_t tiles_w() const { return ceil_div(target_w, tile_w); }
+  int64_t tiles() const { return images * tiles_h() * tiles_w(); }
+};
+
+struct Tile {
+  int64_t image, y, x, h, w;
+  int64_t lanes(const Walk& walk) const { return (h - 1) * walk.pitch + w; }
+};
+
+Tile tile_at(const Walk& walk, int64_t index) {
+  const int64_t column = index % walk.tiles_w(), rest = index / walk.tiles_w();
+  const int64_t row = rest % walk.tiles_h();
+  const int64_t y = row * walk.tile_h, x = column * walk.tile_w;
+  return {rest / walk.tiles_h(), y, x, std::min(walk.tile_h, walk.target_h - y), std::min(walk.tile_w, walk.target_w - x)};
+}
+
+int64_t add_phase(Walk& walk, int64_t offset_h, int64_t offset_w) {
+  for (size_t i = 0; i < walk.phases.size(); ++i)
+    if (walk.phases[i].offset_h == offset_h && walk.phases[i].offset_w == offset_w) return i;
+  walk.phases.push_back({offset_h, offset_w, 0, 0, 0});
+  return walk.phases.size() - 1;
+}
+
+void add_tap(Walk& walk, int64_t offset_h, int64_t offset_w, int64_t dy, int64_t dx) {
+  const int64_t phase = add_phase(walk, offset_h, offset_w);
+  walk.phases[phase].up = std::max(walk.phases[phase].up, -dy);
+  walk.phases[phase].down = std::max(walk.phases[phase].down, dy);
+  walk.left = std::max(walk.left, -dx);
+  walk.right = std::max(walk.right, dx);
+  walk.taps.push_back({phase, dy, dx});
+}
+
+// Pointwise walks have no neighbourhood: let as many pixels as possible be one long row.
+void merge_rows(Walk& walk) {
+  if (walk.phases.size() != 1 || walk.left || walk.right || walk.phases[0].up || walk.phases[0].down) return;
+  if (walk.step_h != 1 || walk.step_w != 1 || walk.source_h != walk.target_h || walk.source_w != walk.target_w) return;
+  auto dense_rows = [&](const Images& t) { return t.row == walk.target_w * t.col; };
+  if (!dense_rows(walk.source) || !dense_rows(walk.target)) return;
+  walk.target_w *= walk.target_h;
+  walk.target_h = walk.images;
+  walk.images = 1;
+  walk.source.row = walk.source.image;
+  walk.target.row = walk.target.image;
+  if (dense_rows(walk.source) && dense_rows(walk.target)) {
+    walk.target_w *= walk.target_h;
+    walk.target_h = 1;
+  }
+  walk.source_h = walk.target_h;
+  walk.source_w = walk.target_w;
+}
+
+// Lane count and pitch of the tile. `lanes_wanted` bounds the tile; of the heights within it, the one that computes and
+// copies the fewest lanes per pixel wins.
+void choose_tile(Walk& walk, int64_t lanes_wanted) {
+  const int64_t halo = walk.left + walk.right;
+  if (walk.target_w + halo > lanes_wanted) {
+    const int64_t pieces = ceil_div(walk.target_w + halo, lanes_wanted);
+    walk.tile_w = std::min(walk.target_w, round_up(ceil_div(walk.target_w, pieces), 4 * kAlign));
+  } else {
+    walk.tile_w = walk.target_w;
+  }
+  walk.pitch = walk.tile_w + halo;
+  // The zeros to the right of a row can be those to the left of the next, if the source has nothing there.
+  const int64_t shared = std::min(walk.left, walk.right);
+  if (walk.tile_w == walk.target_w && ceil_div(walk.source_w, walk.step_w) <= walk.target_w + walk.right - shared)
+    walk.pitch -= shared;
+  walk.tile_h = 1;
+  double best = 0;
+  for (int64_t h = 1; h <= walk.target_h && (h == 1 || (h - 1) * walk.pitch + walk.tile_w <= lanes_wanted); ++h) {
+    int64_t copied = 0;
+    for (const Phase& p : walk.phases) copied += (h + p.up + p.down) * walk.pitch;
+    const double computed = 4.0 * round_up((h - 1) * walk.pitch + walk.tile_w, kAlign);
+    const double padded_h = ceil_div(walk.target_h, h) * h;
+    const double cost = (computed + copied) / h * padded_h / walk.target_h;
+    if (h == 1 || cost < best * 0.999) best = cost, walk.tile_h = h;
+  }
+  int64_t base = 0;
+  for (Phase& p : walk.phases) {
+    p.base = base;
+    const int64_t lanes = round_up((walk.tile_h - 1) * walk.pitch + walk.tile_w, kAlign);
+    base += round_up((p.up + p.down) * walk.pitch + halo + lanes, kAlign);
+  }
+  // An odd number of lines, so that the channels spread over all sets of the cache.
+  walk.channel_stride = base / kAlign % 2 ? base : base + kAlign;
+}
+
+Walk forward_walk(const Conv2dGeometry& g, const Images& x, const Images& y) {
+  Walk walk{x, g.in_h, g.in_w, g.stride_h, g.stride_w, y, g.out_h, g.out_w, g.batch, g.groups};
+  walk.source_channels = g.in_channels / g.groups;
+  walk.rows = g.out_channels / g.groups;
+  for (int64_t ky = 0; ky < g.kernel_h; ++ky)
+    for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+      const int64_t h = ky * g.dilation_h - g.pad_top, w = kx * g.dilation_w - g.pad_left;
+      const int64_t dy = floor_div(h, g.stride_h), dx = floor_div(w, g.stride_w);
+      add_tap(walk, h - dy * g.stride_h, w - dx * g.stride_w, dy, dx);
+    }
+  merge_rows(walk);
+  return walk;
+}
+
+// One walk per residue of the stride: the pixels of dx that see the same taps.
+std::vector<Walk> input_grad_walks(const Conv2dGeometry& g, const Images& dy, const Images& dx) {
+  std::vector<Walk> walks;
+  for (int64_t a = 0; a < std::min(g.stride_h, g.in_h); ++a)
+    for (int64_t b = 0; b < std::min(g.stride_w, g.in_w); ++b) {
+      Images target = dx;
+      target.data += a * dx.row + b * dx.col;
+      target.row *= g.stride_h;
+      target.col *= g.stride_w;
+      Walk walk{dy, g.out_h, g.out_w, 1, 1, target, ceil_div(g.in_h - a, g.stride_h), ceil_div(g.in_w - b, g.stride_w),
+                g.batch, g.groups};
+      walk.source_channels = g.out_channels / g.groups;
+      walk.rows = g.in_channels / g.groups;
+      for (int64_t ky = 0; ky < g.kernel_h; ++ky)
+        for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+          const int64_t h = a + g.pad_top - ky * g.dilation_h, w = b + g.pad_left - kx * g.dilation_w;
+          if (h % g.stride_h || w % g.stride_w) {
+            walk.taps.push_back({-1, 0, 0});
+          } else {
+            add_tap(walk, 0, 0, h / g.stride_h, w / g.stride_w);
+          }
+        }
+      merge_rows(walk);
+      walks.push_back(std::move(walk));
+    }
+  return walks;
+}
+
+// The weight as the microkernels read it: per group and block of channels, rows of (offset, value).
+class PackedWeight {
+ public:
+  // with_values: false where only the positions matter.
+  PackedWeight(const Walk& walk, const Csr& csr, int64_t block_channels, bool with_values)
+      : walk_(walk), csr_(csr), blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
+        block_channels_(block_channels), taps_(walk.taps.size()) {
+    begin_.resize(walk.groups * blocks_ * (walk.rows + 1));
+    offsets_.resize(csr.nnz + 4);
+    if (with_values) values_.resize(csr.nnz + 4);
+    std::vector<int32_t> offset_of(walk.source_channels * taps_);
+    for (int64_t c = 0; c < walk.source_channels; ++c)
+      for (int64_t t = 0; t < taps_; ++t) {
+        const Tap& tap = walk.taps[t];
+        if (tap.phase < 0) {
+          offset_of[c * taps_ + t] = -1;
+          continue;
+        }
+        const Phase& p = walk.phases[tap.phase];
+        offset_of[c * taps_ + t] =
+            c % block_channels * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch + walk.left + tap.dx;
+      }
+    count(offset_of);
+    fill(offset_of);
+  }
+
+  int64_t blocks() const { return blocks_; }
+  int64_t nnz() const { return nnz_; }
+
+  Rows rows(int64_t group, int64_t block, int64_t first, int64_t count) const {
+    return {starts(group, block) + first, offsets_.data(), values_.data(), count};
+  }
+
+  // Move sums that are in packed order to the order of the CSR.
+  void unpack(const float* packed, float* grad) const {
+    parallel(csr_.rows, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        float* to = grad + csr_.crow[r];
+        for (int64_t b = 0; b < blocks_; ++b) {
+          const int32_t* start = starts(r / walk_.rows, b) + r % walk_.rows;
+          to = std::copy(packed + start[0], packed + start[1], to);
+        }
+      }
+    });
+  }
+
+ private:
+  const int32_t* starts(int64_t group, int64_t block) const {
+    return begin_.data() + (group * blocks_ + block) * (walk_.rows + 1);
+  }
+
+  template <class F>
+  void each_segment(int64_t row, const F& f) const {
+    int64_t j = csr_.crow[row];
+    const int64_t end = csr_.crow[row + 1];
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const int64_t stop = (b + 1) * block_channels_ * taps_;
+      const int64_t first = j;
+      if (b + 1 == blocks_) {
+        j = end;
+      } else {
+        while (j < end && csr_.col[j] < stop) ++j;
+      }
+      f(b, first, j);
+    }
+  }
+
+  void count(const std::vector<int32_t>& offset_of) {
+    bool all_taps = true;
+    for (const Tap& tap : walk_.taps) all_taps &= tap.phase >= 0;
+    parallel(csr_.rows, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        each_segment(r, [&](int64_t b, int64_t j, int64_t end) {
+          int64_t n = end - j;
+          if (!all_taps)
+            for (n = 0; j < end; ++j) n += offset_of[csr_.col[j]] >= 0;
+          const_cast<int32_t*>(starts(r / walk_.rows, b))[r % walk_.rows + 1] = n;
+        });
+    });
+    int32_t total = 0;
+    for (int64_t s = 0; s < walk_.groups * blocks_; ++s) {
+      int32_t* start = begin_.data() + s * (walk_.rows + 1);
+      start[0] = total;
+      for (int64_t r = 1; r <= walk_.rows; ++r) start[r] = total += start[r];
+    }
+    nnz_ = total;
+  }
+
+  void fill(const std::vector<int32_t>& offset_of) {
+    parallel(csr_.rows, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        each_segment(r, [&](int64_t b, int64_t j, int64_t end) {
+          int64_t to = starts(r / walk_.rows, b)[r % walk_.rows];
+          for (; j < end; ++j) {
+            const int32_t offset = offset_of[csr_.col[j]];
+            if (offset < 0) continue;
+            offsets_[to] = offset;
+            if (!values_.empty()) values_[to] = csr_.values[csr_.permutation ? csr_.permutation[j] : j];
+            ++to;
+          }
+        });
+    });
+  }
+
+  const Walk& walk_;
+  const Csr& csr_;
+  int64_t blocks_, block_channels_, taps_, nnz_ = 0;
+  std::vector<int32_t> begin_;
+  std::vector<uint32_t> offsets_;
+  std::vector<float> values_;
+};
+
+// Copy the source pixels of a tile, channels [channel, channel + count), into `block`.
+void pack_source(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, float* block) {
+  const Kernels& k = kernels();
+  for (const Phase& p : walk.phases) {
+    // Columns of the phase that exist in the source, relative to the tile's leftmost packed column.
+    const int64_t x0 = tile.x - walk.left;
+    const int64_t width = ceil_div(walk.source_w - p.offset_w, walk.step_w);
+    const int64_t height = ceil_div(walk.source_h - p.offset_h, walk.step_h);
+    const int64_t from = std::clamp<int64_t>(-x0, 0, walk.pitch), to = std::clamp<int64_t>(width - x0, from, walk.pitch);
+    const int64_t stride = walk.step_w * walk.source.col;
+    for (int64_t r = 0; r < walk.tile_h + p.up + p.down; ++r) {
+      const int64_t y = tile.y - p.up + r;
+      float* row = block + p.base + r * walk.pitch;
+      const bool inside = y >= 0 && y < height && from < to;
+      if (!inside || from > 0 || to < walk.pitch)
+        for (int64_t c = 0; c < count; ++c) {
+          float* zeros = row + c * walk.channel_stride;
+          if (!inside) {
+            std::fill(zeros, zeros + walk.pitch, 0.0f);
+          } else {
+            std::fill(zeros, zeros + from, 0.0f);
+            std::fill(zeros + to, zeros + walk.pitch, 0.0f);
+          }
+        }
+      if (!inside) continue;
+      const Images& s = walk.source;
+      const float* first = s.data + tile.image * s.image + channel * s.channel + (y * walk.step_h + p.offset_h) * s.row +
+                           ((x0 + from) * walk.step_w + p.offset_w) * s.col;
+      if (s.channel == 1) {
+        k.transpose(row + from, walk.channel_stride, first, stride, to - from, count);
+      } else {
+        k.gather(row + from, walk.channel_stride, first, s.channel, stride, count, to - from);
+      }
+    }
+  }
+}
+
+// Whether lanes and target memory have the same layout, so that results need no copy.
+bool writes_in_place(const Walk& walk) {
+  return walk.target.col == 1 && (walk.tile_h == 1 || walk.target.row == walk.pitch);
+}
+
+float* target_at(const Walk& walk, const Tile& tile, int64_t channel) {
+  const Images& t = walk.target;
+  return t.data + tile.image * t.image + channel * t.channel + tile.y * t.row + tile.x * t.col;
+}
+
+// Copy lanes of rows [channel, channel + count) to the target.
+void unpack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, const float* lanes, int64_t stride) {
+  const Kernels& k = kernels();
+  const Images& t = walk.target;
+  for (int64_t r = 0; r < tile.h; ++r) {
+    float* to = target_at(walk, tile, channel) + r * t.row;
+    const float* from = lanes + r * walk.pitch;
+    if (t.channel == 1) {
+      k.transpose(to, t.col, from, stride, count, tile.w);
+    } else {
+      k.scatter(to, t.channel, t.col, from, stride, count, tile.w);
+    }
+  }
+}
+
+// The inverse: target pixels into lanes, zero where lanes are not pixels.
+void pack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, float* lanes, int64_t stride) {
+  const Kernels& k = kernels();
+  const Images& t = walk.target;
+  for (int64_t r = 0; r < tile.h; ++r) {
+    const float* from = target_at(walk, tile, channel) + r * t.row;
+    float* to = lanes + r * walk.pitch;
+    if (t.channel == 1) {
+      k.transpose(to, stride, from, t.col, tile.w, count);
+    } else {
+      k.gather(to, stride, from, t.channel, t.col, count, tile.w);
+    }
+    if (r + 1 < tile.h && walk.pitch > tile.w)
+      for (int64_t c = 0; c < count; ++c) std::fill(to + c * stride + tile.w, to + c * stride + walk.pitch, 0.0f);
+  }
+}
+
+int64_t env(const char* name, int64_t otherwise) {
+  const char* s = std::getenv(name);
+  return s ? std::atoll(s) : otherwise;
+}
+
+// Channels per block: the tile's block fits the first-level cache, unless rows would have too few non-zeros in it.
+int64_t block_channels(const Walk& walk, const Csr& csr, int64_t bytes, int64_t row_nnz) {
+  const int64_t fits = std::max<int64_t>(1, bytes / (walk.channel_stride * (int64_t)sizeof(float)));
+  const double per_channel = double(csr.nnz) / std::max<int64_t>(1, csr.rows * walk.source_channels);
+  const int64_t enough = per_channel > 0 ? int64_t(row_nnz / per_channel) + 1 : walk.source_channels;
+  return std::clamp<int64_t>(std::max(fits, enough), 1, std::max<int64_t>(1, walk.source_channels));
+}
+
+int64_t lanes_for(const Walk& walk, int64_t bytes, int64_t lanes_max) {
+  const int64_t channels = std::max<int64_t>(1, walk.source_channels * (int64_t)walk.phases.size());
+  return std::clamp<int64_t>(bytes / (channels * (int64_t)sizeof(float)) / 64 * 64, 64, lanes_max);
+}
+
+void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
+  static const int64_t tile_bytes = env("SK_TILE", 192) << 10, block_bytes = env("SK_BLOCK", 28) << 10,
+                       block_nnz = env("SK_NNZ", 16), lanes_max = env("SK_LANES", 512);
+  std::vector<PackedWeight> weights;
+  weights.reserve(walks.size());
+  std::vector<int64_t> blocks;
+  int64_t tiles = 0;
+  for (Walk& walk : walks) {
+    choose_tile(walk, lanes_for(walk, tile_bytes, lanes_max));
+    blocks.push_back(block_channels(walk, csr, block_bytes, block_nnz));
+    weights.emplace_back(walk, csr, blocks.back(), true);
+    tiles = std::max(tiles, walk.tiles());
+  }
+  const int64_t groups = walks[0].groups, rows = walks[0].rows;
+  // Few tiles: cut the rows too, so that every thread has work; the price is packing a tile more than once.
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t row_parts = std::clamp<int64_t>(tiles * groups >= 2 * threads ? 1 : 2 * threads / (tiles * groups), 1, ceil_div(rows, 16));
+  parallel(tiles * groups * row_parts, [&](int64_t begin, int64_t end) {
+    for (size_t w = 0; w < walks.size(); ++w) {
+      const Walk& walk = walks[w];
+      const int64_t stride = round_up((walk.tile_h - 1) * walk.pitch + walk.tile_w, kAlign) + kAlign;
+      const int64_t block_floats = blocks[w] * walk.channel_stride;
+      float* block = tile_scratch.get(block_floats);
+      std::memset(block, 0, block_floats * sizeof(float));
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t part = task % row_parts, group = task / row_parts % groups, index = task / row_parts / groups;
+        if (index >= walk.tiles()) continue;
+        const Tile tile = tile_at(walk, index);
+        const int64_t first = rows * part / row_parts, count = rows * (part + 1) / row_parts - first;
+        const int64_t channel = group * rows + first;
+        const bool in_place = writes_in_place(walk);
+        float* out = in_place ? target_at(walk, tile, channel) : result_scratch.get(count * stride);
+        const int64_t out_stride = in_place ? walk.target.channel : stride;
+        for (int64_t b = 0; b < weights[w].blocks(); ++b) {
+          const int64_t c = b * blocks[w];
+          pack_source(walk, tile, group * walk.source_channels + c, std::min(blocks[w], walk.source_channels - c), block);
+          kernels().spmm(
+              block, weights[w].rows(group, b, first, count), bias ? bias + channel : nullptr, b > 0, out, out_stride,
+              tile.lanes(walk));
+        }
+        if (!in_place) unpack_target(walk, tile, channel, count, out, stride);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void conv2d(const Conv2dGeometry& g, const Csr& weight, const float* bias, const Images& x, const Images& y) {
+  std::vector<Walk> walks{forward_walk(g, x, y)};
+  run(walks, weight, bias);
+}
+
+void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Images& dy, const Images& dx) {
+  std::vector<Walk> walks = input_grad_walks(g, dy, dx);
+  run(walks, weight_t, nullptr);
+}
+
+void conv2d_values_grad(
+    const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad) {
+  static const int64_t tile_bytes = env("SK_DTILE", 192) << 10, block_bytes = env("SK_DBLOCK", 28) << 10,
+                       block_nnz = env("SK_DNNZ", 8), lanes_max = env("SK_DLANES", 256);
+  Walk walk = forward_walk(g, x, dy);
+  choose_tile(walk, lanes_for(walk, tile_bytes, lanes_max));
+  const int64_t block = block_channels(walk, weight, block_bytes, block_nnz);
+  const PackedWeight packed(walk, weight, block, false);
+  const int64_t tiles = walk.tiles();
+  // Partial sums over a fixed number of chunks of tiles, whatever the number of threads, then added in order.
+  constexpr int64_t kChunks = 8;
+  const int64_t chunks = std::min(tiles, kChunks), threads = torch::stable::get_num_threads();
+  const int64_t row_parts =
+      std::clamp<int64_t>(ceil_div(threads, std::max<int64_t>(1, chunks * walk.groups)), 1, ceil_div(walk.rows, 16));
+  const int64_t nnz = packed.nnz();
+  std::unique_ptr<float[]> partial(new float[(chunks + 1) * nnz]);
+  parallel(chunks, [&](int64_t begin, int64_t end) {
+    std::memset(partial.get() + begin * nnz, 0, (end - begin) * nnz * sizeof(float));
+  });
+  const int64_t stride = round_up((walk.tile_h - 1) * walk.pitch + walk.tile_w, kAlign) + kAlign;
+  parallel(chunks * walk.groups * row_parts, [&](int64_t begin, int64_t end) {
+    float* source = tile_scratch.get(block * walk.channel_stride);
+    std::memset(source, 0, block * walk.channel_stride * sizeof(float));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % row_parts, group = task / row_parts % walk.groups, chunk = task / row_parts / walk.groups;
+      const int64_t first = walk.rows * part / row_parts, count = walk.rows * (part + 1) / row_parts - first;
+      const int64_t channel = group * walk.rows + first;
+      for (int64_t index = tiles * chunk / chunks; index < tiles * (chunk + 1) / chunks; ++index) {
+        const Tile tile = tile_at(walk, index);
+        const float* lanes = target_at(walk, tile, channel);
+        int64_t lanes_stride = walk.target.channel;
+        if (!writes_in_place(walk)) {
+          float* copy = result_scratch.get(count * stride);
+          pack_target(walk, tile, channel, count, copy, stride);
+          lanes = copy;
+          lanes_stride = stride;
+        }
+        for (int64_t b = 0; b < packed.blocks(); ++b) {
+          const int64_t c = b * block;
+          pack_source(walk, tile, group * walk.source_channels + c, std::min(block, walk.source_channels - c), source);
+          kernels().sddmm(
+              source, packed.rows(group, b, first, count), lanes, lanes_stride, tile.lanes(walk),
+              partial.get() + chunk * nnz);
+        }
+      }
+    }
+  });
+  float* sum = partial.get() + chunks * nnz;
+  torch::stable::parallel_for(0, nnz, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      float total = 0;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * nnz + j];
+      sum[j] = total;
+    }
+  });
+  packed.unpack(sum, grad);
+}
+
+void bias_grad(const Conv2dGeometry& g, const Images& dy, float* grad) {
+  // Sixteen running sums per channel: accurate enough for large images, and the same for any number of threads.
+  constexpr int64_t kSums = 16;
+  parallel(ceil_div(g.out_channels, kSums), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kSums, count = std::min(kSums, g.out_channels - first);
+      double total[kSums] = {};
+      for (int64_t n = 0; n < g.batch; ++n)
+        for (int64_t y = 0; y < g.out_h; ++y) {
+          const float* row = dy.data + n * dy.image + first * dy.channel + y * dy.row;
+          if (dy.channel == 1) {
+            for (int64_t x = 0; x < g.out_w; ++x)
+              for (int64_t c = 0; c < count; ++c) total[c] += row[x * dy.col + c];
+          } else {
+            for (int64_t c = 0; c < count; ++c) {
+              double sums[4] = {};
+              for (int64_t x = 0; x < g.out_w; ++x) sums[x % 4] += row[c * dy.channel + x * dy.col];
+              total[c] += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+            }
+          }
+        }
+      for (int64_t c = 0; c < count; ++c) grad[first + c] = static_cast<float>(total[c]);
+    }
+  });
+}
+
+}  // namespace sparsekit

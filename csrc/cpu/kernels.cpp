@@ -1,0 +1,310 @@
+// The microkernels, compiled once per ISA. Nothing here is parallel: a caller's thread owns the whole tile.
+//
+// spmm keeps a strip of output lanes in registers and runs over the row's non-zeros: one broadcast and one FMA per
+// register, with the tile as memory operand. sddmm keeps a strip of dY in registers, so each non-zero is a dot product
+// whose partial sums are one register; kLanes of them are transposed and added at once. Both are bound by one load per
+// FMA, hence tiles that fit the first-level cache.
+
+#include "cpu/kernels.h"
+
+#include "cpu/vec.h"
+
+namespace sparsekit::SPARSEKIT_ISA {
+namespace {
+
+// Registers of lanes per strip. More than 4 would not lower the load rate much and would need a larger tile.
+constexpr int kStrip = kLanes == 16 ? 4 : 8;
+constexpr int kPrefetchRows = 8;
+
+template <int N>
+inline void spmm_strip(
+    const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out, int64_t out_stride,
+    int64_t tail) {
+  // Independent sums, so that the FMAs of one short strip do not wait for each other.
+  constexpr int kSums = N >= 4 ? 1 : N >= 2 ? 2 : 4;
+  const uint32_t* offsets = rows.offsets;
+  const float* values = rows.values;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    float* to = out + r * out_stride;
+    Vec sum[kSums][N];
+    for (int v = 0; v < N; ++v) {
+      __builtin_prefetch(to + kPrefetchRows * out_stride + v * kLanes, 1);
+      for (int s = 0; s < kSums; ++s) sum[s][v] = zero();
+      if (accumulate) {
+        sum[0][v] = v == N - 1 ? load(to + v * kLanes, tail) : load(to + v * kLanes);
+      } else if (bias) {
+        sum[0][v] = broadcast(bias[r]);
+      }
+    }
+    int64_t j = rows.begin[r];
+    const int64_t end = rows.begin[r + 1];
+    for (; j + 4 <= end; j += 4) {
+      const Vec w = load4(values + j);
+      const float* x0 = tile + offsets[j];
+      const float* x1 = tile + offsets[j + 1];
+      const float* x2 = tile + offsets[j + 2];
+      const float* x3 = tile + offsets[j + 3];
+      const Vec w0 = lane<0>(w), w1 = lane<1>(w), w2 = lane<2>(w), w3 = lane<3>(w);
+      for (int v = 0; v < N; ++v) sum[0][v] = fma(w0, load(x0 + v * kLanes), sum[0][v]);
+      for (int v = 0; v < N; ++v) sum[1 % kSums][v] = fma(w1, load(x1 + v * kLanes), sum[1 % kSums][v]);
+      for (int v = 0; v < N; ++v) sum[2 % kSums][v] = fma(w2, load(x2 + v * kLanes), sum[2 % kSums][v]);
+      for (int v = 0; v < N; ++v) sum[3 % kSums][v] = fma(w3, load(x3 + v * kLanes), sum[3 % kSums][v]);
+    }
+    for (; j < end; ++j) {
+      const Vec w = broadcast(values[j]);
+      const float* x = tile + offsets[j];
+      for (int v = 0; v < N; ++v) sum[0][v] = fma(w, load(x + v * kLanes), sum[0][v]);
+    }
+    for (int v = 0; v < N; ++v) {
+      for (int s = 1; s < kSums; ++s) sum[0][v] = add(sum[0][v], sum[s][v]);
+      if (v == N - 1) {
+        tail == kLanes ? store(to + v * kLanes, sum[0][v]) : store(to + v * kLanes, sum[0][v], tail);
+      } else {
+        store(to + v * kLanes, sum[0][v]);
+      }
+    }
+  }
+}
+
+void spmm(
+    const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out, int64_t out_stride,
+    int64_t lanes) {
+  for (int64_t begin = 0; begin < lanes; begin += kStrip * kLanes) {
+    const int64_t left = lanes - begin;
+    const int64_t vectors = left >= kStrip * kLanes ? kStrip : (left + kLanes - 1) / kLanes;
+    const int64_t tail = left >= kStrip * kLanes ? kLanes : left - (vectors - 1) * kLanes;
+    const float* x = tile + begin;
+    float* y = out + begin;
+    switch (vectors) {
+      case 1: spmm_strip<1>(x, rows, bias, accumulate, y, out_stride, tail); break;
+      case 2: spmm_strip<2>(x, rows, bias, accumulate, y, out_stride, tail); break;
+      case 3: spmm_strip<3>(x, rows, bias, accumulate, y, out_stride, tail); break;
+      case 4: spmm_strip<4>(x, rows, bias, accumulate, y, out_stride, tail); break;
+      case 5: spmm_strip<5>(x, rows, bias, accumulate, y, out_stride, tail); break;
+      case 6: spmm_strip<6>(x, rows, bias, accumulate, y, out_stride, tail); break;
+      case 7: spmm_strip<7>(x, rows, bias, accumulate, y, out_stride, tail); break;
+      case 8: spmm_strip<8>(x, rows, bias, accumulate, y, out_stride, tail); break;
+    }
+  }
+}
+
+#if defined(__AVX512F__)
+
+// Rows of a 16 x 16 block become columns; four rounds of pairwise exchanges at distance 1, 2, 4, 8.
+inline void transpose_block(Vec (&m)[16]) {
+  Vec t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(m[i], m[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(m[i], m[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    m[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
+    m[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
+    m[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    m[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int i = 0; i < 16; i += 8) {
+    for (int k = 0; k < 4; ++k) {
+      t[i + k] = _mm512_shuffle_f32x4(m[i + k], m[i + k + 4], 0x88);
+      t[i + k + 4] = _mm512_shuffle_f32x4(m[i + k], m[i + k + 4], 0xdd);
+    }
+  }
+  for (int k = 0; k < 8; ++k) {
+    m[k] = _mm512_shuffle_f32x4(t[k], t[k + 8], 0x88);
+    m[k + 8] = _mm512_shuffle_f32x4(t[k], t[k + 8], 0xdd);
+  }
+}
+
+// Lane i of the result is the sum of the lanes of m[i].
+inline Vec sum_lanes(Vec (&m)[16]) {
+  for (int i = 0; i < 16; i += 2) m[i] = add(_mm512_unpacklo_ps(m[i], m[i + 1]), _mm512_unpackhi_ps(m[i], m[i + 1]));
+  for (int i = 0; i < 16; i += 4)
+    m[i] = add(_mm512_shuffle_ps(m[i], m[i + 2], 0x44), _mm512_shuffle_ps(m[i], m[i + 2], 0xee));
+  for (int i = 0; i < 16; i += 8)
+    m[i] = add(_mm512_shuffle_f32x4(m[i], m[i + 4], 0x88), _mm512_shuffle_f32x4(m[i], m[i + 4], 0xdd));
+  return add(_mm512_shuffle_f32x4(m[0], m[8], 0x88), _mm512_shuffle_f32x4(m[0], m[8], 0xdd));
+}
+
+#elif defined(__AVX2__)
+
+inline void transpose_block(Vec (&m)[8]) {
+  Vec t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(m[i], m[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(m[i], m[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    m[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    m[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    m[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    m[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  for (int k = 0; k < 4; ++k) t[k] = m[k], t[k + 4] = m[k + 4];
+  for (int k = 0; k < 4; ++k) {
+    m[k] = _mm256_permute2f128_ps(t[k], t[k + 4], 0x20);
+    m[k + 4] = _mm256_permute2f128_ps(t[k], t[k + 4], 0x31);
+  }
+}
+
+inline Vec sum_lanes(Vec (&m)[8]) {
+  for (int i = 0; i < 8; i += 2) m[i] = add(_mm256_unpacklo_ps(m[i], m[i + 1]), _mm256_unpackhi_ps(m[i], m[i + 1]));
+  for (int i = 0; i < 8; i += 4)
+    m[i] = add(_mm256_shuffle_ps(m[i], m[i + 2], 0x44), _mm256_shuffle_ps(m[i], m[i + 2], 0xee));
+  return add(_mm256_permute2f128_ps(m[0], m[4], 0x20), _mm256_permute2f128_ps(m[0], m[4], 0x31));
+}
+
+#else
+
+inline void transpose_block(Vec (&m)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int k = 0; k < i; ++k) {
+      const float x = m[i][k];
+      m[i][k] = m[k][i];
+      m[k][i] = x;
+    }
+}
+
+inline Vec sum_lanes(Vec (&m)[kLanes]) {
+  transpose_block(m);
+  return add(add(m[0], m[1]), add(m[2], m[3]));
+}
+
+#endif
+
+// A row's non-zeros end anywhere, so partial sums queue up across rows until kLanes of them can be reduced together.
+class PartialSums {
+ public:
+  explicit PartialSums(float* grad) : grad_(grad) {}
+
+  void push(Vec partial) {
+    store(queue_ + count_ * kLanes, partial);
+    if (++count_ == kLanes) {
+      store(grad_, add(load(grad_), reduce()));
+      grad_ += kLanes;
+      count_ = 0;
+    }
+  }
+
+  void finish() {
+    if (count_ == 0) return;
+    for (int i = count_; i < kLanes; ++i) store(queue_ + i * kLanes, zero());
+    store(grad_, add(load(grad_, count_), reduce()), count_);
+  }
+
+ private:
+  Vec reduce() const {
+    Vec m[kLanes];
+    for (int i = 0; i < kLanes; ++i) m[i] = load(queue_ + i * kLanes);
+    return sum_lanes(m);
+  }
+
+  alignas(64) float queue_[kLanes * kLanes];
+  float* grad_;
+  int count_ = 0;
+};
+
+template <int N>
+inline void sddmm_strip(
+    const float* tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t tail, float* grad) {
+  const uint32_t* offsets = rows.offsets;
+  PartialSums sums(grad);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    int64_t j = rows.begin[r];
+    const int64_t end = rows.begin[r + 1];
+    if (j == end) continue;
+    const float* from = dy + r * dy_stride;
+    Vec d[N];
+    for (int v = 0; v < N - 1; ++v) d[v] = load(from + v * kLanes);
+    d[N - 1] = tail == kLanes ? load(from + (N - 1) * kLanes) : load(from + (N - 1) * kLanes, tail);
+    for (; j + 4 <= end; j += 4) {
+      const float* x[4] = {
+          tile + offsets[j], tile + offsets[j + 1], tile + offsets[j + 2], tile + offsets[j + 3]};
+      Vec sum[4];
+      for (int k = 0; k < 4; ++k) sum[k] = mul(d[0], load(x[k]));
+      for (int v = 1; v < N; ++v)
+        for (int k = 0; k < 4; ++k) sum[k] = fma(d[v], load(x[k] + v * kLanes), sum[k]);
+      for (int k = 0; k < 4; ++k) sums.push(sum[k]);
+    }
+    for (; j < end; ++j) {
+      const float* x = tile + offsets[j];
+      Vec sum = mul(d[0], load(x));
+      for (int v = 1; v < N; ++v) sum = fma(d[v], load(x + v * kLanes), sum);
+      sums.push(sum);
+    }
+  }
+  sums.finish();
+}
+
+void sddmm(const float* tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad) {
+  constexpr int kStripDy = 8;
+  grad += rows.begin[0];
+  for (int64_t begin = 0; begin < lanes; begin += kStripDy * kLanes) {
+    const int64_t left = lanes - begin;
+    const int64_t vectors = left >= kStripDy * kLanes ? kStripDy : (left + kLanes - 1) / kLanes;
+    const int64_t tail = left >= kStripDy * kLanes ? kLanes : left - (vectors - 1) * kLanes;
+    const float* x = tile + begin;
+    const float* d = dy + begin;
+    switch (vectors) {
+      case 1: sddmm_strip<1>(x, rows, d, dy_stride, tail, grad); break;
+      case 2: sddmm_strip<2>(x, rows, d, dy_stride, tail, grad); break;
+      case 3: sddmm_strip<3>(x, rows, d, dy_stride, tail, grad); break;
+      case 4: sddmm_strip<4>(x, rows, d, dy_stride, tail, grad); break;
+      case 5: sddmm_strip<5>(x, rows, d, dy_stride, tail, grad); break;
+      case 6: sddmm_strip<6>(x, rows, d, dy_stride, tail, grad); break;
+      case 7: sddmm_strip<7>(x, rows, d, dy_stride, tail, grad); break;
+      case 8: sddmm_strip<8>(x, rows, d, dy_stride, tail, grad); break;
+    }
+  }
+}
+
+void gather(
+    float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
+    if (from_col == 1) {
+      int64_t c = 0;
+      for (; c + kLanes <= cols; c += kLanes) store(to + c, load(from + c));
+      if (c < cols) store(to + c, load(from + c, cols - c), cols - c);
+    } else {
+      for (int64_t c = 0; c < cols; ++c) to[c] = from[c * from_col];
+    }
+  }
+}
+
+void scatter(
+    float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows, int64_t cols) {
+  if (to_col == 1) return gather(to, to_row, from, from_row, 1, rows, cols);
+  for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row)
+    for (int64_t c = 0; c < cols; ++c) to[c * to_col] = from[c];
+}
+
+void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int64_t height = rows - r < kLanes ? rows - r : kLanes;
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      const int64_t width = cols - c < kLanes ? cols - c : kLanes;
+      const float* block = from + r * from_row + c;
+      Vec m[kLanes];
+      if (width == kLanes) {
+        for (int i = 0; i < kLanes; ++i) m[i] = i < height ? load(block + i * from_row) : zero();
+      } else {
+        for (int i = 0; i < kLanes; ++i) m[i] = i < height ? load(block + i * from_row, width) : zero();
+      }
+      transpose_block(m);
+      float* corner = to + c * to_row + r;
+      if (height == kLanes) {
+        for (int i = 0; i < width; ++i) store(corner + i * to_row, m[i]);
+      } else {
+        for (int i = 0; i < width; ++i) store(corner + i * to_row, m[i], height);
+      }
+    }
+  }
+}
+
+#define SPARSEKIT_STRING_(x) #x
+#define SPARSEKIT_STRING(x) SPARSEKIT_STRING_(x)
+
+}  // namespace
+
+extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA), spmm, sddmm, gather, scatter, transpose};
+
+}  // namespace sparsekit::SPARSEKIT_ISA

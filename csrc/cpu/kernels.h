@@ -1,0 +1,59 @@
+// The microkernels that exist once per ISA, behind one table of pointers.
+//
+// They work on a packed tile: every channel of a block of input channels occupies `channel stride` floats, in which the
+// tile's output pixels are contiguous lanes. A kept weight is an offset into the tile and a value: its products are
+// value * tile[offset + lane]. Rows are output channels; row r owns the non-zeros [begin[r], begin[r + 1]).
+#pragma once
+
+#include <cstdint>
+
+namespace sparsekit {
+
+struct Rows {
+  const int32_t* begin;     // [count + 1]
+  const uint32_t* offsets;  // [nnz], in floats, into the tile
+  const float* values;      // [nnz]
+  int64_t count;
+};
+
+struct Kernels {
+  const char* name;
+
+  // out[r][lane] = sum of value * tile[offset + lane], over `lanes` lanes. Starts from bias[r] (0 if null), or from
+  // what out holds if `accumulate`. Writes no lane beyond `lanes`; may read the tile up to the next multiple of 16.
+  void (*spmm)(
+      const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out, int64_t out_stride,
+      int64_t lanes);
+
+  // grad[j] += sum over lanes of dy[r][lane] * tile[offset_j + lane]. Reads no lane of dy beyond `lanes`.
+  void (*sddmm)(
+      const float* tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad);
+
+  // to[r * to_row + c] = from[r * from_row + c * from_col]
+  void (*gather)(
+      float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows, int64_t cols);
+
+  // to[r * to_row + c * to_col] = from[r * from_row + c]
+  void (*scatter)(
+      float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows, int64_t cols);
+
+  // to[c * to_row + r] = from[r * from_row + c]
+  void (*transpose)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols);
+};
+
+namespace generic {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+// The table in use; dispatch.cpp sets it.
+const Kernels& kernels();
+
+}  // namespace sparsekit

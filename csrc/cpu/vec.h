@@ -1,0 +1,90 @@
+// One SIMD register of floats for the ISA that the including file is compiled for.
+//
+// Included by per-ISA files only, which must not include anything of the standard library: an inline function compiled
+// for AVX-512 here could otherwise be the copy that the linker keeps for everyone.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace sparsekit::SPARSEKIT_ISA {
+
+#if defined(__AVX512F__)
+
+using Vec = __m512;
+constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
+inline Vec load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+inline void store(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+// Four weights in every 128-bit quarter; lane<i> of it is a broadcast that needs no load.
+inline Vec load4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+template <int I>
+inline Vec lane(Vec v) {
+  return _mm512_permute_ps(v, I * 0x55);
+}
+
+#elif defined(__AVX2__)
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
+inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline __m256i first(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline Vec load(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
+inline void store(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first(n), v); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec load4(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
+template <int I>
+inline Vec lane(Vec v) {
+  return _mm256_permute_ps(v, I * 0x55);
+}
+
+#else
+
+// The compiler's own vectors: SSE2 on x86-64, NEON on 64-bit ARM.
+typedef float Vec __attribute__((vector_size(16), aligned(16)));
+typedef float VecUnaligned __attribute__((vector_size(16), aligned(4), may_alias));
+constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
+inline Vec zero() { return Vec{0, 0, 0, 0}; }
+inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
+inline Vec load(const float* p) { return (Vec) * (const VecUnaligned*)p; }
+inline void store(float* p, Vec v) { *(VecUnaligned*)p = (VecUnaligned)v; }
+inline Vec load(const float* p, int64_t n) {
+  Vec v = zero();
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+inline void store(float* p, Vec v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec mul(Vec a, Vec b) { return a * b; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec load4(const float* p) { return load(p); }
+template <int I>
+inline Vec lane(Vec v) {
+  return broadcast(v[I]);
+}
+
+#endif
+
+}  // namespace sparsekit::SPARSEKIT_ISA

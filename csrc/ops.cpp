@@ -1,0 +1,255 @@
+// The torch side of the CPU kernels, on PyTorch's stable ABI. Outputs are given by the caller; contracts: _ops.py.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/conv2d.h"
+
+namespace sparsekit {
+namespace {
+
+using Ints = std::vector<int64_t>;
+constexpr auto kInt = torch::headeronly::ScalarType::Int;
+constexpr auto kFloat = torch::headeronly::ScalarType::Float;
+
+Images images(const Tensor& t, const char* name) {
+  check_dense(t, name);
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, has ", t.dim());
+  return {static_cast<float*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+// [pixels, channels] seen as one image of one row.
+Images matrix(const Tensor& t, const char* name) {
+  check_dense(t, name);
+  STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), name, " must be 2-D and contiguous");
+  return {static_cast<float*>(t.data_ptr()), t.size(0) * t.size(1), 1, t.size(0) * t.size(1), t.size(1)};
+}
+
+// Indices are read as they come: a full check costs as much as a small layer, but a bad one must not crash.
+Csr csr(const Tensor& crow, const Tensor& col, const float* values, int64_t columns, const Tensor* permutation) {
+  check_vector(crow, "crow_indices", kInt, -1);
+  check_vector(col, "col_indices", kInt, -1);
+  const Csr weight{
+      static_cast<const int32_t*>(crow.data_ptr()), static_cast<const int32_t*>(col.data_ptr()), values,
+      permutation ? static_cast<const int32_t*>(permutation->data_ptr()) : nullptr, crow.size(0) - 1, col.size(0)};
+  STD_TORCH_CHECK(weight.rows >= 0 && weight.crow[0] == 0 && weight.crow[weight.rows] == weight.nnz,
+                  "crow_indices must run from 0 to nnz = ", weight.nnz);
+  bool ordered = true, inside = true;
+  for (int64_t r = 0; r < weight.rows; ++r) ordered &= weight.crow[r] <= weight.crow[r + 1];
+  STD_TORCH_CHECK(ordered, "crow_indices must not decrease");
+  for (int64_t j = 0; j < weight.nnz; ++j) inside &= static_cast<uint64_t>(weight.col[j]) < static_cast<uint64_t>(columns);
+  STD_TORCH_CHECK(inside, "col_indices must lie in [0, ", columns, ")");
+  if (weight.permutation) {
+    check_vector(*permutation, "t_permutation", kInt, weight.nnz);
+    for (int64_t j = 0; j < weight.nnz; ++j)
+      inside &= static_cast<uint64_t>(weight.permutation[j]) < static_cast<uint64_t>(weight.nnz);
+    STD_TORCH_CHECK(inside, "t_permutation must lie in [0, nnz)");
+  }
+  return weight;
+}
+
+const float* vector_data(const Tensor& t, const char* name, int64_t size) {
+  check_vector(t, name, kFloat, size);
+  return static_cast<const float*>(t.data_ptr());
+}
+
+Conv2dGeometry geometry(
+    const Tensor& x, const Tensor& y, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
+    int64_t groups) {
+  STD_TORCH_CHECK(x.dim() == 4 && y.dim() == 4, "input and output must have 4 dimensions");
+  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
+                  "kernel_size, stride and dilation must have 2 elements, padding 4");
+  for (int i = 0; i < 2; ++i)
+    STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0,
+                    "kernel_size, stride and dilation must be positive");
+  for (int64_t p : padding) STD_TORCH_CHECK(p >= 0, "padding must not be negative, got ", p);
+  const Conv2dGeometry g{x.size(0), x.size(1), x.size(2), x.size(3), y.size(1), y.size(2), y.size(3), kernel[0],
+                         kernel[1], stride[0], stride[1], padding[0], padding[2], dilation[0], dilation[1], groups};
+  STD_TORCH_CHECK(groups > 0 && g.in_channels % groups == 0 && g.out_channels % groups == 0, "groups = ", groups,
+                  " must divide ", g.in_channels, " and ", g.out_channels, " channels");
+  const int64_t h = (g.in_h + padding[0] + padding[1] - dilation[0] * (kernel[0] - 1) - 1) / stride[0] + 1;
+  const int64_t w = (g.in_w + padding[2] + padding[3] - dilation[1] * (kernel[1] - 1) - 1) / stride[1] + 1;
+  STD_TORCH_CHECK(y.size(0) == g.batch && h == g.out_h && w == g.out_w && h > 0 && w > 0,
+                  "input and output do not fit the geometry");
+  return g;
+}
+
+Conv2dGeometry linear_geometry(const Tensor& x, const Tensor& y) {
+  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0), "input and output must be [batch, features]");
+  return {1, x.size(1), 1, x.size(0), y.size(1), 1, x.size(0), 1, 1, 1, 1, 0, 0, 1, 1, 1};
+}
+
+bool empty(const Tensor& t) { return t.numel() == 0; }
+
+void run_forward(
+    const Conv2dGeometry& g, const Tensor& out, const Images& x, const Images& y, const Tensor& values,
+    const Tensor& crow, const Tensor& col, const std::optional<Tensor>& bias) {
+  const Csr weight = csr(crow, col, vector_data(values, "values", col.size(0)),
+                         g.in_channels / g.groups * g.kernel_h * g.kernel_w, nullptr);
+  STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
+  const float* b = bias ? vector_data(*bias, "bias", g.out_channels) : nullptr;
+  if (!empty(out)) conv2d(g, weight, b, x, y);
+}
+
+void run_input_grad(
+    const Conv2dGeometry& g, const Tensor& out, const Images& dy, const Images& dx, const Tensor& values,
+    const Tensor& t_crow, const Tensor& t_col, const Tensor& t_permutation) {
+  const Csr weight_t = csr(t_crow, t_col, vector_data(values, "values", t_col.size(0)),
+                           g.out_channels / g.groups * g.kernel_h * g.kernel_w, &t_permutation);
+  STD_TORCH_CHECK(weight_t.rows == g.in_channels, "t_crow_indices must have in_channels + 1 elements");
+  if (!empty(out)) conv2d_input_grad(g, weight_t, dy, dx);
+}
+
+void run_values_grad(
+    const Conv2dGeometry& g, const Tensor& out, const Images& dy, const Images& x, const Tensor& crow,
+    const Tensor& col) {
+  const Csr weight = csr(crow, col, nullptr, g.in_channels / g.groups * g.kernel_h * g.kernel_w, nullptr);
+  STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
+  vector_data(out, "out", weight.nnz);
+  if (!empty(out)) conv2d_values_grad(g, weight, dy, x, static_cast<float*>(out.data_ptr()));
+}
+
+void conv2d_op(
+    Tensor out, Tensor input, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias, Ints kernel,
+    Ints stride, Ints padding, Ints dilation, int64_t groups) {
+  const Conv2dGeometry g = geometry(input, out, kernel, stride, padding, dilation, groups);
+  run_forward(g, out, images(input, "input"), images(out, "out"), values, crow, col, bias);
+}
+
+void conv2d_input_grad_op(
+    Tensor out, Tensor grad_output, Tensor values, Tensor t_crow, Tensor t_col, Tensor t_permutation, Ints kernel,
+    Ints stride, Ints padding, Ints dilation, int64_t groups) {
+  const Conv2dGeometry g = geometry(out, grad_output, kernel, stride, padding, dilation, groups);
+  run_input_grad(
+      g, out, images(grad_output, "grad_output"), images(out, "out"), values, t_crow, t_col, t_permutation);
+}
+
+void conv2d_values_grad_op(
+    Tensor out, Tensor grad_output, Tensor input, Tensor crow, Tensor col, Ints kernel, Ints stride, Ints padding,
+    Ints dilation, int64_t groups) {
+  const Conv2dGeometry g = geometry(input, grad_output, kernel, stride, padding, dilation, groups);
+  run_values_grad(g, out, images(grad_output, "grad_output"), images(input, "input"), crow, col);
+}
+
+void linear_op(Tensor out, Tensor input, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias) {
+  const Conv2dGeometry g = linear_geometry(input, out);
+  run_forward(g, out, matrix(input, "input"), matrix(out, "out"), values, crow, col, bias);
+}
+
+void linear_input_grad_op(
+    Tensor out, Tensor grad_output, Tensor values, Tensor t_crow, Tensor t_col, Tensor t_permutation) {
+  const Conv2dGeometry g = linear_geometry(out, grad_output);
+  run_input_grad(
+      g, out, matrix(grad_output, "grad_output"), matrix(out, "out"), values, t_crow, t_col, t_permutation);
+}
+
+void linear_values_grad_op(Tensor out, Tensor grad_output, Tensor input, Tensor crow, Tensor col) {
+  const Conv2dGeometry g = linear_geometry(input, grad_output);
+  run_values_grad(g, out, matrix(grad_output, "grad_output"), matrix(input, "input"), crow, col);
+}
+
+void bias_grad_op(Tensor out, Tensor grad_output) {
+  Conv2dGeometry g{};
+  if (grad_output.dim() == 2) {
+    g.batch = g.out_h = 1;
+    g.out_w = grad_output.size(0);
+  } else {
+    STD_TORCH_CHECK(grad_output.dim() == 4, "grad_output must have 2 or 4 dimensions");
+    g.batch = grad_output.size(0), g.out_h = grad_output.size(2), g.out_w = grad_output.size(3);
+  }
+  g.out_channels = grad_output.size(1);
+  vector_data(out, "out", g.out_channels);
+  bias_grad(g, grad_output.dim() == 2 ? matrix(grad_output, "grad_output") : images(grad_output, "grad_output"),
+            static_cast<float*>(out.data_ptr()));
+}
+
+// Calls f(position in the dense weight, position in values) for every non-zero.
+template <class F>
+void each_nonzero(const Tensor& weight, const Tensor& crow, const Tensor& col, const F& f) {
+  STD_TORCH_CHECK(weight.dim() == 2 || weight.dim() == 4, "weight must have 2 or 4 dimensions");
+  const int64_t taps_w = weight.dim() == 4 ? weight.size(3) : 1;
+  const int64_t taps = weight.dim() == 4 ? weight.size(2) * taps_w : 1;
+  const int64_t columns = weight.size(1) * taps;
+  const Csr c = csr(crow, col, nullptr, columns, nullptr);
+  STD_TORCH_CHECK(c.rows == weight.size(0), "crow_indices must have ", weight.size(0) + 1, " elements");
+  std::vector<int64_t> offset_of(columns);
+  for (int64_t i = 0; i < columns; ++i) {
+    offset_of[i] = i / taps * weight.stride(1);
+    if (weight.dim() == 4) offset_of[i] += i % taps / taps_w * weight.stride(2) + i % taps_w * weight.stride(3);
+  }
+  const int64_t stride = weight.stride(0);
+  if (c.rows > 0)
+    torch::stable::parallel_for(0, c.rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        for (int64_t j = c.crow[r]; j < c.crow[r + 1]; ++j) f(r * stride + offset_of[c.col[j]], j);
+    });
+}
+
+void compress_op(Tensor out, Tensor weight, Tensor crow, Tensor col) {
+  check_dense(weight, "weight");
+  vector_data(out, "out", col.size(0));
+  const float* from = static_cast<const float*>(weight.data_ptr());
+  float* to = static_cast<float*>(out.data_ptr());
+  each_nonzero(weight, crow, col, [&](int64_t dense, int64_t j) { to[j] = from[dense]; });
+}
+
+void decompress_op(Tensor out, Tensor values, Tensor crow, Tensor col) {
+  check_dense(out, "out");
+  const float* from = vector_data(values, "values", col.size(0));
+  torch::stable::zero_(out);
+  float* to = static_cast<float*>(out.data_ptr());
+  each_nonzero(out, crow, col, [&](int64_t dense, int64_t j) { to[dense] = from[j]; });
+}
+
+std::string best_isa_op() { return best_isa(); }
+
+void set_isa_op(std::string isa) {
+  STD_TORCH_CHECK(set_isa(isa.c_str()), "this CPU or this build has no kernels for isa = ", isa);
+}
+
+}  // namespace
+}  // namespace sparsekit
+
+#define GEOMETRY "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
+
+STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
+  m.def("best_isa() -> str");
+  m.def("set_isa(str isa) -> ()");
+  m.def("compress(Tensor(a!) out, Tensor weight, Tensor crow_indices, Tensor col_indices) -> ()");
+  m.def("decompress(Tensor(a!) out, Tensor values, Tensor crow_indices, Tensor col_indices) -> ()");
+  m.def("conv2d(Tensor(a!) out, Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, "
+        GEOMETRY ") -> ()");
+  m.def("conv2d_input_grad(Tensor(a!) out, Tensor grad_output, Tensor values, Tensor t_crow_indices, "
+        "Tensor t_col_indices, Tensor t_permutation, " GEOMETRY ") -> ()");
+  m.def("conv2d_values_grad(Tensor(a!) out, Tensor grad_output, Tensor input, Tensor crow_indices, "
+        "Tensor col_indices, " GEOMETRY ") -> ()");
+  m.def("linear(Tensor(a!) out, Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias) "
+        "-> ()");
+  m.def("linear_input_grad(Tensor(a!) out, Tensor grad_output, Tensor values, Tensor t_crow_indices, "
+        "Tensor t_col_indices, Tensor t_permutation) -> ()");
+  m.def("linear_values_grad(Tensor(a!) out, Tensor grad_output, Tensor input, Tensor crow_indices, "
+        "Tensor col_indices) -> ()");
+  m.def("bias_grad(Tensor(a!) out, Tensor grad_output) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
+  m.impl("best_isa", TORCH_BOX(&sparsekit::best_isa_op));
+  m.impl("set_isa", TORCH_BOX(&sparsekit::set_isa_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
+  m.impl("compress", TORCH_BOX(&sparsekit::compress_op));
+  m.impl("decompress", TORCH_BOX(&sparsekit::decompress_op));
+  m.impl("conv2d", TORCH_BOX(&sparsekit::conv2d_op));
+  m.impl("conv2d_input_grad", TORCH_BOX(&sparsekit::conv2d_input_grad_op));
+  m.impl("conv2d_values_grad", TORCH_BOX(&sparsekit::conv2d_values_grad_op));
+  m.impl("linear", TORCH_BOX(&sparsekit::linear_op));
+  m.impl("linear_input_grad", TORCH_BOX(&sparsekit::linear_input_grad_op));
+  m.impl("linear_values_grad", TORCH_BOX(&sparsekit::linear_values_grad_op));
+  m.impl("bias_grad", TORCH_BOX(&sparsekit::bias_grad_op));
+}
