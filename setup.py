@@ -43,7 +43,7 @@ def extension():
                 include_dirs=[CSRC],
                 depends=["csrc/ops.h", "csrc/checks.h", "csrc/cpu/conv2d.h", "csrc/cpu/kernels.h", "csrc/cpu/vec.h"],
                 extra_compile_args=SHARED_FLAGS,
-                extra_link_args=["-s"],
+                extra_link_args=["-Wl,--strip-debug"],
                 py_limited_api=True,
             )
         ],

@@ -9,6 +9,9 @@
 
 #include "cpu/conv2d.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -26,9 +29,24 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t floor_div(int64_t n, int64_t by) { return n >= 0 ? n / by : -ceil_div(-n, by); }
 
+int64_t env(const char* name, int64_t otherwise) {
+  const char* s = std::getenv(name);
+  return s ? std::atoll(s) : otherwise;
+}
+
 template <class F>
 void parallel(int64_t count, const F& f) {
   if (count > 0) torch::stable::parallel_for(0, count, 1, f);
+}
+
+// Fresh memory comes page by page, and a fault costs more than filling the page: ask for huge ones.
+void use_huge_pages(float* data, int64_t floats) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data + floats) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 // A thread's own memory, kept between calls.
@@ -78,6 +96,8 @@ struct Walk {
   int64_t tiles_h() const { return ceil_div(target_h, tile_h); }
   int64_t tiles_w() const { return ceil_div(target_w, tile_w); }
   int64_t tiles() const { return images * tiles_h() * tiles_w(); }
+  // Floats from one row of results to the next, where they are not written in place.
+  int64_t result_stride() const { return round_up((tile_h - 1) * pitch + tile_w, kAlign) + kAlign; }
 };
 
 struct Tile {
@@ -133,7 +153,7 @@ void choose_tile(Walk& walk, int64_t lanes_wanted) {
   const int64_t halo = walk.left + walk.right;
   if (walk.target_w + halo > lanes_wanted) {
     const int64_t pieces = ceil_div(walk.target_w + halo, lanes_wanted);
-    walk.tile_w = std::min(walk.target_w, round_up(ceil_div(walk.target_w, pieces), 4 * kAlign));
+    walk.tile_w = std::min(walk.target_w, round_up(ceil_div(walk.target_w, pieces), 2 * kAlign));
   } else {
     walk.tile_w = walk.target_w;
   }
@@ -158,8 +178,9 @@ void choose_tile(Walk& walk, int64_t lanes_wanted) {
     const int64_t lanes = round_up((walk.tile_h - 1) * walk.pitch + walk.tile_w, kAlign);
     base += round_up((p.up + p.down) * walk.pitch + halo + lanes, kAlign);
   }
-  // An odd number of lines, so that the channels spread over all sets of the cache.
-  walk.channel_stride = base / kAlign % 2 ? base : base + kAlign;
+  // Where a strip is a part of the tile: an odd number of lines, so that its channels spread over all sets of the cache.
+  const bool several_strips = base > 4 * kAlign;
+  walk.channel_stride = std::max(kAlign, several_strips && base / kAlign % 2 == 0 ? base + kAlign : base);
 }
 
 Walk forward_walk(const Conv2dGeometry& g, const Images& x, const Images& y) {
@@ -204,14 +225,17 @@ std::vector<Walk> input_grad_walks(const Conv2dGeometry& g, const Images& dy, co
   return walks;
 }
 
-// The weight as the microkernels read it: per group and block of channels, rows of (offset, value).
+// The weight as the microkernels read it: per group, block of channels and part of the rows, slots of (offset, value).
 class PackedWeight {
  public:
   // with_values: false where only the positions matter.
-  PackedWeight(const Walk& walk, const Csr& csr, int64_t block_channels, bool with_values)
+  PackedWeight(const Walk& walk, const Csr& csr, int64_t block_channels, int64_t parts, bool with_values)
       : walk_(walk), csr_(csr), blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
-        block_channels_(block_channels), taps_(walk.taps.size()) {
-    begin_.resize(walk.groups * blocks_ * (walk.rows + 1));
+        block_channels_(block_channels), parts_(parts), taps_(walk.taps.size()) {
+    const int64_t lists = walk.groups * blocks_;
+    begin_.resize(lists * walk.rows + 1);
+    order_.resize(lists * walk.rows);
+    slot_.resize(lists * walk.rows);
     offsets_.resize(csr.nnz + 4);
     if (with_values) values_.resize(csr.nnz + 4);
     std::vector<int32_t> offset_of(walk.source_channels * taps_);
@@ -227,14 +251,19 @@ class PackedWeight {
             c % block_channels * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch + walk.left + tap.dx;
       }
     count(offset_of);
+    sort();
     fill(offset_of);
   }
 
   int64_t blocks() const { return blocks_; }
-  int64_t nnz() const { return nnz_; }
+  int64_t nnz() const { return begin_.back(); }
+  int64_t first_row(int64_t part) const { return walk_.rows * part / parts_; }
 
-  Rows rows(int64_t group, int64_t block, int64_t first, int64_t count) const {
-    return {starts(group, block) + first, offsets_.data(), values_.data(), count};
+  // The rows [first_row(part), first_row(part + 1)) of a group, over one block of channels.
+  Rows rows(int64_t group, int64_t block, int64_t part) const {
+    const int64_t start = (group * blocks_ + block) * walk_.rows + first_row(part);
+    return {begin_.data() + start, order_.data() + start, offsets_.data(), values_.data(),
+            first_row(part + 1) - first_row(part)};
   }
 
   // Move sums that are in packed order to the order of the CSR.
@@ -243,18 +272,19 @@ class PackedWeight {
       for (int64_t r = first; r < last; ++r) {
         float* to = grad + csr_.crow[r];
         for (int64_t b = 0; b < blocks_; ++b) {
-          const int32_t* start = starts(r / walk_.rows, b) + r % walk_.rows;
-          to = std::copy(packed + start[0], packed + start[1], to);
+          const int64_t slot = slot_[list(r, b)];
+          to = std::copy(packed + begin_[slot], packed + begin_[slot + 1], to);
         }
       }
     });
   }
 
  private:
-  const int32_t* starts(int64_t group, int64_t block) const {
-    return begin_.data() + (group * blocks_ + block) * (walk_.rows + 1);
+  int64_t list(int64_t row, int64_t block) const {
+    return (row / walk_.rows * blocks_ + block) * walk_.rows + row % walk_.rows;
   }
 
+  // f(list, first, end) for the non-zeros of a row in every block.
   template <class F>
   void each_segment(int64_t row, const F& f) const {
     int64_t j = csr_.crow[row];
@@ -267,36 +297,47 @@ class PackedWeight {
       } else {
         while (j < end && csr_.col[j] < stop) ++j;
       }
-      f(b, first, j);
+      f(list(row, b), first, j);
     }
   }
 
+  // slot_ holds the lengths until sort() turns them into slots.
   void count(const std::vector<int32_t>& offset_of) {
-    bool all_taps = true;
-    for (const Tap& tap : walk_.taps) all_taps &= tap.phase >= 0;
+    const bool all_taps = std::all_of(walk_.taps.begin(), walk_.taps.end(), [](const Tap& t) { return t.phase >= 0; });
     parallel(csr_.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
-        each_segment(r, [&](int64_t b, int64_t j, int64_t end) {
+        each_segment(r, [&](int64_t list, int64_t j, int64_t end) {
           int64_t n = end - j;
           if (!all_taps)
             for (n = 0; j < end; ++j) n += offset_of[csr_.col[j]] >= 0;
-          const_cast<int32_t*>(starts(r / walk_.rows, b))[r % walk_.rows + 1] = n;
+          slot_[list] = n;
         });
     });
+  }
+
+  void sort() {
     int32_t total = 0;
-    for (int64_t s = 0; s < walk_.groups * blocks_; ++s) {
-      int32_t* start = begin_.data() + s * (walk_.rows + 1);
-      start[0] = total;
-      for (int64_t r = 1; r <= walk_.rows; ++r) start[r] = total += start[r];
-    }
-    nnz_ = total;
+    for (int64_t l = 0; l < walk_.groups * blocks_; ++l)
+      for (int64_t part = 0; part < parts_; ++part) {
+        const int64_t start = l * walk_.rows + first_row(part), rows = first_row(part + 1) - first_row(part);
+        int32_t* order = order_.data() + start;
+        for (int64_t r = 0; r < rows; ++r) order[r] = r;
+        const int32_t* length = slot_.data() + start;
+        std::stable_sort(order, order + rows, [&](int32_t a, int32_t b) { return length[a] > length[b]; });
+        for (int64_t s = 0; s < rows; ++s) {
+          begin_[start + s] = total;
+          total += length[order[s]];
+        }
+        for (int64_t s = 0; s < rows; ++s) slot_[start + order[s]] = start + s;
+      }
+    begin_.back() = total;
   }
 
   void fill(const std::vector<int32_t>& offset_of) {
     parallel(csr_.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
-        each_segment(r, [&](int64_t b, int64_t j, int64_t end) {
-          int64_t to = starts(r / walk_.rows, b)[r % walk_.rows];
+        each_segment(r, [&](int64_t list, int64_t j, int64_t end) {
+          int64_t to = begin_[slot_[list]];
           for (; j < end; ++j) {
             const int32_t offset = offset_of[csr_.col[j]];
             if (offset < 0) continue;
@@ -310,8 +351,8 @@ class PackedWeight {
 
   const Walk& walk_;
   const Csr& csr_;
-  int64_t blocks_, block_channels_, taps_, nnz_ = 0;
-  std::vector<int32_t> begin_;
+  int64_t blocks_, block_channels_, parts_, taps_;
+  std::vector<int32_t> begin_, order_, slot_;
   std::vector<uint32_t> offsets_;
   std::vector<float> values_;
 };
@@ -355,6 +396,7 @@ void pack_source(const Walk& walk, const Tile& tile, int64_t channel, int64_t co
 
 // Whether lanes and target memory have the same layout, so that results need no copy.
 bool writes_in_place(const Walk& walk) {
+  if (env("SK_SCRATCH", 0)) return false;
   return walk.target.col == 1 && (walk.tile_h == 1 || walk.target.row == walk.pitch);
 }
 
@@ -395,11 +437,6 @@ void pack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t co
   }
 }
 
-int64_t env(const char* name, int64_t otherwise) {
-  const char* s = std::getenv(name);
-  return s ? std::atoll(s) : otherwise;
-}
-
 // Channels per block: the tile's block fits the first-level cache, unless rows would have too few non-zeros in it.
 int64_t block_channels(const Walk& walk, const Csr& csr, int64_t bytes, int64_t row_nnz) {
   const int64_t fits = std::max<int64_t>(1, bytes / (walk.channel_stride * (int64_t)sizeof(float)));
@@ -410,47 +447,51 @@ int64_t block_channels(const Walk& walk, const Csr& csr, int64_t bytes, int64_t 
 
 int64_t lanes_for(const Walk& walk, int64_t bytes, int64_t lanes_max) {
   const int64_t channels = std::max<int64_t>(1, walk.source_channels * (int64_t)walk.phases.size());
-  return std::clamp<int64_t>(bytes / (channels * (int64_t)sizeof(float)) / 64 * 64, 64, lanes_max);
+  return std::clamp<int64_t>(bytes / (channels * (int64_t)sizeof(float)) / 32 * 32, 32, lanes_max);
 }
 
 void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
   static const int64_t tile_bytes = env("SK_TILE", 192) << 10, block_bytes = env("SK_BLOCK", 28) << 10,
                        block_nnz = env("SK_NNZ", 16), lanes_max = env("SK_LANES", 512);
-  std::vector<PackedWeight> weights;
-  weights.reserve(walks.size());
-  std::vector<int64_t> blocks;
   int64_t tiles = 0;
   for (Walk& walk : walks) {
     choose_tile(walk, lanes_for(walk, tile_bytes, lanes_max));
-    blocks.push_back(block_channels(walk, csr, block_bytes, block_nnz));
-    weights.emplace_back(walk, csr, blocks.back(), true);
     tiles = std::max(tiles, walk.tiles());
   }
   const int64_t groups = walks[0].groups, rows = walks[0].rows;
   // Few tiles: cut the rows too, so that every thread has work; the price is packing a tile more than once.
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t row_parts = std::clamp<int64_t>(tiles * groups >= 2 * threads ? 1 : 2 * threads / (tiles * groups), 1, ceil_div(rows, 16));
-  parallel(tiles * groups * row_parts, [&](int64_t begin, int64_t end) {
-    for (size_t w = 0; w < walks.size(); ++w) {
-      const Walk& walk = walks[w];
-      const int64_t stride = round_up((walk.tile_h - 1) * walk.pitch + walk.tile_w, kAlign) + kAlign;
-      const int64_t block_floats = blocks[w] * walk.channel_stride;
-      float* block = tile_scratch.get(block_floats);
-      std::memset(block, 0, block_floats * sizeof(float));
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t part = task % row_parts, group = task / row_parts % groups, index = task / row_parts / groups;
+  const int64_t wanted = 2 * torch::stable::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>(wanted / (tiles * groups), 1, ceil_div(rows, 16));
+  std::vector<PackedWeight> weights;
+  std::vector<int64_t> blocks, blocks_at;
+  int64_t floats = 0;
+  weights.reserve(walks.size());
+  for (Walk& walk : walks) {
+    blocks.push_back(block_channels(walk, csr, block_bytes, block_nnz));
+    weights.emplace_back(walk, csr, blocks.back(), parts, true);
+    blocks_at.push_back(floats);
+    floats += blocks.back() * walk.channel_stride;
+  }
+  parallel(tiles * groups * parts, [&](int64_t begin, int64_t end) {
+    float* scratch = tile_scratch.get(floats);
+    std::memset(scratch, 0, floats * sizeof(float));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % parts, group = task / parts % groups, index = task / parts / groups;
+      for (size_t w = 0; w < walks.size(); ++w) {
+        const Walk& walk = walks[w];
         if (index >= walk.tiles()) continue;
         const Tile tile = tile_at(walk, index);
-        const int64_t first = rows * part / row_parts, count = rows * (part + 1) / row_parts - first;
+        const int64_t first = weights[w].first_row(part), count = weights[w].first_row(part + 1) - first;
         const int64_t channel = group * rows + first;
         const bool in_place = writes_in_place(walk);
+        const int64_t stride = in_place ? walk.target.channel : walk.result_stride();
         float* out = in_place ? target_at(walk, tile, channel) : result_scratch.get(count * stride);
-        const int64_t out_stride = in_place ? walk.target.channel : stride;
+        float* block = scratch + blocks_at[w];
         for (int64_t b = 0; b < weights[w].blocks(); ++b) {
           const int64_t c = b * blocks[w];
           pack_source(walk, tile, group * walk.source_channels + c, std::min(blocks[w], walk.source_channels - c), block);
           kernels().spmm(
-              block, weights[w].rows(group, b, first, count), bias ? bias + channel : nullptr, b > 0, out, out_stride,
+              block, weights[w].rows(group, b, part), bias ? bias + channel : nullptr, b > 0, out, stride,
               tile.lanes(walk));
         }
         if (!in_place) unpack_target(walk, tile, channel, count, out, stride);
@@ -462,11 +503,13 @@ void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
 }  // namespace
 
 void conv2d(const Conv2dGeometry& g, const Csr& weight, const float* bias, const Images& x, const Images& y) {
+  use_huge_pages(y.data, g.batch * g.out_channels * g.out_h * g.out_w);
   std::vector<Walk> walks{forward_walk(g, x, y)};
   run(walks, weight, bias);
 }
 
 void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Images& dy, const Images& dx) {
+  use_huge_pages(dx.data, g.batch * g.in_channels * g.in_h * g.in_w);
   std::vector<Walk> walks = input_grad_walks(g, dy, dx);
   run(walks, weight_t, nullptr);
 }
@@ -478,25 +521,24 @@ void conv2d_values_grad(
   Walk walk = forward_walk(g, x, dy);
   choose_tile(walk, lanes_for(walk, tile_bytes, lanes_max));
   const int64_t block = block_channels(walk, weight, block_bytes, block_nnz);
-  const PackedWeight packed(walk, weight, block, false);
   const int64_t tiles = walk.tiles();
   // Partial sums over a fixed number of chunks of tiles, whatever the number of threads, then added in order.
   constexpr int64_t kChunks = 8;
   const int64_t chunks = std::min(tiles, kChunks), threads = torch::stable::get_num_threads();
-  const int64_t row_parts =
-      std::clamp<int64_t>(ceil_div(threads, std::max<int64_t>(1, chunks * walk.groups)), 1, ceil_div(walk.rows, 16));
+  const int64_t parts = std::clamp<int64_t>(ceil_div(threads, chunks * walk.groups), 1, ceil_div(walk.rows, 16));
+  const PackedWeight packed(walk, weight, block, parts, false);
   const int64_t nnz = packed.nnz();
   std::unique_ptr<float[]> partial(new float[(chunks + 1) * nnz]);
   parallel(chunks, [&](int64_t begin, int64_t end) {
     std::memset(partial.get() + begin * nnz, 0, (end - begin) * nnz * sizeof(float));
   });
-  const int64_t stride = round_up((walk.tile_h - 1) * walk.pitch + walk.tile_w, kAlign) + kAlign;
-  parallel(chunks * walk.groups * row_parts, [&](int64_t begin, int64_t end) {
+  const int64_t stride = walk.result_stride();
+  parallel(chunks * walk.groups * parts, [&](int64_t begin, int64_t end) {
     float* source = tile_scratch.get(block * walk.channel_stride);
     std::memset(source, 0, block * walk.channel_stride * sizeof(float));
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % row_parts, group = task / row_parts % walk.groups, chunk = task / row_parts / walk.groups;
-      const int64_t first = walk.rows * part / row_parts, count = walk.rows * (part + 1) / row_parts - first;
+      const int64_t part = task % parts, group = task / parts % walk.groups, chunk = task / parts / walk.groups;
+      const int64_t first = packed.first_row(part), count = packed.first_row(part + 1) - first;
       const int64_t channel = group * walk.rows + first;
       for (int64_t index = tiles * chunk / chunks; index < tiles * (chunk + 1) / chunks; ++index) {
         const Tile tile = tile_at(walk, index);
@@ -512,7 +554,7 @@ void conv2d_values_grad(
           const int64_t c = b * block;
           pack_source(walk, tile, group * walk.source_channels + c, std::min(block, walk.source_channels - c), source);
           kernels().sddmm(
-              source, packed.rows(group, b, first, count), lanes, lanes_stride, tile.lanes(walk),
+              source, packed.rows(group, b, part), lanes, lanes_stride, tile.lanes(walk),
               partial.get() + chunk * nnz);
         }
       }

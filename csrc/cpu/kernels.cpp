@@ -14,7 +14,7 @@ namespace {
 
 // Registers of lanes per strip. More than 4 would not lower the load rate much and would need a larger tile.
 constexpr int kStrip = kLanes == 16 ? 4 : 8;
-constexpr int kPrefetchRows = 8;
+constexpr int kPrefetchSlots = 8;
 
 template <int N>
 inline void spmm_strip(
@@ -25,15 +25,17 @@ inline void spmm_strip(
   const uint32_t* offsets = rows.offsets;
   const float* values = rows.values;
   for (int64_t r = 0; r < rows.count; ++r) {
-    float* to = out + r * out_stride;
+    const int64_t row = rows.order[r];
+    float* to = out + row * out_stride;
+    const float* soon = out + rows.order[r + kPrefetchSlots < rows.count ? r + kPrefetchSlots : r] * out_stride;
     Vec sum[kSums][N];
     for (int v = 0; v < N; ++v) {
-      __builtin_prefetch(to + kPrefetchRows * out_stride + v * kLanes, 1);
+      __builtin_prefetch(soon + v * kLanes, 1);
       for (int s = 0; s < kSums; ++s) sum[s][v] = zero();
       if (accumulate) {
         sum[0][v] = v == N - 1 ? load(to + v * kLanes, tail) : load(to + v * kLanes);
       } else if (bias) {
-        sum[0][v] = broadcast(bias[r]);
+        sum[0][v] = broadcast(bias[row]);
       }
     }
     int64_t j = rows.begin[r];
@@ -212,7 +214,7 @@ inline void sddmm_strip(
     int64_t j = rows.begin[r];
     const int64_t end = rows.begin[r + 1];
     if (j == end) continue;
-    const float* from = dy + r * dy_stride;
+    const float* from = dy + rows.order[r] * dy_stride;
     Vec d[N];
     for (int v = 0; v < N - 1; ++v) d[v] = load(from + v * kLanes);
     d[N - 1] = tail == kLanes ? load(from + (N - 1) * kLanes) : load(from + (N - 1) * kLanes, tail);
@@ -265,7 +267,20 @@ void gather(
       for (; c + kLanes <= cols; c += kLanes) store(to + c, load(from + c));
       if (c < cols) store(to + c, load(from + c, cols - c), cols - c);
     } else {
-      for (int64_t c = 0; c < cols; ++c) to[c] = from[c * from_col];
+      int64_t c = 0;
+#if defined(__AVX512F__)
+      if (from_col == 2) {
+        // One float less than two registers may be there to read at the end of the row.
+        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        for (; c < cols; c += kLanes) {
+          const int64_t n = cols - c < kLanes ? cols - c : kLanes, floats = 2 * n - 1;
+          const Vec low = load(from + 2 * c, floats < kLanes ? floats : kLanes);
+          const Vec high = floats > kLanes ? load(from + 2 * c + kLanes, floats - kLanes) : zero();
+          store(to + c, _mm512_permutex2var_ps(low, even, high), n);
+        }
+      }
+#endif
+      for (; c < cols; ++c) to[c] = from[c * from_col];
     }
   }
 }
@@ -273,8 +288,20 @@ void gather(
 void scatter(
     float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows, int64_t cols) {
   if (to_col == 1) return gather(to, to_row, from, from_row, 1, rows, cols);
-  for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row)
-    for (int64_t c = 0; c < cols; ++c) to[c * to_col] = from[c];
+  for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
+    int64_t c = 0;
+#if defined(__AVX512F__)
+    if (to_col == 2) {
+      const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+      for (; c < cols; c += kLanes / 2) {
+        const int64_t n = cols - c < kLanes / 2 ? cols - c : kLanes / 2;
+        const Vec v = _mm512_permutexvar_ps(twice, load(from + c, n));
+        _mm512_mask_storeu_ps(to + 2 * c, first(2 * n) & 0x5555, v);
+      }
+    }
+#endif
+    for (; c < cols; ++c) to[c * to_col] = from[c];
+  }
 }
 
 void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols) {

@@ -2,7 +2,8 @@
 //
 // They work on a packed tile: every channel of a block of input channels occupies `channel stride` floats, in which the
 // tile's output pixels are contiguous lanes. A kept weight is an offset into the tile and a value: its products are
-// value * tile[offset + lane]. Rows are output channels; row r owns the non-zeros [begin[r], begin[r + 1]).
+// value * tile[offset + lane]. Slot s owns the non-zeros [begin[s], begin[s + 1]) of output channel order[s]; slots are
+// sorted by length, so that the loops over non-zeros end where the branch predictor expects.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@ namespace sparsekit {
 
 struct Rows {
   const int32_t* begin;     // [count + 1]
+  const int32_t* order;     // [count], row of every slot
   const uint32_t* offsets;  // [nnz], in floats, into the tile
   const float* values;      // [nnz]
   int64_t count;

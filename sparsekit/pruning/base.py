@@ -1,0 +1,218 @@
+"""The protocol of every pruning method: score -> mask -> set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from ..convert import set_mask_, sparsify_
+from ..nn import SparseModule
+from .distributions import Distribution, distribution_from
+from .layers import Rule, prunable_layers, weight_id
+from .masks import top_k
+from .schedules import Schedule
+
+logger = logging.getLogger("sparsekit")
+
+
+def prune_masks(
+    layers: Mapping[str, nn.Module],
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    distribution: str | Distribution = "global",
+) -> dict[str, Tensor]:
+    """The masks that keep the best scores; what a sparse layer has pruned stays pruned.
+
+    Args:
+        layers: name to layer, as from :func:`prunable_layers`.
+        scores: name to scores of the weight's shape; the lowest are pruned.
+        sparsity: fraction of zeros over all ``layers``, in [0, 1), met within one weight. Layers that are sparser than
+            that together keep their masks.
+        distribution: ``"global"``, ``"uniform"``, ``"erk"``, or a function as in :mod:`sparsekit.pruning.distributions`.
+
+    Returns:
+        Name to bool mask of the weight's shape; True is kept.
+
+    Raises:
+        ValueError: ``sparsity`` is outside [0, 1), ``distribution`` is unknown, or scores are NaN.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> layers = {"fc": torch.nn.Linear(3, 1)}
+        >>> sk.pruning.prune_masks(layers, {"fc": torch.tensor([[3.0, 1.0, 2.0]])}, sparsity=0.3)
+        {'fc': tensor([[ True, False,  True]])}
+    """
+    candidates = {}
+    for name, module in layers.items():
+        score = scores[name]
+        if score.isnan().any():
+            raise ValueError(f"scores must not hold NaN, got {int(score.isnan().sum())} of them in layer {name!r}")
+        # Below the score of any weight that is kept, even of one that is exactly zero.
+        is_sparse = isinstance(module, SparseModule)
+        candidates[name] = score.masked_fill(~module.weight_mask, -torch.inf) if is_sparse else score
+    counts = distribution_from(distribution)(candidates, sparsity)
+    return {name: top_k(score, counts[name]) for name, score in candidates.items()}
+
+
+class Pruner:
+    """A pruning method attached to a model and its optimizer; subclasses mostly define :meth:`scores`.
+
+    All pruned layers become sparse modules at once, with the Parameters the optimizer knows. Weights that a mask has
+    pruned stay pruned. Zeros in a layer that is still plain are weights like any other: to keep them pruned, call
+    :func:`sparsekit.sparsify_` first. An optimizer that mixes the entries of a weight needs
+    :func:`sparsekit.keep_zeros`.
+
+    To resume, build the same model and pruner, then load the state dicts of model, optimizer and pruner.
+
+    Args:
+        model: pruned in place.
+        optimizer: holds the weight of every pruned layer.
+        schedule: when masks change and to which sparsity; an update at step 0 happens here.
+        distribution: ``"global"``, ``"uniform"``, ``"erk"``, or a function as in :mod:`sparsekit.pruning.distributions`.
+        exclude: layers to leave alone, see :func:`prunable_layers`. Sparsity counts the others.
+
+    Attributes:
+        layers: ``{name: sparse layer}``, what is pruned; tied weights once.
+        steps: optimizer steps counted so far.
+
+    Raises:
+        TypeError: a layer is of a class that cannot become sparse; exclude it.
+        ValueError: an unknown ``distribution``, no layer to prune, an ``exclude`` rule that matches nothing, or an
+            ``optimizer`` that lacks a weight.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> class Random(sk.pruning.Pruner):
+        ...     def scores(self):
+        ...         return {name: torch.rand_like(layer.weight) for name, layer in self.layers.items()}
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> pruner = Random(model, torch.optim.SGD(model.parameters(), lr=0.1), sk.pruning.OneShot(0.5))
+        >>> pruner.finalize()[0].sparsity
+        0.5
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        distribution: str | Distribution = "global",
+        exclude: Rule | Iterable[Rule] = (),
+    ):
+        distribution_from(distribution)
+        self.model, self.optimizer, self.schedule, self.distribution = model, optimizer, schedule, distribution
+        self.steps = 0
+        self.layers: dict[str, SparseModule] = _sparse_layers(model, exclude)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        foreign = [name for name, layer in self.layers.items() if id(layer.weight) not in held]
+        if foreign:
+            raise ValueError(
+                f"optimizer must hold the weight of every pruned layer, but lacks those of {len(foreign)}, "
+                f"such as {foreign[0]!r}; build it from this model's parameters, or exclude them"
+            )
+        if schedule.updates_at(0):
+            self.update()
+
+    def scores(self) -> dict[str, Tensor]:
+        """What every weight is worth: ``{name of layer: scores of the weight's shape}``; the lowest are pruned."""
+        raise NotImplementedError(f"{type(self).__name__} must define scores()")
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros that the masks make over all pruned layers, in [0, 1]."""
+        masks = [layer.weight_mask for layer in self.layers.values()]
+        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    def step(self) -> bool:
+        """Count an optimizer step and follow the schedule: call it once after every ``optimizer.step()``.
+
+        Returns:
+            Whether the masks were updated.
+        """
+        self.steps += 1
+        is_update = self.schedule.updates_at(self.steps)
+        if is_update:
+            self.update()
+        return is_update
+
+    def update(self) -> None:
+        """Score the weights, choose the masks for the sparsity of this step, and set them."""
+        self._prune_to(self.schedule(self.steps))
+
+    def finalize(self) -> nn.Module:
+        """End pruning: the target sparsity is met, and every pruned weight is exactly zero.
+
+        If the schedule is not over, what is missing is pruned at once, with a warning in the log.
+
+        Returns:
+            The model, whose pruned layers are :class:`~sparsekit.nn.SparseConv2d` and
+            :class:`~sparsekit.nn.SparseLinear`.
+        """
+        if self.steps < self.schedule.end:
+            logger.warning(
+                "%s finalized after %d of %d steps: pruning from sparsity %.4f to %.4f at once",
+                type(self).__name__, self.steps, self.schedule.end, self.sparsity, self.schedule.sparsity,
+            )  # fmt: skip
+            self._prune_to(self.schedule.sparsity)
+        for layer in self.layers.values():
+            set_mask_(layer, layer.weight_mask, self.optimizer)
+        return self.model
+
+    def state_dict(self) -> dict:
+        """The number of steps, and the settings it belongs to; masks are in the model's state dict."""
+        return {"steps": self.steps, **self._settings()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Continue where ``state`` was taken; load the model's and the optimizer's state too.
+
+        Args:
+            state: from :meth:`state_dict`.
+
+        Raises:
+            ValueError: ``state`` is of another method, or of one with other settings.
+        """
+        settings = {key: value for key, value in state.items() if key != "steps"}
+        for key, value in self._settings().items():
+            if settings.get(key) != value:
+                raise ValueError(f"state must be of a pruner with {key} = {value!r}, got {settings.get(key)!r}")
+        self.steps = state["steps"]
+
+    def _settings(self) -> dict:
+        return {
+            "method": type(self).__name__,
+            "schedule": {"kind": type(self.schedule).__name__, **asdict(self.schedule)},
+            "distribution": getattr(self.distribution, "__name__", self.distribution),
+            "layers": list(self.layers),
+        }
+
+    def _prune_to(self, sparsity: float) -> None:
+        masks = prune_masks(self.layers, self.scores(), sparsity, self.distribution)
+        for name, layer in self.layers.items():
+            set_mask_(layer, masks[name], self.optimizer)
+
+
+def _sparse_layers(model: nn.Module, exclude: Rule | Iterable[Rule]) -> dict[str, SparseModule]:
+    """The layers to prune, after they became sparse; those that were plain keep every weight."""
+    layers = prunable_layers(model, exclude)
+    chosen = {weight_id(layer) for layer in layers.values()}
+    plain = [layer for layer in layers.values() if _has_no_mask(layer)]
+    sparsify_(model, filter_fn=lambda _, module: weight_id(module) in chosen, min_sparsity=0)
+    for name, layer in layers.items():
+        if not isinstance(layer, SparseModule):
+            raise TypeError(
+                f"layer {name!r} is a {type(layer).__name__}, which cannot become sparse: only nn.Conv2d, nn.Linear and "
+                "their sparse versions can, not other subclasses; exclude it"
+            )
+    for layer in plain:
+        # sparsify_ takes zeros for pruned weights; a zero-initialised layer must still be able to learn.
+        set_mask_(layer, torch.ones_like(layer.weight_mask))
+    return layers
+
+
+def _has_no_mask(layer: nn.Module) -> bool:
+    """Whether neither a sparse module nor torch.nn.utils.prune says which weights are pruned."""
+    return not isinstance(layer, SparseModule) and "weight_orig" not in layer._parameters
