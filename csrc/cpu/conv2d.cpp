@@ -23,6 +23,7 @@
 namespace sparsekit {
 namespace {
 
+constexpr int64_t kNarrow = 3;  // widest kernel that gets one copy of the source per column
 constexpr int64_t kAlign = 16;  // floats in a cache line, and in the widest register
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -74,9 +75,10 @@ struct Tap {
   int64_t phase, dy, dx;  // phase < 0: the tap does not touch this walk
 };
 
-// The source pixels (y * step_h + offset_h, x * step_w + offset_w), and the rows that taps reach above and below.
+// The source pixels (y * step_h + offset_h, (x + shift) * step_w + offset_w), and the rows that taps reach above and
+// below.
 struct Phase {
-  int64_t offset_h, offset_w, up, down;
+  int64_t offset_h, offset_w, shift, up, down;
   int64_t base;  // of its first float in a channel of the packed block
 };
 
@@ -89,6 +91,7 @@ struct Walk {
   std::vector<Tap> taps;
   std::vector<Phase> phases;
   int64_t left = 0, right = 0;  // columns that taps reach beyond the target's
+  bool aligned = false;         // every tap has a phase of its own horizontal shift
 
   // The tile: tile_h x tile_w target pixels, pitch lanes from one row to the next.
   int64_t tile_h, tile_w, pitch, channel_stride;
@@ -112,15 +115,21 @@ Tile tile_at(const Walk& walk, int64_t index) {
   return {rest / walk.tiles_h(), y, x, std::min(walk.tile_h, walk.target_h - y), std::min(walk.tile_w, walk.target_w - x)};
 }
 
-int64_t add_phase(Walk& walk, int64_t offset_h, int64_t offset_w) {
-  for (size_t i = 0; i < walk.phases.size(); ++i)
-    if (walk.phases[i].offset_h == offset_h && walk.phases[i].offset_w == offset_w) return i;
-  walk.phases.push_back({offset_h, offset_w, 0, 0, 0});
+int64_t add_phase(Walk& walk, int64_t offset_h, int64_t offset_w, int64_t shift) {
+  for (size_t i = 0; i < walk.phases.size(); ++i) {
+    const Phase& p = walk.phases[i];
+    if (p.offset_h == offset_h && p.offset_w == offset_w && p.shift == shift) return i;
+  }
+  walk.phases.push_back({offset_h, offset_w, shift, 0, 0, 0});
   return walk.phases.size() - 1;
 }
 
-void add_tap(Walk& walk, int64_t offset_h, int64_t offset_w, int64_t dy, int64_t dx) {
-  const int64_t phase = add_phase(walk, offset_h, offset_w);
+// A narrow kernel gets a copy of the source for every horizontal shift, so that all its loads are aligned; a wide one
+// reads a single copy at any offset.
+void add_tap(Walk& walk, bool narrow, int64_t offset_h, int64_t offset_w, int64_t dy, int64_t dx) {
+  const int64_t phase = add_phase(walk, offset_h, offset_w, narrow ? dx : 0);
+  walk.aligned = narrow;
+  if (narrow) dx = 0;
   walk.phases[phase].up = std::max(walk.phases[phase].up, -dy);
   walk.phases[phase].down = std::max(walk.phases[phase].down, dy);
   walk.left = std::max(walk.left, -dx);
@@ -130,7 +139,9 @@ void add_tap(Walk& walk, int64_t offset_h, int64_t offset_w, int64_t dy, int64_t
 
 // Pointwise walks have no neighbourhood: let as many pixels as possible be one long row.
 void merge_rows(Walk& walk) {
-  if (walk.phases.size() != 1 || walk.left || walk.right || walk.phases[0].up || walk.phases[0].down) return;
+  if (walk.phases.size() != 1 || walk.left || walk.right) return;
+  if (walk.phases[0].shift || walk.phases[0].up || walk.phases[0].down) return;
+  walk.aligned = false;
   if (walk.step_h != 1 || walk.step_w != 1 || walk.source_h != walk.target_h || walk.source_w != walk.target_w) return;
   auto dense_rows = [&](const Images& t) { return t.row == walk.target_w * t.col; };
   if (!dense_rows(walk.source) || !dense_rows(walk.target)) return;
@@ -148,8 +159,8 @@ void merge_rows(Walk& walk) {
 }
 
 // Lane count and pitch of the tile. `lanes_wanted` bounds the tile; of the heights within it, the one that computes and
-// copies the fewest lanes per pixel wins.
-void choose_tile(Walk& walk, int64_t lanes_wanted) {
+// copies the fewest lanes per pixel wins, where `overhead` is the work per row of the weight and tile, in lanes.
+void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
   const int64_t halo = walk.left + walk.right;
   if (walk.target_w + halo > lanes_wanted) {
     const int64_t pieces = ceil_div(walk.target_w + halo, lanes_wanted);
@@ -162,15 +173,15 @@ void choose_tile(Walk& walk, int64_t lanes_wanted) {
   const int64_t shared = std::min(walk.left, walk.right);
   if (walk.tile_w == walk.target_w && ceil_div(walk.source_w, walk.step_w) <= walk.target_w + walk.right - shared)
     walk.pitch -= shared;
+  if (walk.aligned) walk.pitch = round_up(walk.pitch, 8);
   walk.tile_h = 1;
   double best = 0;
   for (int64_t h = 1; h <= walk.target_h && (h == 1 || (h - 1) * walk.pitch + walk.tile_w <= lanes_wanted); ++h) {
     int64_t copied = 0;
     for (const Phase& p : walk.phases) copied += (h + p.up + p.down) * walk.pitch;
-    const double computed = 4.0 * round_up((h - 1) * walk.pitch + walk.tile_w, kAlign);
-    const double padded_h = ceil_div(walk.target_h, h) * h;
-    const double cost = (computed + copied) / h * padded_h / walk.target_h;
-    if (h == 1 || cost < best * 0.999) best = cost, walk.tile_h = h;
+    const double computed = 16.0 * (round_up((h - 1) * walk.pitch + walk.tile_w, kAlign) + overhead);
+    const double cost = (computed + copied) * ceil_div(walk.target_h, h);
+    if (h == 1 || cost < best) best = cost, walk.tile_h = h;
   }
   int64_t base = 0;
   for (Phase& p : walk.phases) {
@@ -183,6 +194,13 @@ void choose_tile(Walk& walk, int64_t lanes_wanted) {
   walk.channel_stride = std::max(kAlign, several_strips && base / kAlign % 2 == 0 ? base + kAlign : base);
 }
 
+// Floats of a channel that a strip of `lanes` reads.
+int64_t strip_floats(const Walk& walk, int64_t lanes) {
+  int64_t floats = 0;
+  for (const Phase& p : walk.phases) floats += std::min(lanes, walk.tile_h * walk.pitch) + (p.up + p.down) * walk.pitch;
+  return std::max<int64_t>(1, std::min(floats, walk.channel_stride));
+}
+
 Walk forward_walk(const Conv2dGeometry& g, const Images& x, const Images& y) {
   Walk walk{x, g.in_h, g.in_w, g.stride_h, g.stride_w, y, g.out_h, g.out_w, g.batch, g.groups};
   walk.source_channels = g.in_channels / g.groups;
@@ -191,7 +209,7 @@ Walk forward_walk(const Conv2dGeometry& g, const Images& x, const Images& y) {
     for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
       const int64_t h = ky * g.dilation_h - g.pad_top, w = kx * g.dilation_w - g.pad_left;
       const int64_t dy = floor_div(h, g.stride_h), dx = floor_div(w, g.stride_w);
-      add_tap(walk, h - dy * g.stride_h, w - dx * g.stride_w, dy, dx);
+      add_tap(walk, g.kernel_w <= kNarrow, h - dy * g.stride_h, w - dx * g.stride_w, dy, dx);
     }
   merge_rows(walk);
   return walk;
@@ -216,7 +234,7 @@ std::vector<Walk> input_grad_walks(const Conv2dGeometry& g, const Images& dy, co
           if (h % g.stride_h || w % g.stride_w) {
             walk.taps.push_back({-1, 0, 0});
           } else {
-            add_tap(walk, 0, 0, h / g.stride_h, w / g.stride_w);
+            add_tap(walk, g.kernel_w <= kNarrow, 0, 0, h / g.stride_h, w / g.stride_w);
           }
         }
       merge_rows(walk);
@@ -228,7 +246,7 @@ std::vector<Walk> input_grad_walks(const Conv2dGeometry& g, const Images& dy, co
 // The weight as the microkernels read it: per group, block of channels and part of the rows, slots of (offset, value).
 class PackedWeight {
  public:
-  // with_values: false where only the positions matter.
+  // For spmm (with values), or for sddmm (without; slots are filled up to a multiple of 4 with offsets of no meaning).
   PackedWeight(const Walk& walk, const Csr& csr, int64_t block_channels, int64_t parts, bool with_values)
       : walk_(walk), csr_(csr), blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
         block_channels_(block_channels), parts_(parts), taps_(walk.taps.size()) {
@@ -236,8 +254,7 @@ class PackedWeight {
     begin_.resize(lists * walk.rows + 1);
     order_.resize(lists * walk.rows);
     slot_.resize(lists * walk.rows);
-    offsets_.resize(csr.nnz + 4);
-    if (with_values) values_.resize(csr.nnz + 4);
+    length_.resize(lists * walk.rows);
     std::vector<int32_t> offset_of(walk.source_channels * taps_);
     for (int64_t c = 0; c < walk.source_channels; ++c)
       for (int64_t t = 0; t < taps_; ++t) {
@@ -251,12 +268,14 @@ class PackedWeight {
             c % block_channels * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch + walk.left + tap.dx;
       }
     count(offset_of);
-    sort();
+    sort(with_values ? 1 : 4);
+    offsets_.resize(size());
+    if (with_values) values_.resize(size() + 4);  // read four at a time
     fill(offset_of);
   }
 
   int64_t blocks() const { return blocks_; }
-  int64_t nnz() const { return begin_.back(); }
+  int64_t size() const { return begin_.back(); }
   int64_t first_row(int64_t part) const { return walk_.rows * part / parts_; }
 
   // The rows [first_row(part), first_row(part + 1)) of a group, over one block of channels.
@@ -272,8 +291,8 @@ class PackedWeight {
       for (int64_t r = first; r < last; ++r) {
         float* to = grad + csr_.crow[r];
         for (int64_t b = 0; b < blocks_; ++b) {
-          const int64_t slot = slot_[list(r, b)];
-          to = std::copy(packed + begin_[slot], packed + begin_[slot + 1], to);
+          const int64_t i = list(r, b);
+          to = std::copy_n(packed + begin_[slot_[i]], length_[i], to);
         }
       }
     });
@@ -301,7 +320,6 @@ class PackedWeight {
     }
   }
 
-  // slot_ holds the lengths until sort() turns them into slots.
   void count(const std::vector<int32_t>& offset_of) {
     const bool all_taps = std::all_of(walk_.taps.begin(), walk_.taps.end(), [](const Tap& t) { return t.phase >= 0; });
     parallel(csr_.rows, [&](int64_t first, int64_t last) {
@@ -310,23 +328,23 @@ class PackedWeight {
           int64_t n = end - j;
           if (!all_taps)
             for (n = 0; j < end; ++j) n += offset_of[csr_.col[j]] >= 0;
-          slot_[list] = n;
+          length_[list] = n;
         });
     });
   }
 
-  void sort() {
+  void sort(int64_t multiple) {
     int32_t total = 0;
     for (int64_t l = 0; l < walk_.groups * blocks_; ++l)
       for (int64_t part = 0; part < parts_; ++part) {
         const int64_t start = l * walk_.rows + first_row(part), rows = first_row(part + 1) - first_row(part);
         int32_t* order = order_.data() + start;
         for (int64_t r = 0; r < rows; ++r) order[r] = r;
-        const int32_t* length = slot_.data() + start;
+        const int32_t* length = length_.data() + start;
         std::stable_sort(order, order + rows, [&](int32_t a, int32_t b) { return length[a] > length[b]; });
         for (int64_t s = 0; s < rows; ++s) {
           begin_[start + s] = total;
-          total += length[order[s]];
+          total += round_up(length[order[s]], multiple);
         }
         for (int64_t s = 0; s < rows; ++s) slot_[start + order[s]] = start + s;
       }
@@ -352,7 +370,7 @@ class PackedWeight {
   const Walk& walk_;
   const Csr& csr_;
   int64_t blocks_, block_channels_, parts_, taps_;
-  std::vector<int32_t> begin_, order_, slot_;
+  std::vector<int32_t> begin_, order_, slot_, length_;
   std::vector<uint32_t> offsets_;
   std::vector<float> values_;
 };
@@ -362,7 +380,7 @@ void pack_source(const Walk& walk, const Tile& tile, int64_t channel, int64_t co
   const Kernels& k = kernels();
   for (const Phase& p : walk.phases) {
     // Columns of the phase that exist in the source, relative to the tile's leftmost packed column.
-    const int64_t x0 = tile.x - walk.left;
+    const int64_t x0 = tile.x - walk.left + p.shift;
     const int64_t width = ceil_div(walk.source_w - p.offset_w, walk.step_w);
     const int64_t height = ceil_div(walk.source_h - p.offset_h, walk.step_h);
     const int64_t from = std::clamp<int64_t>(-x0, 0, walk.pitch), to = std::clamp<int64_t>(width - x0, from, walk.pitch);
@@ -420,6 +438,20 @@ void unpack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t 
   }
 }
 
+bool same_tiles(const Walk& a, const Walk& b) {
+  return a.tile_h == b.tile_h && a.tile_w == a.target_w && b.tile_w == b.target_w && a.tiles() == b.tiles();
+}
+
+// unpack_target for two walks whose columns alternate.
+void interleave_target(
+    const Walk& even, const Walk& odd, const Tile& tile, int64_t channel, int64_t count, const float* even_lanes,
+    const float* odd_lanes) {
+  for (int64_t r = 0; r < tile.h; ++r)
+    kernels().interleave(
+        target_at(even, tile, channel) + r * even.target.row, even.target.channel, even_lanes + r * even.pitch,
+        odd_lanes + r * odd.pitch, even.result_stride(), odd.result_stride(), count, even.target_w + odd.target_w);
+}
+
 // The inverse: target pixels into lanes, zero where lanes are not pixels.
 void pack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, float* lanes, int64_t stride) {
   const Kernels& k = kernels();
@@ -437,40 +469,44 @@ void pack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t co
   }
 }
 
-// Channels per block: the tile's block fits the first-level cache, unless rows would have too few non-zeros in it.
-int64_t block_channels(const Walk& walk, const Csr& csr, int64_t bytes, int64_t row_nnz) {
-  const int64_t fits = std::max<int64_t>(1, bytes / (walk.channel_stride * (int64_t)sizeof(float)));
+// Channels per block: what a strip reads of it fits the first-level cache, unless rows would have too few non-zeros.
+int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t bytes, int64_t row_nnz) {
+  const int64_t fits = bytes / (strip_floats(walk, lanes) * (int64_t)sizeof(float));
   const double per_channel = double(csr.nnz) / std::max<int64_t>(1, csr.rows * walk.source_channels);
   const int64_t enough = per_channel > 0 ? int64_t(row_nnz / per_channel) + 1 : walk.source_channels;
-  return std::clamp<int64_t>(std::max(fits, enough), 1, std::max<int64_t>(1, walk.source_channels));
-}
-
-int64_t lanes_for(const Walk& walk, int64_t bytes, int64_t lanes_max) {
-  const int64_t channels = std::max<int64_t>(1, walk.source_channels * (int64_t)walk.phases.size());
-  return std::clamp<int64_t>(bytes / (channels * (int64_t)sizeof(float)) / 32 * 32, 32, lanes_max);
+  const int64_t channels = std::max<int64_t>(1, walk.source_channels);
+  const int64_t most = std::clamp<int64_t>(std::max(fits, enough), 1, channels);
+  return ceil_div(channels, ceil_div(channels, most));
 }
 
 void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
-  static const int64_t tile_bytes = env("SK_TILE", 192) << 10, block_bytes = env("SK_BLOCK", 28) << 10,
-                       block_nnz = env("SK_NNZ", 16), lanes_max = env("SK_LANES", 512);
+  static const int64_t tile_bytes = env("SK_TILE", 512) << 10, block_bytes = env("SK_BLOCK", 28) << 10,
+                       block_nnz = env("SK_NNZ", 16), lanes_max = env("SK_LANES", 256);
   int64_t tiles = 0;
   for (Walk& walk : walks) {
-    choose_tile(walk, lanes_for(walk, tile_bytes, lanes_max));
+    choose_tile(walk, std::clamp<int64_t>(tile_bytes / 4 / std::max<int64_t>(1, walk.source_channels) / 64 * 64, 64, lanes_max), 16);
     tiles = std::max(tiles, walk.tiles());
   }
   const int64_t groups = walks[0].groups, rows = walks[0].rows;
+  // Residues of a stride of 2 come in pairs that fill the same rows of the target: write these once.
+  bool interleaved = walks.size() % 2 == 0 && walks[0].target.col == 2;
+  for (size_t w = 1; w < walks.size(); w += 2) {
+    interleaved &= same_tiles(walks[w - 1], walks[w]);
+  }
   // Few tiles: cut the rows too, so that every thread has work; the price is packing a tile more than once.
   const int64_t wanted = 2 * torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(wanted / (tiles * groups), 1, ceil_div(rows, 16));
   std::vector<PackedWeight> weights;
-  std::vector<int64_t> blocks, blocks_at;
-  int64_t floats = 0;
+  std::vector<int64_t> blocks, blocks_at, results_at;
+  int64_t floats = 0, results = 0;
   weights.reserve(walks.size());
   for (Walk& walk : walks) {
-    blocks.push_back(block_channels(walk, csr, block_bytes, block_nnz));
+    blocks.push_back(block_channels(walk, csr, 64, block_bytes, block_nnz));
     weights.emplace_back(walk, csr, blocks.back(), parts, true);
     blocks_at.push_back(floats);
     floats += blocks.back() * walk.channel_stride;
+    results_at.push_back(results);
+    results += ceil_div(rows, parts) * walk.result_stride();
   }
   parallel(tiles * groups * parts, [&](int64_t begin, int64_t end) {
     float* scratch = tile_scratch.get(floats);
@@ -485,7 +521,7 @@ void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
         const int64_t channel = group * rows + first;
         const bool in_place = writes_in_place(walk);
         const int64_t stride = in_place ? walk.target.channel : walk.result_stride();
-        float* out = in_place ? target_at(walk, tile, channel) : result_scratch.get(count * stride);
+        float* out = in_place ? target_at(walk, tile, channel) : result_scratch.get(results) + results_at[w];
         float* block = scratch + blocks_at[w];
         for (int64_t b = 0; b < weights[w].blocks(); ++b) {
           const int64_t c = b * blocks[w];
@@ -494,7 +530,13 @@ void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
               block, weights[w].rows(group, b, part), bias ? bias + channel : nullptr, b > 0, out, stride,
               tile.lanes(walk));
         }
-        if (!in_place) unpack_target(walk, tile, channel, count, out, stride);
+        if (in_place) continue;
+        const float* other = result_scratch.get(results) + results_at[w ^ 1];
+        if (!interleaved) {
+          unpack_target(walk, tile, channel, count, out, stride);
+        } else if (w % 2) {
+          interleave_target(walks[w - 1], walk, tile, channel, count, other, out);
+        }
       }
     }
   });
@@ -516,21 +558,21 @@ void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Image
 
 void conv2d_values_grad(
     const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad) {
-  static const int64_t tile_bytes = env("SK_DTILE", 192) << 10, block_bytes = env("SK_DBLOCK", 28) << 10,
+  static const int64_t block_bytes = env("SK_DBLOCK", 28) << 10,
                        block_nnz = env("SK_DNNZ", 8), lanes_max = env("SK_DLANES", 256);
   Walk walk = forward_walk(g, x, dy);
-  choose_tile(walk, lanes_for(walk, tile_bytes, lanes_max));
-  const int64_t block = block_channels(walk, weight, block_bytes, block_nnz);
+  choose_tile(walk, lanes_max, 48);
+  const int64_t block = block_channels(walk, weight, 128, block_bytes, block_nnz);
   const int64_t tiles = walk.tiles();
   // Partial sums over a fixed number of chunks of tiles, whatever the number of threads, then added in order.
   constexpr int64_t kChunks = 8;
   const int64_t chunks = std::min(tiles, kChunks), threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(ceil_div(threads, chunks * walk.groups), 1, ceil_div(walk.rows, 16));
   const PackedWeight packed(walk, weight, block, parts, false);
-  const int64_t nnz = packed.nnz();
-  std::unique_ptr<float[]> partial(new float[(chunks + 1) * nnz]);
+  const int64_t size = packed.size();
+  std::unique_ptr<float[]> partial(new float[(chunks + 1) * size]);
   parallel(chunks, [&](int64_t begin, int64_t end) {
-    std::memset(partial.get() + begin * nnz, 0, (end - begin) * nnz * sizeof(float));
+    std::memset(partial.get() + begin * size, 0, (end - begin) * size * sizeof(float));
   });
   const int64_t stride = walk.result_stride();
   parallel(chunks * walk.groups * parts, [&](int64_t begin, int64_t end) {
@@ -555,16 +597,16 @@ void conv2d_values_grad(
           pack_source(walk, tile, group * walk.source_channels + c, std::min(block, walk.source_channels - c), source);
           kernels().sddmm(
               source, packed.rows(group, b, part), lanes, lanes_stride, tile.lanes(walk),
-              partial.get() + chunk * nnz);
+              partial.get() + chunk * size);
         }
       }
     }
   });
-  float* sum = partial.get() + chunks * nnz;
-  torch::stable::parallel_for(0, nnz, 4096, [&](int64_t begin, int64_t end) {
+  float* sum = partial.get() + chunks * size;
+  if (size > 0) torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       float total = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * nnz + j];
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * size + j];
       sum[j] = total;
     }
   });

@@ -117,14 +117,18 @@ inline void transpose_block(Vec (&m)[16]) {
   }
 }
 
-// Lane i of the result is the sum of the lanes of m[i].
-inline Vec sum_lanes(Vec (&m)[16]) {
-  for (int i = 0; i < 16; i += 2) m[i] = add(_mm512_unpacklo_ps(m[i], m[i + 1]), _mm512_unpackhi_ps(m[i], m[i + 1]));
-  for (int i = 0; i < 16; i += 4)
-    m[i] = add(_mm512_shuffle_ps(m[i], m[i + 2], 0x44), _mm512_shuffle_ps(m[i], m[i + 2], 0xee));
-  for (int i = 0; i < 16; i += 8)
-    m[i] = add(_mm512_shuffle_f32x4(m[i], m[i + 4], 0x88), _mm512_shuffle_f32x4(m[i], m[i + 4], 0xdd));
-  return add(_mm512_shuffle_f32x4(m[0], m[8], 0x88), _mm512_shuffle_f32x4(m[0], m[8], 0xdd));
+// Adds groups of kLanes / 4 results of sum4: lane 4 * i + k is the whole sum of sum k of m[i].
+inline Vec fold(const Vec (&m)[4]) {
+  const Vec a = add(_mm512_shuffle_f32x4(m[0], m[1], 0x88), _mm512_shuffle_f32x4(m[0], m[1], 0xdd));
+  const Vec b = add(_mm512_shuffle_f32x4(m[2], m[3], 0x88), _mm512_shuffle_f32x4(m[2], m[3], 0xdd));
+  return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+// In every 128-bit quarter, lane k is the sum of that quarter of the k-th argument.
+inline Vec sum4(Vec a, Vec b, Vec c, Vec d) {
+  const Vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const Vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
 }
 
 #elif defined(__AVX2__)
@@ -148,11 +152,14 @@ inline void transpose_block(Vec (&m)[8]) {
   }
 }
 
-inline Vec sum_lanes(Vec (&m)[8]) {
-  for (int i = 0; i < 8; i += 2) m[i] = add(_mm256_unpacklo_ps(m[i], m[i + 1]), _mm256_unpackhi_ps(m[i], m[i + 1]));
-  for (int i = 0; i < 8; i += 4)
-    m[i] = add(_mm256_shuffle_ps(m[i], m[i + 2], 0x44), _mm256_shuffle_ps(m[i], m[i + 2], 0xee));
-  return add(_mm256_permute2f128_ps(m[0], m[4], 0x20), _mm256_permute2f128_ps(m[0], m[4], 0x31));
+inline Vec fold(const Vec (&m)[2]) {
+  return add(_mm256_permute2f128_ps(m[0], m[1], 0x20), _mm256_permute2f128_ps(m[0], m[1], 0x31));
+}
+
+inline Vec sum4(Vec a, Vec b, Vec c, Vec d) {
+  const Vec ab = add(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  const Vec cd = add(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+  return add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
 }
 
 #else
@@ -166,41 +173,43 @@ inline void transpose_block(Vec (&m)[kLanes]) {
     }
 }
 
-inline Vec sum_lanes(Vec (&m)[kLanes]) {
+inline Vec fold(const Vec (&m)[1]) { return m[0]; }
+
+inline Vec sum4(Vec a, Vec b, Vec c, Vec d) {
+  Vec m[4] = {a, b, c, d};
   transpose_block(m);
   return add(add(m[0], m[1]), add(m[2], m[3]));
 }
 
 #endif
 
-// A row's non-zeros end anywhere, so partial sums queue up across rows until kLanes of them can be reduced together.
+// Partial sums of four non-zeros share a register; kLanes / 4 such registers, across rows, are folded at once.
 class PartialSums {
  public:
   explicit PartialSums(float* grad) : grad_(grad) {}
 
-  void push(Vec partial) {
-    store(queue_ + count_ * kLanes, partial);
-    if (++count_ == kLanes) {
-      store(grad_, add(load(grad_), reduce()));
-      grad_ += kLanes;
-      count_ = 0;
-    }
+  void push(Vec a, Vec b, Vec c, Vec d) {
+    store(queue_ + count_ * kLanes, sum4(a, b, c, d));
+    if (++count_ < kLanes / 4) return;
+    store(grad_, add(load(grad_), folded()));
+    grad_ += kLanes;
+    count_ = 0;
   }
 
   void finish() {
     if (count_ == 0) return;
-    for (int i = count_; i < kLanes; ++i) store(queue_ + i * kLanes, zero());
-    store(grad_, add(load(grad_, count_), reduce()), count_);
+    for (int i = count_; i < kLanes / 4; ++i) store(queue_ + i * kLanes, zero());
+    store(grad_, add(load(grad_, 4 * count_), folded()), 4 * count_);
   }
 
  private:
-  Vec reduce() const {
-    Vec m[kLanes];
-    for (int i = 0; i < kLanes; ++i) m[i] = load(queue_ + i * kLanes);
-    return sum_lanes(m);
+  Vec folded() const {
+    Vec m[kLanes / 4];
+    for (int i = 0; i < kLanes / 4; ++i) m[i] = load(queue_ + i * kLanes);
+    return fold(m);
   }
 
-  alignas(64) float queue_[kLanes * kLanes];
+  alignas(64) float queue_[kLanes / 4 * kLanes];
   float* grad_;
   int count_ = 0;
 };
@@ -218,20 +227,14 @@ inline void sddmm_strip(
     Vec d[N];
     for (int v = 0; v < N - 1; ++v) d[v] = load(from + v * kLanes);
     d[N - 1] = tail == kLanes ? load(from + (N - 1) * kLanes) : load(from + (N - 1) * kLanes, tail);
-    for (; j + 4 <= end; j += 4) {
+    for (; j < end; j += 4) {
       const float* x[4] = {
           tile + offsets[j], tile + offsets[j + 1], tile + offsets[j + 2], tile + offsets[j + 3]};
       Vec sum[4];
       for (int k = 0; k < 4; ++k) sum[k] = mul(d[0], load(x[k]));
       for (int v = 1; v < N; ++v)
         for (int k = 0; k < 4; ++k) sum[k] = fma(d[v], load(x[k] + v * kLanes), sum[k]);
-      for (int k = 0; k < 4; ++k) sums.push(sum[k]);
-    }
-    for (; j < end; ++j) {
-      const float* x = tile + offsets[j];
-      Vec sum = mul(d[0], load(x));
-      for (int v = 1; v < N; ++v) sum = fma(d[v], load(x + v * kLanes), sum);
-      sums.push(sum);
+      sums.push(sum[0], sum[1], sum[2], sum[3]);
     }
   }
   sums.finish();
@@ -256,6 +259,25 @@ void sddmm(const float* tile, const Rows& rows, const float* dy, int64_t dy_stri
       case 7: sddmm_strip<7>(x, rows, d, dy_stride, tail, grad); break;
       case 8: sddmm_strip<8>(x, rows, d, dy_stride, tail, grad); break;
     }
+  }
+}
+
+void interleave(
+    float* to, int64_t to_row, const float* even, const float* odd, int64_t even_row, int64_t odd_row, int64_t rows,
+    int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r, to += to_row, even += even_row, odd += odd_row) {
+    int64_t c = 0;
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    for (; c < cols; c += 2 * kLanes) {
+      const int64_t n = cols - c < 2 * kLanes ? cols - c : 2 * kLanes;
+      const Vec a = load(even + c / 2, (n + 1) / 2), b = load(odd + c / 2, n / 2);
+      store(to + c, _mm512_permutex2var_ps(a, low, b), n < kLanes ? n : kLanes);
+      if (n > kLanes) store(to + c + kLanes, _mm512_permutex2var_ps(a, high, b), n - kLanes);
+    }
+#endif
+    for (; c < cols; ++c) to[c] = c % 2 ? odd[c / 2] : even[c / 2];
   }
 }
 
@@ -289,18 +311,7 @@ void scatter(
     float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows, int64_t cols) {
   if (to_col == 1) return gather(to, to_row, from, from_row, 1, rows, cols);
   for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
-    int64_t c = 0;
-#if defined(__AVX512F__)
-    if (to_col == 2) {
-      const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-      for (; c < cols; c += kLanes / 2) {
-        const int64_t n = cols - c < kLanes / 2 ? cols - c : kLanes / 2;
-        const Vec v = _mm512_permutexvar_ps(twice, load(from + c, n));
-        _mm512_mask_storeu_ps(to + 2 * c, first(2 * n) & 0x5555, v);
-      }
-    }
-#endif
-    for (; c < cols; ++c) to[c * to_col] = from[c];
+    for (int64_t c = 0; c < cols; ++c) to[c * to_col] = from[c];
   }
 }
 
@@ -332,6 +343,6 @@ void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, i
 
 }  // namespace
 
-extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA), spmm, sddmm, gather, scatter, transpose};
+extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA), spmm, sddmm, gather, scatter, interleave, transpose};
 
 }  // namespace sparsekit::SPARSEKIT_ISA
