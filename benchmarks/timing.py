@@ -8,10 +8,15 @@ from collections.abc import Callable
 
 
 def interleave(functions: dict[str, Callable[[], object]], runs: int = 7, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every function, `runs` of each, taken in turns so that drift hits all alike."""
+    """Seconds of every function, `runs` of each, taken in turns so that drift hits all alike.
+
+    Every timed call follows an untimed one of the same function: else the first to run after one that freed large
+    tensors would pay for the page faults of memory that its predecessor gave back.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for run in range(warmup + runs):
         for name, function in functions.items():
+            function()
             start = time.perf_counter()
             function()
             elapsed = time.perf_counter() - start

@@ -23,17 +23,17 @@
 namespace sparsekit {
 namespace {
 
-constexpr int64_t kNarrow = 3;  // widest kernel that gets one copy of the source per column
+// Chosen by measurement (benchmarks/layers.py) on a CPU with 32 KB of first-level and 1 MB of second-level cache.
+constexpr int64_t kTileLanes = 256;          // at most, in a tile
+constexpr int64_t kStripLanes = 64;          // that spmm holds in registers; sddmm holds twice as many
+constexpr int64_t kTileFloats = 128 * 1024;  // of packed source that stay in the second-level cache
+constexpr int64_t kBlockFloats = 7 * 1024;   // that a strip reads while they stay in the first-level cache
+
 constexpr int64_t kAlign = 16;  // floats in a cache line, and in the widest register
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 int64_t floor_div(int64_t n, int64_t by) { return n >= 0 ? n / by : -ceil_div(-n, by); }
-
-int64_t env(const char* name, int64_t otherwise) {
-  const char* s = std::getenv(name);
-  return s ? std::atoll(s) : otherwise;
-}
 
 template <class F>
 void parallel(int64_t count, const F& f) {
@@ -75,10 +75,9 @@ struct Tap {
   int64_t phase, dy, dx;  // phase < 0: the tap does not touch this walk
 };
 
-// The source pixels (y * step_h + offset_h, (x + shift) * step_w + offset_w), and the rows that taps reach above and
-// below.
+// The source pixels (y * step_h + offset_h, x * step_w + offset_w), and the rows that taps reach above and below.
 struct Phase {
-  int64_t offset_h, offset_w, shift, up, down;
+  int64_t offset_h, offset_w, up, down;
   int64_t base;  // of its first float in a channel of the packed block
 };
 
@@ -91,7 +90,6 @@ struct Walk {
   std::vector<Tap> taps;
   std::vector<Phase> phases;
   int64_t left = 0, right = 0;  // columns that taps reach beyond the target's
-  bool aligned = false;         // every tap has a phase of its own horizontal shift
 
   // The tile: tile_h x tile_w target pixels, pitch lanes from one row to the next.
   int64_t tile_h, tile_w, pitch, channel_stride;
@@ -115,21 +113,15 @@ Tile tile_at(const Walk& walk, int64_t index) {
   return {rest / walk.tiles_h(), y, x, std::min(walk.tile_h, walk.target_h - y), std::min(walk.tile_w, walk.target_w - x)};
 }
 
-int64_t add_phase(Walk& walk, int64_t offset_h, int64_t offset_w, int64_t shift) {
-  for (size_t i = 0; i < walk.phases.size(); ++i) {
-    const Phase& p = walk.phases[i];
-    if (p.offset_h == offset_h && p.offset_w == offset_w && p.shift == shift) return i;
-  }
-  walk.phases.push_back({offset_h, offset_w, shift, 0, 0, 0});
+int64_t add_phase(Walk& walk, int64_t offset_h, int64_t offset_w) {
+  for (size_t i = 0; i < walk.phases.size(); ++i)
+    if (walk.phases[i].offset_h == offset_h && walk.phases[i].offset_w == offset_w) return i;
+  walk.phases.push_back({offset_h, offset_w, 0, 0, 0});
   return walk.phases.size() - 1;
 }
 
-// A narrow kernel gets a copy of the source for every horizontal shift, so that all its loads are aligned; a wide one
-// reads a single copy at any offset.
-void add_tap(Walk& walk, bool narrow, int64_t offset_h, int64_t offset_w, int64_t dy, int64_t dx) {
-  const int64_t phase = add_phase(walk, offset_h, offset_w, narrow ? dx : 0);
-  walk.aligned = narrow;
-  if (narrow) dx = 0;
+void add_tap(Walk& walk, int64_t offset_h, int64_t offset_w, int64_t dy, int64_t dx) {
+  const int64_t phase = add_phase(walk, offset_h, offset_w);
   walk.phases[phase].up = std::max(walk.phases[phase].up, -dy);
   walk.phases[phase].down = std::max(walk.phases[phase].down, dy);
   walk.left = std::max(walk.left, -dx);
@@ -140,8 +132,7 @@ void add_tap(Walk& walk, bool narrow, int64_t offset_h, int64_t offset_w, int64_
 // Pointwise walks have no neighbourhood: let as many pixels as possible be one long row.
 void merge_rows(Walk& walk) {
   if (walk.phases.size() != 1 || walk.left || walk.right) return;
-  if (walk.phases[0].shift || walk.phases[0].up || walk.phases[0].down) return;
-  walk.aligned = false;
+  if (walk.phases[0].up || walk.phases[0].down) return;
   if (walk.step_h != 1 || walk.step_w != 1 || walk.source_h != walk.target_h || walk.source_w != walk.target_w) return;
   auto dense_rows = [&](const Images& t) { return t.row == walk.target_w * t.col; };
   if (!dense_rows(walk.source) || !dense_rows(walk.target)) return;
@@ -173,7 +164,6 @@ void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
   const int64_t shared = std::min(walk.left, walk.right);
   if (walk.tile_w == walk.target_w && ceil_div(walk.source_w, walk.step_w) <= walk.target_w + walk.right - shared)
     walk.pitch -= shared;
-  if (walk.aligned) walk.pitch = round_up(walk.pitch, 8);
   walk.tile_h = 1;
   double best = 0;
   for (int64_t h = 1; h <= walk.target_h && (h == 1 || (h - 1) * walk.pitch + walk.tile_w <= lanes_wanted); ++h) {
@@ -209,7 +199,7 @@ Walk forward_walk(const Conv2dGeometry& g, const Images& x, const Images& y) {
     for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
       const int64_t h = ky * g.dilation_h - g.pad_top, w = kx * g.dilation_w - g.pad_left;
       const int64_t dy = floor_div(h, g.stride_h), dx = floor_div(w, g.stride_w);
-      add_tap(walk, g.kernel_w <= kNarrow, h - dy * g.stride_h, w - dx * g.stride_w, dy, dx);
+      add_tap(walk, h - dy * g.stride_h, w - dx * g.stride_w, dy, dx);
     }
   merge_rows(walk);
   return walk;
@@ -234,7 +224,7 @@ std::vector<Walk> input_grad_walks(const Conv2dGeometry& g, const Images& dy, co
           if (h % g.stride_h || w % g.stride_w) {
             walk.taps.push_back({-1, 0, 0});
           } else {
-            add_tap(walk, g.kernel_w <= kNarrow, 0, 0, h / g.stride_h, w / g.stride_w);
+            add_tap(walk, 0, 0, h / g.stride_h, w / g.stride_w);
           }
         }
       merge_rows(walk);
@@ -375,46 +365,50 @@ class PackedWeight {
   std::vector<float> values_;
 };
 
-// Copy the source pixels of a tile, channels [channel, channel + count), into `block`.
+// Copy the source pixels of a tile, channels [channel, channel + count), into `block`, which starts zeroed.
 void pack_source(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, float* block) {
   const Kernels& k = kernels();
+  const Images& s = walk.source;
   for (const Phase& p : walk.phases) {
-    // Columns of the phase that exist in the source, relative to the tile's leftmost packed column.
-    const int64_t x0 = tile.x - walk.left + p.shift;
+    // The rows [top, bottom) and columns [from, to) of the packed phase that exist in the source.
+    const int64_t x0 = tile.x - walk.left, y0 = tile.y - p.up, rows = walk.tile_h + p.up + p.down;
     const int64_t width = ceil_div(walk.source_w - p.offset_w, walk.step_w);
     const int64_t height = ceil_div(walk.source_h - p.offset_h, walk.step_h);
     const int64_t from = std::clamp<int64_t>(-x0, 0, walk.pitch), to = std::clamp<int64_t>(width - x0, from, walk.pitch);
-    const int64_t stride = walk.step_w * walk.source.col;
-    for (int64_t r = 0; r < walk.tile_h + p.up + p.down; ++r) {
-      const int64_t y = tile.y - p.up + r;
-      float* row = block + p.base + r * walk.pitch;
-      const bool inside = y >= 0 && y < height && from < to;
-      if (!inside || from > 0 || to < walk.pitch)
-        for (int64_t c = 0; c < count; ++c) {
-          float* zeros = row + c * walk.channel_stride;
-          if (!inside) {
-            std::fill(zeros, zeros + walk.pitch, 0.0f);
-          } else {
-            std::fill(zeros, zeros + from, 0.0f);
-            std::fill(zeros + to, zeros + walk.pitch, 0.0f);
+    const int64_t top = from < to ? std::clamp<int64_t>(-y0, 0, rows) : rows;
+    const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
+    const int64_t col = walk.step_w * s.col, row = walk.step_h * s.row;
+    const float* first = s.data + tile.image * s.image + channel * s.channel +
+                         ((y0 + top) * walk.step_h + p.offset_h) * s.row + ((x0 + from) * walk.step_w + p.offset_w) * s.col;
+    float* phase = block + p.base;
+    // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
+    const bool columns_move = walk.tile_w < walk.target_w;
+    if (top > 0 || bottom < rows || columns_move)
+      for (int64_t c = 0; c < count; ++c) {
+        float* packed = phase + c * walk.channel_stride;
+        std::fill(packed, packed + top * walk.pitch, 0.0f);
+        std::fill(packed + bottom * walk.pitch, packed + rows * walk.pitch, 0.0f);
+        if (columns_move && (from > 0 || to < walk.pitch))
+          for (int64_t r = top; r < bottom; ++r) {
+            std::fill(packed + r * walk.pitch, packed + r * walk.pitch + from, 0.0f);
+            std::fill(packed + r * walk.pitch + to, packed + (r + 1) * walk.pitch, 0.0f);
           }
-        }
-      if (!inside) continue;
-      const Images& s = walk.source;
-      const float* first = s.data + tile.image * s.image + channel * s.channel + (y * walk.step_h + p.offset_h) * s.row +
-                           ((x0 + from) * walk.step_w + p.offset_w) * s.col;
-      if (s.channel == 1) {
-        k.transpose(row + from, walk.channel_stride, first, stride, to - from, count);
-      } else {
-        k.gather(row + from, walk.channel_stride, first, s.channel, stride, count, to - from);
       }
+    float* packed = phase + top * walk.pitch + from;
+    if (s.channel == 1) {
+      for (int64_t r = 0; r < bottom - top; ++r)
+        k.transpose(packed + r * walk.pitch, walk.channel_stride, first + r * row, col, to - from, count);
+    } else if (bottom - top == 1) {
+      k.gather(packed, walk.channel_stride, first, s.channel, col, count, to - from);
+    } else {
+      for (int64_t c = 0; c < count; ++c)
+        k.gather(packed + c * walk.channel_stride, walk.pitch, first + c * s.channel, row, col, bottom - top, to - from);
     }
   }
 }
 
 // Whether lanes and target memory have the same layout, so that results need no copy.
 bool writes_in_place(const Walk& walk) {
-  if (env("SK_SCRATCH", 0)) return false;
   return walk.target.col == 1 && (walk.tile_h == 1 || walk.target.row == walk.pitch);
 }
 
@@ -427,14 +421,13 @@ float* target_at(const Walk& walk, const Tile& tile, int64_t channel) {
 void unpack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, const float* lanes, int64_t stride) {
   const Kernels& k = kernels();
   const Images& t = walk.target;
-  for (int64_t r = 0; r < tile.h; ++r) {
-    float* to = target_at(walk, tile, channel) + r * t.row;
-    const float* from = lanes + r * walk.pitch;
-    if (t.channel == 1) {
-      k.transpose(to, t.col, from, stride, count, tile.w);
-    } else {
-      k.scatter(to, t.channel, t.col, from, stride, count, tile.w);
-    }
+  float* to = target_at(walk, tile, channel);
+  if (t.channel == 1) {
+    for (int64_t r = 0; r < tile.h; ++r)
+      k.transpose(to + r * t.row, t.col, lanes + r * walk.pitch, stride, count, tile.w);
+  } else {
+    for (int64_t c = 0; c < count; ++c)
+      k.scatter(to + c * t.channel, t.row, t.col, lanes + c * stride, walk.pitch, tile.h, tile.w);
   }
 }
 
@@ -452,26 +445,27 @@ void interleave_target(
         odd_lanes + r * odd.pitch, even.result_stride(), odd.result_stride(), count, even.target_w + odd.target_w);
 }
 
-// The inverse: target pixels into lanes, zero where lanes are not pixels.
+// The inverse: target pixels into lanes, which start zeroed, so that lanes that are no pixels stay zero.
 void pack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, float* lanes, int64_t stride) {
   const Kernels& k = kernels();
   const Images& t = walk.target;
-  for (int64_t r = 0; r < tile.h; ++r) {
-    const float* from = target_at(walk, tile, channel) + r * t.row;
-    float* to = lanes + r * walk.pitch;
-    if (t.channel == 1) {
-      k.transpose(to, stride, from, t.col, tile.w, count);
-    } else {
-      k.gather(to, stride, from, t.channel, t.col, count, tile.w);
-    }
-    if (r + 1 < tile.h && walk.pitch > tile.w)
-      for (int64_t c = 0; c < count; ++c) std::fill(to + c * stride + tile.w, to + c * stride + walk.pitch, 0.0f);
+  const float* from = target_at(walk, tile, channel);
+  if (t.channel == 1) {
+    for (int64_t r = 0; r < tile.h; ++r)
+      k.transpose(lanes + r * walk.pitch, stride, from + r * t.row, t.col, tile.w, count);
+  } else {
+    for (int64_t c = 0; c < count; ++c)
+      k.gather(lanes + c * stride, walk.pitch, from + c * t.channel, t.row, t.col, tile.h, tile.w);
   }
+  if (walk.tile_w < walk.target_w && tile.h > 1)
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t r = 0; r + 1 < tile.h; ++r)
+        std::fill(lanes + c * stride + r * walk.pitch + tile.w, lanes + c * stride + (r + 1) * walk.pitch, 0.0f);
 }
 
 // Channels per block: what a strip reads of it fits the first-level cache, unless rows would have too few non-zeros.
-int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t bytes, int64_t row_nnz) {
-  const int64_t fits = bytes / (strip_floats(walk, lanes) * (int64_t)sizeof(float));
+int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t row_nnz) {
+  const int64_t fits = kBlockFloats / strip_floats(walk, lanes);
   const double per_channel = double(csr.nnz) / std::max<int64_t>(1, csr.rows * walk.source_channels);
   const int64_t enough = per_channel > 0 ? int64_t(row_nnz / per_channel) + 1 : walk.source_channels;
   const int64_t channels = std::max<int64_t>(1, walk.source_channels);
@@ -480,11 +474,10 @@ int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t 
 }
 
 void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
-  static const int64_t tile_bytes = env("SK_TILE", 512) << 10, block_bytes = env("SK_BLOCK", 28) << 10,
-                       block_nnz = env("SK_NNZ", 16), lanes_max = env("SK_LANES", 256);
   int64_t tiles = 0;
   for (Walk& walk : walks) {
-    choose_tile(walk, std::clamp<int64_t>(tile_bytes / 4 / std::max<int64_t>(1, walk.source_channels) / 64 * 64, 64, lanes_max), 16);
+    const int64_t fits = kTileFloats / std::max<int64_t>(1, walk.source_channels) / kStripLanes * kStripLanes;
+    choose_tile(walk, std::clamp(fits, kStripLanes, kTileLanes), 16);
     tiles = std::max(tiles, walk.tiles());
   }
   const int64_t groups = walks[0].groups, rows = walks[0].rows;
@@ -501,7 +494,7 @@ void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
   int64_t floats = 0, results = 0;
   weights.reserve(walks.size());
   for (Walk& walk : walks) {
-    blocks.push_back(block_channels(walk, csr, 64, block_bytes, block_nnz));
+    blocks.push_back(block_channels(walk, csr, kStripLanes, 32));
     weights.emplace_back(walk, csr, blocks.back(), parts, true);
     blocks_at.push_back(floats);
     floats += blocks.back() * walk.channel_stride;
@@ -558,11 +551,9 @@ void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Image
 
 void conv2d_values_grad(
     const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad) {
-  static const int64_t block_bytes = env("SK_DBLOCK", 28) << 10,
-                       block_nnz = env("SK_DNNZ", 8), lanes_max = env("SK_DLANES", 256);
   Walk walk = forward_walk(g, x, dy);
-  choose_tile(walk, lanes_max, 48);
-  const int64_t block = block_channels(walk, weight, 128, block_bytes, block_nnz);
+  choose_tile(walk, kTileLanes, 48);
+  const int64_t block = block_channels(walk, weight, 2 * kStripLanes, 16);
   const int64_t tiles = walk.tiles();
   // Partial sums over a fixed number of chunks of tiles, whatever the number of threads, then added in order.
   constexpr int64_t kChunks = 8;
@@ -578,6 +569,12 @@ void conv2d_values_grad(
   parallel(chunks * walk.groups * parts, [&](int64_t begin, int64_t end) {
     float* source = tile_scratch.get(block * walk.channel_stride);
     std::memset(source, 0, block * walk.channel_stride * sizeof(float));
+    float* copy = nullptr;
+    if (!writes_in_place(walk)) {
+      const int64_t copied = ceil_div(walk.rows, parts) * stride;
+      copy = result_scratch.get(copied);
+      std::memset(copy, 0, copied * sizeof(float));
+    }
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, group = task / parts % walk.groups, chunk = task / parts / walk.groups;
       const int64_t first = packed.first_row(part), count = packed.first_row(part + 1) - first;
@@ -586,8 +583,7 @@ void conv2d_values_grad(
         const Tile tile = tile_at(walk, index);
         const float* lanes = target_at(walk, tile, channel);
         int64_t lanes_stride = walk.target.channel;
-        if (!writes_in_place(walk)) {
-          float* copy = result_scratch.get(count * stride);
+        if (copy) {
           pack_target(walk, tile, channel, count, copy, stride);
           lanes = copy;
           lanes_stride = stride;
