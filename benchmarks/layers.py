@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import sparsekit as sk
 from benchmarks.shapes import RESNET50, Layer
-from benchmarks.timing import interleave, median, spread
+from benchmarks.timing import interleave, keep_freed_memory, median, spread
 from sparsekit import _ops
 from sparsekit.formats import pattern_from_mask
 
@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     keys = [f"{100 * s:g}" for s in args.sparsity]
     print(f"{sk.backend()}, {args.threads} threads, batch {args.batch}; ms of dense, then speed-up over it (fwd/dX/dW)")
     totals: dict[str, float] = {}
