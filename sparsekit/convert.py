@@ -57,7 +57,20 @@ def sparsify_(
             continue
         module.__class__ = _SPARSE_CLASS[type(module)]
         module._attach(mask)
+    _hide_structure_from_ddp(model)
     return model
+
+
+def _hide_structure_from_ddp(model: nn.Module) -> None:
+    """Keep masks and indices out of DDP's buffer broadcasts, which would write them behind every cache's back."""
+    names = [
+        f"{prefix}.{buffer}" if prefix else buffer
+        for prefix, module in model.named_modules()
+        if isinstance(module, SparseModule)
+        for buffer in module._buffers
+    ]
+    if names:
+        model._ddp_params_and_buffers_to_ignore = sorted({*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names})
 
 
 def _bake_pruning(module: nn.Module) -> Tensor | None:
@@ -78,7 +91,8 @@ def _bake_pruning(module: nn.Module) -> Tensor | None:
         weight.mul_(mask)
     module._parameters["weight"] = weight
     # nn.Module prints and saves parameters in order: weight before bias, as in a fresh module.
-    module._parameters.move_to_end("weight", last=False) if hasattr(module._parameters, "move_to_end") else None
+    for name in [name for name in module._parameters if name != "weight"]:
+        module._parameters[name] = module._parameters.pop(name)
     return mask
 
 

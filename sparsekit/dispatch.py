@@ -82,6 +82,11 @@ def shape_of(module, input: Tensor) -> Shape:
     return Shape("linear", module.in_features, module.out_features, 1, 1, 1, batch, 1, 1)
 
 
+def tuned_key(shape: Shape, train: bool) -> str:
+    """Where a module keeps what :func:`sparsekit.autotune_` measured on this shape with this many threads."""
+    return f"{shape.key}-{'train' if train else 'eval'}-{torch.get_num_threads()}t"
+
+
 # Seconds per unit of work on one thread, from `make bench-costs`; see benchmarks/costs.py for how they are fitted.
 #   fma: one kept weight times one output pixel; move: one input or output element brought in or out.
 SPARSE_COSTS = {
@@ -128,7 +133,7 @@ def decide(module, input: Tensor) -> Decision:
         return Decision("dense", f"no sparse kernels for {input.device.type}")
     shape = shape_of(module, input)
     train = torch.is_grad_enabled() and module.weight.requires_grad
-    measured = module.tuned.get(f"{shape.key}-{'train' if train else 'eval'}")
+    measured = module.tuned.get(tuned_key(shape, train))
     sparse, dense = measured or predict(shape, module._kept, train)
     backend = "sparse" if sparse < dense else "dense"
     return Decision(backend, "measured" if measured else "cost table", sparse, dense)

@@ -1,6 +1,6 @@
 """Random convolutions against the reference: shapes from seeds, so that one line reproduces a case.
 
-``python -m tests.ops.fuzz`` is not needed: a failing case prints ``check(Case.random(SEED), ISA)``.
+A failing case prints the ``check(Case.random(SEED))`` that reproduces it.
 """
 
 from __future__ import annotations

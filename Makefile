@@ -1,0 +1,59 @@
+# `make run` and `make test` set up everything they need in .venv; no root, no GPU.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+RUN ?= default
+TORCH ?= 2.13.0
+
+.PHONY: run test setup bench bench-costs lint format test-torch test-asan clean
+
+run: $(STAMP)
+	$(BIN)/python -m sparsekit.cli job --name $(RUN)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.*)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy setuptools wheel ninja
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.layers
+	$(BIN)/python -m pytest benchmarks/test_micro.py --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+
+bench-costs: $(STAMP)
+	$(BIN)/python -m benchmarks.costs
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cpu/*.*
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.* csrc/cpu/*.*
+
+# The file that was built against torch in .venv, unchanged, under another torch: what the stable ABI promises.
+test-torch: $(STAMP)
+	test -d $(VENV)-torch-$(TORCH) || $(PYTHON) -m venv $(VENV)-torch-$(TORCH)
+	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy safetensors pytest hypothesis
+	PYTHONPATH=. $(VENV)-torch-$(TORCH)/bin/python -m pytest -p no:cacheprovider
+
+# Every op of every ISA on the random shapes, under AddressSanitizer and UndefinedBehaviorSanitizer.
+test-asan: $(STAMP)
+	rm -rf build/asan && mkdir -p build/asan
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1" \
+	LDFLAGS="-fsanitize=address,undefined" \
+	  $(BIN)/python setup.py -q build_ext --build-temp build/asan/tmp --build-lib build/asan
+	cp -r sparsekit/*.py sparsekit/*/ build/asan/sparsekit/
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/asan $(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_kernels.py
+
+clean:
+	rm -rf build dist *.egg-info sparsekit/_C*.so $(VENV) $(VENV)-torch-*

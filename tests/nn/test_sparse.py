@@ -1,0 +1,208 @@
+"""SparseConv2d and SparseLinear behave as nn.Conv2d and nn.Linear with a masked weight."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+
+import sparsekit as sk
+
+CONVS = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 1, "bias": False},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 3, "padding": "same", "dilation": 2},
+    {"kernel_size": (2, 4), "padding": "same"},
+    {"kernel_size": (1, 5), "padding": "valid"},
+    {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect"},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
+    {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
+    {"kernel_size": 3, "padding": 1, "groups": 4},
+    {"kernel_size": 3, "groups": 8, "stride": (1, 2)},
+    {"kernel_size": 7, "stride": 4, "padding": 3, "dilation": (1, 2)},
+]
+
+
+def masked_pair(seed=0, sparsity=0.7, **arguments):
+    """A sparse convolution and the dense one with the same zeros."""
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(8, 16, **arguments)
+    mask = torch.rand_like(conv.weight) > sparsity
+    sparse = sk.nn.SparseConv2d.from_dense(conv, mask)
+    sparse.backend = "sparse"
+    with torch.no_grad():
+        conv.weight.mul_(mask)
+    return sparse, conv
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("arguments", CONVS, ids=str)
+def test_convolutions_match_dense(arguments, layout):
+    sparse, conv = masked_pair(**arguments)
+    for shape in ((2, 8, 15, 17), (1, 8, 14, 14), (0, 8, 15, 15)):
+        x = torch.randn(shape).contiguous(memory_format=layout)
+        xs = [x.clone().requires_grad_() for _ in range(2)]
+        ys = [module(x) for module, x in zip((sparse, conv), xs)]
+        torch.testing.assert_close(ys[0], ys[1], rtol=1e-4, atol=1e-5)
+        if shape[0] > 1:
+            assert ys[0].is_contiguous(memory_format=layout)
+        dy = torch.randn_like(ys[1])
+        for y in ys:
+            y.backward(dy)
+        torch.testing.assert_close(xs[0].grad, xs[1].grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sparse.weight.grad, conv.weight.grad * sparse.weight_mask, rtol=1e-4, atol=1e-3)
+        if conv.bias is not None:
+            torch.testing.assert_close(sparse.bias.grad, conv.bias.grad, rtol=1e-4, atol=1e-3)
+        sparse.zero_grad(), conv.zero_grad()
+
+
+def test_unbatched_inputs():
+    sparse, conv = masked_pair(kernel_size=3, padding=1)
+    x = torch.randn(8, 9, 9)
+    torch.testing.assert_close(sparse(x), conv(x), rtol=1e-4, atol=1e-5)
+    linear = nn.Linear(8, 4)
+    sparse_linear = sk.nn.SparseLinear.from_dense(linear)
+    sparse_linear.backend = "sparse"
+    for shape in ((8,), (3, 8), (2, 3, 8), (0, 8)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(sparse_linear(x), linear(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["sparse", "dense"])
+def test_gradients_outside_the_mask_are_zero_and_optimizers_keep_the_zeros(backend):
+    sparse, _ = masked_pair(kernel_size=3, padding=1)
+    sparse.backend = backend
+    for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop):
+        options = {"momentum": 0.9, "weight_decay": 0.1} if kind is torch.optim.SGD else {"weight_decay": 0.1}
+        optimizer = kind(sparse.parameters(), lr=0.01, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            sparse(torch.randn(2, 8, 6, 6)).square().mean().backward()
+            assert not sparse.weight.grad[~sparse.weight_mask].any()
+            optimizer.step()
+        assert not sparse.weight[~sparse.weight_mask].any()
+        assert sparse.weight[sparse.weight_mask].all()
+
+
+def test_deepcopy_and_pickle():
+    sparse, conv = masked_pair(kernel_size=3)
+    x = torch.randn(2, 8, 6, 6)
+    buffer = io.BytesIO()
+    torch.save(sparse, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(sparse),
+        pickle.loads(pickle.dumps(sparse)),
+        torch.load(buffer, weights_only=False),
+    ):
+        torch.testing.assert_close(other(x), conv(x), rtol=1e-4, atol=1e-5)
+        sk.set_mask_(other, torch.zeros_like(other.weight_mask))
+        assert other.sparsity == 1 and sparse.sparsity < 1
+        torch.testing.assert_close(sparse(x), conv(x), rtol=1e-4, atol=1e-5)
+
+
+def test_strict_loading_of_dense_checkpoints_infers_the_mask_and_says_so(caplog):
+    _, conv = masked_pair(kernel_size=3)
+    fresh = sk.nn.SparseConv2d(8, 16, 3)
+    fresh.load_state_dict(conv.state_dict())
+    assert torch.equal(fresh.weight_mask, conv.weight != 0)
+    assert "mask inferred from the checkpoint's zeros" in caplog.text
+
+
+def test_a_mask_stays_when_a_checkpoint_brings_none():
+    sparse, _ = masked_pair(kernel_size=3)
+    before = sparse.weight_mask.clone()
+    with pytest.warns(UserWarning, match=r"own mask stays, and drops \d+ non-zero"):
+        sparse.load_state_dict(nn.Conv2d(8, 16, 3).state_dict())
+    assert torch.equal(sparse.weight_mask, before) and not sparse.weight[~before].any()
+    sparse.infer_mask = True
+    sparse.load_state_dict(nn.Conv2d(8, 16, 3).state_dict())
+    assert sparse.sparsity == 0
+
+
+def test_own_checkpoints_round_trip():
+    sparse, _ = masked_pair(kernel_size=3)
+    assert set(sparse.state_dict()) == {"weight", "bias", "weight_mask"}
+    fresh = sk.nn.SparseConv2d(8, 16, 3)
+    fresh.load_state_dict(sparse.state_dict())
+    assert torch.equal(fresh.weight_mask, sparse.weight_mask) and torch.equal(fresh.weight, sparse.weight)
+
+
+def test_checkpoints_of_torch_prune_load():
+    conv = nn.Conv2d(8, 16, 3)
+    prune.l1_unstructured(conv, "weight", 0.8)
+    fresh = sk.nn.SparseConv2d(8, 16, 3)
+    fresh.load_state_dict(conv.state_dict())
+    assert torch.equal(fresh.weight_mask, conv.weight_mask.bool())
+    assert torch.equal(fresh.weight, conv.weight)
+
+
+def test_moving_between_dtypes_and_layouts():
+    sparse, conv = masked_pair(kernel_size=3)
+    x = torch.randn(2, 8, 6, 6)
+    double = copy.deepcopy(sparse).double()
+    assert double.weight_mask.dtype == torch.bool and double._col_indices.dtype == torch.int32
+    torch.testing.assert_close(double(x.double()).float(), conv(x), rtol=1e-4, atol=1e-5)
+    last = copy.deepcopy(sparse).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(x), conv(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_dense_dtypes(dtype):
+    sparse, conv = masked_pair(kernel_size=3)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.autocast("cpu", dtype):
+        y, expected = sparse(x), conv(x)
+        y.float().sum().backward()
+    assert y.dtype == expected.dtype == dtype
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    assert sparse.weight.grad.dtype == torch.float32
+
+
+def test_compiles_whole():
+    sparse, conv = masked_pair(kernel_size=3, padding=1)
+    model = nn.Sequential(sparse, nn.BatchNorm2d(16), nn.ReLU())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 8, 6, 6)
+    torch.testing.assert_close(compiled(x), F.relu(model[1](conv(x))), rtol=1e-4, atol=1e-4)
+    compiled(x).sum().backward()
+    assert not sparse.weight.grad[~sparse.weight_mask].any()
+
+
+def test_constructors_and_repr():
+    sparse = sk.nn.SparseConv2d(4, 6, (3, 2), stride=2, padding="valid", groups=2, bias=False, padding_mode="zeros")
+    assert isinstance(sparse, nn.Conv2d) and sparse.sparsity == 0 and "sparsity=0.0000" in repr(sparse)
+    with pytest.raises(TypeError, match="conv must be an nn.Conv2d, got Linear"):
+        sk.nn.SparseConv2d.from_dense(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="mask must have the weight's shape"):
+        sk.nn.SparseLinear.from_dense(nn.Linear(2, 2), torch.ones(3, 3, dtype=torch.bool))
+    with pytest.raises(TypeError, match="mask must be bool"):
+        sk.nn.SparseLinear.from_dense(nn.Linear(2, 2), torch.ones(2, 2))
+
+
+def test_to_dense():
+    sparse, conv = masked_pair(kernel_size=3, padding=1, groups=2)
+    dense = sparse.to_dense()
+    assert type(dense) is nn.Conv2d and torch.equal(dense.weight, conv.weight) and torch.equal(dense.bias, conv.bias)
+
+
+def test_a_mask_written_in_place_is_noticed():
+    sparse, _ = masked_pair(kernel_size=3)
+    sparse.weight_mask[0].zero_()
+    with pytest.warns(UserWarning, match="set_mask_"):
+        y = sparse(torch.zeros(1, 8, 4, 4))
+    assert torch.equal(y[0, 0], sparse.bias[0].expand(2, 2)) and not sparse.weight[0].any()
+
+
+def test_meta_modules_materialise():
+    sparse = sk.nn.SparseLinear(4, 4, device="meta")
+    assert sparse.extra_repr()
+    loaded = sparse.to_empty(device="cpu")
+    loaded.load_state_dict(sk.nn.SparseLinear.from_dense(nn.Linear(4, 4), torch.eye(4, dtype=torch.bool)).state_dict())
+    assert loaded.sparsity == 0.75
+    loaded(torch.randn(2, 4))

@@ -1,0 +1,110 @@
+"""Every native kernel against the reference on random shapes, on every ISA of this machine."""
+
+import pytest
+import torch
+
+import sparsekit as sk
+from sparsekit import _ops, reference
+from sparsekit.formats import pattern_from_mask
+
+from .fuzz import NAN, Case, check
+
+ISAS = [isa for isa in sk.available_backends() if isa != "reference"]
+needs_native = pytest.mark.skipif(not ISAS, reason="installed without C++ kernels")
+CASES_PER_ISA, LARGE_CASES_PER_ISA = 400, 24
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_convolutions_match_the_reference(isa):
+    with sk.use_isa(isa):
+        proves = sum(check(Case.random(seed)) > 0.05 for seed in range(CASES_PER_ISA))
+    assert proves > CASES_PER_ISA // 2
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_large_convolutions_match_the_reference(isa):
+    with sk.use_isa(isa):
+        for seed in range(LARGE_CASES_PER_ISA):
+            check(Case.random(seed, large=True))
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_linear_matches_the_reference(isa):
+    g = torch.Generator().manual_seed(0)
+    with sk.use_isa(isa):
+        for batch in (1, 2, 15, 16, 17, 64, 131):
+            for out_features, in_features in ((1, 1), (7, 13), (64, 100), (130, 257)):
+                mask = torch.rand(out_features, in_features, generator=g) > 0.8
+                pattern = pattern_from_mask(mask)
+                values = torch.randint(-4, 5, (pattern.nnz,), generator=g).float()
+                x = torch.randint(-4, 5, (batch, in_features), generator=g).float()
+                dy = torch.randint(-4, 5, (batch, out_features), generator=g).float()
+                bias = torch.randint(-4, 5, (out_features,), generator=g).float()
+                y, dx, dw = torch.full_like(dy, NAN), torch.full_like(x, NAN), torch.full_like(values, NAN)
+                torch.ops.sparsekit_cpu.linear(y, x, values, *pattern[:2], bias)
+                torch.ops.sparsekit_cpu.linear_input_grad(dx, dy, values, *pattern[2:])
+                torch.ops.sparsekit_cpu.linear_values_grad(dw, dy, x, *pattern[:2])
+                assert torch.equal(y, reference.linear(x, values, *pattern[:2], bias))
+                assert torch.equal(dx, reference.linear_input_grad(dy, values, *pattern[2:]))
+                assert torch.equal(dw, reference.linear_values_grad(dy, x, *pattern[:2]))
+
+
+@needs_native
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_compress_and_decompress_match_the_reference(channels_last):
+    g = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for size in ((1, 1, 1, 1), (5, 3, 3, 3), (64, 17, 1, 1), (33, 16, 5, 2)):
+        weight = torch.randn(size, generator=g).contiguous(memory_format=layout)
+        pattern = pattern_from_mask(torch.rand(size, generator=g) > 0.7)
+        values = _ops.compress(weight, pattern)
+        assert torch.equal(values, reference.compress(weight, *pattern[:2]))
+        dense = _ops.decompress(values, pattern, size, channels_last)
+        assert torch.equal(dense, reference.decompress(values, *pattern[:2], size, channels_last))
+        assert dense.is_contiguous(memory_format=layout)
+
+
+@needs_native
+def test_results_are_bit_identical_for_any_number_of_threads():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 48, 19, 23, generator=g)
+    pattern = pattern_from_mask(torch.rand(37, 48, 3, 3, generator=g) > 0.8)
+    values = torch.randn(pattern.nnz, generator=g)
+    geometry = ([3, 3], [2, 1], [1, 1, 1, 1], [1, 1], 1)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            y = torch.ops.sparsekit.conv2d(x, values, *pattern, None, *geometry)
+            dx = torch.ops.sparsekit.conv2d_input_grad(y, values, *pattern[2:], x.shape, *geometry)
+            dw = torch.ops.sparsekit.conv2d_values_grad(y, x, *pattern[:2], *geometry)
+            results.append((y, dx, dw, torch.ops.sparsekit.bias_grad(y)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+@needs_native
+def test_every_isa_can_be_chosen_and_others_are_refused():
+    assert sk.available_backends()[:2] == ("reference", "generic")
+    with sk.use_isa("generic"):
+        assert sk.backend() == "generic"
+    with pytest.raises(ValueError, match="isa must be one of .*got 'sse'"):
+        sk.set_isa("sse")
+
+
+@needs_native
+def test_kernels_check_what_memory_safety_needs():
+    pattern = pattern_from_mask(torch.ones(4, 3, 1, 1, dtype=torch.bool))
+    geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1)
+    x, values = torch.randn(1, 3, 2, 2), torch.randn(12)
+    columns = pattern.col_indices.clone()
+    columns[0] = 999
+    with pytest.raises(RuntimeError):
+        torch.ops.sparsekit.conv2d(x, values, pattern[0], columns, *pattern[2:], None, *geometry)
+    with pytest.raises(RuntimeError):
+        torch.ops.sparsekit.conv2d(x, values[:3], *pattern, None, *geometry)
