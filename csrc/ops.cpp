@@ -106,12 +106,15 @@ void run_input_grad(
 }
 
 void run_values_grad(
-    const Conv2dGeometry& g, const Tensor& out, const Images& dy, const Images& x, const Tensor& crow,
+    const Conv2dGeometry& g, Tensor& out, const Images& dy, const Images& x, const Tensor& crow,
     const Tensor& col) {
   const Csr weight = csr(crow, col, nullptr, g.in_channels / g.groups * g.kernel_h * g.kernel_w, nullptr);
   STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
   vector_data(out, "out", weight.nnz);
-  if (!empty(out)) conv2d_values_grad(g, weight, dy, x, static_cast<float*>(out.data_ptr()));
+  if (g.batch * g.out_h * g.out_w == 0)
+    torch::stable::zero_(out);
+  else if (!empty(out))
+    conv2d_values_grad(g, weight, dy, x, static_cast<float*>(out.data_ptr()));
 }
 
 void conv2d_op(
@@ -164,6 +167,10 @@ void bias_grad_op(Tensor out, Tensor grad_output) {
   }
   g.out_channels = grad_output.size(1);
   vector_data(out, "out", g.out_channels);
+  if (empty(grad_output)) {
+    torch::stable::zero_(out);
+    return;
+  }
   bias_grad(g, grad_output.dim() == 2 ? matrix(grad_output, "grad_output") : images(grad_output, "grad_output"),
             static_cast<float*>(out.data_ptr()));
 }

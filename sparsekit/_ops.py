@@ -147,7 +147,7 @@ def _decompress(values, crow_indices, col_indices, size, channels_last):
     if not _runs_native(values):
         return reference.decompress(values, crow_indices, col_indices, size, channels_last)
     out = _decompress_fake(values, crow_indices, col_indices, size, channels_last)
-    torch.ops.sparsekit_cpu.decompress(out, values, crow_indices, col_indices)
+    torch.ops.sparsekit_cpu.decompress(out, values.contiguous(), crow_indices, col_indices)
     return out
 
 

@@ -73,12 +73,13 @@ class SparseModule(nn.Module):
         """Install ``mask`` and what follows from it, and zero the weight outside of it."""
         mask = mask.detach().to(device=self.weight.device, dtype=torch.bool).clone()
         self.weight_mask = mask
+        self._kept = mask.numel()
+        self._remember_version()
         if mask.is_meta:
             return
         for name, indices in zip(Pattern._fields, pattern_from_mask(mask, self.groups)):
             setattr(self, f"_{name}", indices)
         self._kept = self._col_indices.numel()
-        self._remember_version()
         with torch.no_grad():
             self.weight.masked_fill_(~mask, 0)
 
@@ -226,7 +227,9 @@ class SparseConv2d(SparseModule, nn.Conv2d):
             return super()._conv_forward(input, self.masked_weight(), bias)
         left, right, top, bottom = self._reversed_padding_repeated_twice
         if self.padding_mode != "zeros":
+            layout = torch.channels_last if _ops.is_channels_last(input) else torch.contiguous_format
             input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+            input = input.contiguous(memory_format=layout) if input.dim() == 4 else input
             top = bottom = left = right = 0
         pattern = self.pattern
         return _ops.conv2d(

