@@ -30,7 +30,13 @@ def extension():
                     ["csrc/cpu/kernels.cpp"],
                     output_dir=os.path.join(self.build_temp, isa),
                     include_dirs=[CSRC],
-                    extra_postargs=[*SHARED_FLAGS, "-Wno-maybe-uninitialized", "-Wno-uninitialized", *flags, f"-DSPARSEKIT_ISA={isa}"],
+                    extra_postargs=[
+                        *SHARED_FLAGS,
+                        "-Wno-maybe-uninitialized",
+                        "-Wno-uninitialized",
+                        *flags,
+                        f"-DSPARSEKIT_ISA={isa}",
+                    ],
                     depends=ext.depends,
                 )
             super().build_extension(ext)

@@ -1,6 +1,6 @@
 """PyTorch kernels that make pruned CNNs fast, and the pruning and transfer loops that run on them."""
 
-from . import nn, pruning
+from . import io, nn, pruning
 from ._ops import available_backends, backend, set_isa, use_isa
 from ._version import __version__
 from .convert import dense_state_dict, densify_, keep_zeros, set_mask_, sparsify_, sparsity
@@ -13,6 +13,7 @@ __all__ = [
     "dense_state_dict",
     "densify_",
     "explain",
+    "io",
     "keep_zeros",
     "nn",
     "pruning",
@@ -22,3 +23,12 @@ __all__ = [
     "sparsity",
     "use_isa",
 ]
+
+
+def __getattr__(name: str):
+    # Loaded when asked for: it needs torchvision and the rest of the `transfer` extra.
+    if name == "transfer":
+        import importlib
+
+        return importlib.import_module(".transfer", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

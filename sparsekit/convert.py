@@ -70,7 +70,9 @@ def _hide_structure_from_ddp(model: nn.Module) -> None:
         for buffer in module._buffers
     ]
     if names:
-        model._ddp_params_and_buffers_to_ignore = sorted({*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names})
+        model._ddp_params_and_buffers_to_ignore = sorted(
+            {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
+        )
 
 
 def _bake_pruning(module: nn.Module) -> Tensor | None:

@@ -186,7 +186,9 @@ def load_checkpoint(
             name = base[len("model/") :]
             state[name] = _dense(tensors[key], structures[base], header["shapes"][base])
             layer = name[: -len("weight")]
-            masks[layer.rstrip(".")] = state[f"{layer}weight_mask"] = mask_from_pattern(structures[base], state[name].shape)
+            masks[layer.rstrip(".")] = state[f"{layer}weight_mask"] = mask_from_pattern(
+                structures[base], state[name].shape
+            )
         else:
             state[key[len("model/") :]] = tensors[key]
     saved = _optimizer_state(header, tensors, structures)

