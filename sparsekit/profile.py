@@ -54,13 +54,16 @@ class Explanation(list):
     def __str__(self) -> str:
         width = max([len(r.name) for r in self] + [5])
         shapes = max([len(r.shape) for r in self] + [5])
-        head = f"{'layer':<{width}}  {'shape':<{shapes}}  sparsity  runs    expected sparse/dense ms  measured sparse/dense ms  speed-up  why"
+        head = (
+            f"{'layer':<{width}}  {'shape':<{shapes}}  sparsity  runs    expected sparse / dense ms  "
+            "measured sparse / dense ms  speed-up  why"
+        )
         lines = [head]
         for r in self:
             lines.append(
                 f"{r.name:<{width}}  {r.shape:<{shapes}}  {r.sparsity:8.3f}  {r.backend:<6}  "
-                f"{_ms(r.expected_sparse)} / {_ms(r.expected_dense)}        "
-                f"{_ms(r.measured_sparse)} / {_ms(r.measured_dense)}        {r.speedup:7.2f}x  {r.reason}"
+                f"     {_ms(r.expected_sparse)} / {_ms(r.expected_dense)}       "
+                f"    {_ms(r.measured_sparse)} / {_ms(r.measured_dense)}  {r.speedup:7.2f}x  {r.reason}"
             )
         return "\n".join(lines)
 

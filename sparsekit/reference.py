@@ -61,7 +61,7 @@ def conv2d_input_grad(
     dilation,
     groups,
 ):
-    # The transposed weight, [in_channels, out_channels / groups, kh, kw], brought back to [out_channels, in_channels / groups, kh, kw].
+    # The transposed weight, [in_channels, out_channels / groups, kh, kw], brought back to the order of the forward.
     weight_t = values.new_zeros(input_size[1], grad_output.shape[1] // groups, *kernel_size)
     weight_t.view(input_size[1], -1)[row_indices(t_crow_indices), t_col_indices.long()] = values[t_permutation.long()]
     weight = weight_t.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)

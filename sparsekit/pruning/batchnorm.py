@@ -53,8 +53,9 @@ def recalibrate_batchnorm_(
             # BatchNorm takes None for a cumulative average.
             norm.training, norm.momentum = True, None
         count = 0
-        for count, batch in enumerate(batches, start=1):
+        for batch in batches:
             model(_inputs(batch).to(device))
+            count += 1
         if not count:
             raise ValueError("batches must hold at least one batch, got none")
     except BaseException:

@@ -77,8 +77,8 @@ class Cubic:
     Example:
         >>> import sparsekit as sk
         >>> schedule = sk.pruning.Cubic(0.8, begin=0, end=100, interval=50)
-        >>> schedule(0), schedule(50), schedule(100)
-        (0.0, 0.7, 0.8)
+        >>> [round(schedule(step), 3) for step in (0, 50, 100)]
+        [0.0, 0.7, 0.8]
     """
 
     sparsity: float
