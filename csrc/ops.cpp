@@ -34,15 +34,19 @@ Images matrix(const Tensor& t, const char* name) {
 Csr csr(const Tensor& crow, const Tensor& col, const float* values, int64_t columns, const Tensor* permutation) {
   check_vector(crow, "crow_indices", kInt, -1);
   check_vector(col, "col_indices", kInt, -1);
-  const Csr weight{
-      static_cast<const int32_t*>(crow.data_ptr()), static_cast<const int32_t*>(col.data_ptr()), values,
-      permutation ? static_cast<const int32_t*>(permutation->data_ptr()) : nullptr, crow.size(0) - 1, col.size(0)};
+  const Csr weight{static_cast<const int32_t*>(crow.data_ptr()),
+                   static_cast<const int32_t*>(col.data_ptr()),
+                   values,
+                   permutation ? static_cast<const int32_t*>(permutation->data_ptr()) : nullptr,
+                   crow.size(0) - 1,
+                   col.size(0)};
   STD_TORCH_CHECK(weight.rows >= 0 && weight.crow[0] == 0 && weight.crow[weight.rows] == weight.nnz,
                   "crow_indices must run from 0 to nnz = ", weight.nnz);
   bool ordered = true, inside = true;
   for (int64_t r = 0; r < weight.rows; ++r) ordered &= weight.crow[r] <= weight.crow[r + 1];
   STD_TORCH_CHECK(ordered, "crow_indices must not decrease");
-  for (int64_t j = 0; j < weight.nnz; ++j) inside &= static_cast<uint64_t>(weight.col[j]) < static_cast<uint64_t>(columns);
+  for (int64_t j = 0; j < weight.nnz; ++j)
+    inside &= static_cast<uint64_t>(weight.col[j]) < static_cast<uint64_t>(columns);
   STD_TORCH_CHECK(inside, "col_indices must lie in [0, ", columns, ")");
   if (weight.permutation) {
     check_vector(*permutation, "t_permutation", kInt, weight.nnz);
@@ -58,9 +62,8 @@ const float* vector_data(const Tensor& t, const char* name, int64_t size) {
   return static_cast<const float*>(t.data_ptr());
 }
 
-Conv2dGeometry geometry(
-    const Tensor& x, const Tensor& y, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
-    int64_t groups) {
+Conv2dGeometry geometry(const Tensor& x, const Tensor& y, const Ints& kernel, const Ints& stride, const Ints& padding,
+                        const Ints& dilation, int64_t groups) {
   STD_TORCH_CHECK(x.dim() == 4 && y.dim() == 4, "input and output must have 4 dimensions");
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
                   "kernel_size, stride and dilation must have 2 elements, padding 4");
@@ -68,7 +71,7 @@ Conv2dGeometry geometry(
     STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0,
                     "kernel_size, stride and dilation must be positive");
   for (int64_t p : padding) STD_TORCH_CHECK(p >= 0, "padding must not be negative, got ", p);
-  const Conv2dGeometry g{x.size(0), x.size(1), x.size(2), x.size(3), y.size(1), y.size(2), y.size(3), kernel[0],
+  const Conv2dGeometry g{x.size(0), x.size(1), x.size(2), x.size(3),  y.size(1),  y.size(2),   y.size(3),   kernel[0],
                          kernel[1], stride[0], stride[1], padding[0], padding[2], dilation[0], dilation[1], groups};
   STD_TORCH_CHECK(groups > 0 && g.in_channels % groups == 0 && g.out_channels % groups == 0, "groups = ", groups,
                   " must divide ", g.in_channels, " and ", g.out_channels, " channels");
@@ -86,9 +89,8 @@ Conv2dGeometry linear_geometry(const Tensor& x, const Tensor& y) {
 
 bool empty(const Tensor& t) { return t.numel() == 0; }
 
-void run_forward(
-    const Conv2dGeometry& g, const Tensor& out, const Images& x, const Images& y, const Tensor& values,
-    const Tensor& crow, const Tensor& col, const std::optional<Tensor>& bias) {
+void run_forward(const Conv2dGeometry& g, const Tensor& out, const Images& x, const Images& y, const Tensor& values,
+                 const Tensor& crow, const Tensor& col, const std::optional<Tensor>& bias) {
   const Csr weight = csr(crow, col, vector_data(values, "values", col.size(0)),
                          g.in_channels / g.groups * g.kernel_h * g.kernel_w, nullptr);
   STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
@@ -96,18 +98,16 @@ void run_forward(
   if (!empty(out)) conv2d(g, weight, b, x, y);
 }
 
-void run_input_grad(
-    const Conv2dGeometry& g, const Tensor& out, const Images& dy, const Images& dx, const Tensor& values,
-    const Tensor& t_crow, const Tensor& t_col, const Tensor& t_permutation) {
+void run_input_grad(const Conv2dGeometry& g, const Tensor& out, const Images& dy, const Images& dx,
+                    const Tensor& values, const Tensor& t_crow, const Tensor& t_col, const Tensor& t_permutation) {
   const Csr weight_t = csr(t_crow, t_col, vector_data(values, "values", t_col.size(0)),
                            g.out_channels / g.groups * g.kernel_h * g.kernel_w, &t_permutation);
   STD_TORCH_CHECK(weight_t.rows == g.in_channels, "t_crow_indices must have in_channels + 1 elements");
   if (!empty(out)) conv2d_input_grad(g, weight_t, dy, dx);
 }
 
-void run_values_grad(
-    const Conv2dGeometry& g, Tensor& out, const Images& dy, const Images& x, const Tensor& crow,
-    const Tensor& col) {
+void run_values_grad(const Conv2dGeometry& g, Tensor& out, const Images& dy, const Images& x, const Tensor& crow,
+                     const Tensor& col) {
   const Csr weight = csr(crow, col, nullptr, g.in_channels / g.groups * g.kernel_h * g.kernel_w, nullptr);
   STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
   vector_data(out, "out", weight.nnz);
@@ -117,24 +117,20 @@ void run_values_grad(
     conv2d_values_grad(g, weight, dy, x, static_cast<float*>(out.data_ptr()));
 }
 
-void conv2d_op(
-    Tensor out, Tensor input, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias, Ints kernel,
-    Ints stride, Ints padding, Ints dilation, int64_t groups) {
+void conv2d_op(Tensor out, Tensor input, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias,
+               Ints kernel, Ints stride, Ints padding, Ints dilation, int64_t groups) {
   const Conv2dGeometry g = geometry(input, out, kernel, stride, padding, dilation, groups);
   run_forward(g, out, images(input, "input"), images(out, "out"), values, crow, col, bias);
 }
 
-void conv2d_input_grad_op(
-    Tensor out, Tensor grad_output, Tensor values, Tensor t_crow, Tensor t_col, Tensor t_permutation, Ints kernel,
-    Ints stride, Ints padding, Ints dilation, int64_t groups) {
+void conv2d_input_grad_op(Tensor out, Tensor grad_output, Tensor values, Tensor t_crow, Tensor t_col,
+                          Tensor t_permutation, Ints kernel, Ints stride, Ints padding, Ints dilation, int64_t groups) {
   const Conv2dGeometry g = geometry(out, grad_output, kernel, stride, padding, dilation, groups);
-  run_input_grad(
-      g, out, images(grad_output, "grad_output"), images(out, "out"), values, t_crow, t_col, t_permutation);
+  run_input_grad(g, out, images(grad_output, "grad_output"), images(out, "out"), values, t_crow, t_col, t_permutation);
 }
 
-void conv2d_values_grad_op(
-    Tensor out, Tensor grad_output, Tensor input, Tensor crow, Tensor col, Ints kernel, Ints stride, Ints padding,
-    Ints dilation, int64_t groups) {
+void conv2d_values_grad_op(Tensor out, Tensor grad_output, Tensor input, Tensor crow, Tensor col, Ints kernel,
+                           Ints stride, Ints padding, Ints dilation, int64_t groups) {
   const Conv2dGeometry g = geometry(input, grad_output, kernel, stride, padding, dilation, groups);
   run_values_grad(g, out, images(grad_output, "grad_output"), images(input, "input"), crow, col);
 }
@@ -144,11 +140,10 @@ void linear_op(Tensor out, Tensor input, Tensor values, Tensor crow, Tensor col,
   run_forward(g, out, matrix(input, "input"), matrix(out, "out"), values, crow, col, bias);
 }
 
-void linear_input_grad_op(
-    Tensor out, Tensor grad_output, Tensor values, Tensor t_crow, Tensor t_col, Tensor t_permutation) {
+void linear_input_grad_op(Tensor out, Tensor grad_output, Tensor values, Tensor t_crow, Tensor t_col,
+                          Tensor t_permutation) {
   const Conv2dGeometry g = linear_geometry(out, grad_output);
-  run_input_grad(
-      g, out, matrix(grad_output, "grad_output"), matrix(out, "out"), values, t_crow, t_col, t_permutation);
+  run_input_grad(g, out, matrix(grad_output, "grad_output"), matrix(out, "out"), values, t_crow, t_col, t_permutation);
 }
 
 void linear_values_grad_op(Tensor out, Tensor grad_output, Tensor input, Tensor crow, Tensor col) {
@@ -229,18 +224,24 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
   m.def("set_isa(str isa) -> ()");
   m.def("compress(Tensor(a!) out, Tensor weight, Tensor crow_indices, Tensor col_indices) -> ()");
   m.def("decompress(Tensor(a!) out, Tensor values, Tensor crow_indices, Tensor col_indices) -> ()");
-  m.def("conv2d(Tensor(a!) out, Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias, "
-        GEOMETRY ") -> ()");
-  m.def("conv2d_input_grad(Tensor(a!) out, Tensor grad_output, Tensor values, Tensor t_crow_indices, "
-        "Tensor t_col_indices, Tensor t_permutation, " GEOMETRY ") -> ()");
-  m.def("conv2d_values_grad(Tensor(a!) out, Tensor grad_output, Tensor input, Tensor crow_indices, "
-        "Tensor col_indices, " GEOMETRY ") -> ()");
-  m.def("linear(Tensor(a!) out, Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias) "
-        "-> ()");
-  m.def("linear_input_grad(Tensor(a!) out, Tensor grad_output, Tensor values, Tensor t_crow_indices, "
-        "Tensor t_col_indices, Tensor t_permutation) -> ()");
-  m.def("linear_values_grad(Tensor(a!) out, Tensor grad_output, Tensor input, Tensor crow_indices, "
-        "Tensor col_indices) -> ()");
+  m.def(
+      "conv2d(Tensor(a!) out, Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? "
+      "bias, " GEOMETRY ") -> ()");
+  m.def(
+      "conv2d_input_grad(Tensor(a!) out, Tensor grad_output, Tensor values, Tensor t_crow_indices, "
+      "Tensor t_col_indices, Tensor t_permutation, " GEOMETRY ") -> ()");
+  m.def(
+      "conv2d_values_grad(Tensor(a!) out, Tensor grad_output, Tensor input, Tensor crow_indices, "
+      "Tensor col_indices, " GEOMETRY ") -> ()");
+  m.def(
+      "linear(Tensor(a!) out, Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias) "
+      "-> ()");
+  m.def(
+      "linear_input_grad(Tensor(a!) out, Tensor grad_output, Tensor values, Tensor t_crow_indices, "
+      "Tensor t_col_indices, Tensor t_permutation) -> ()");
+  m.def(
+      "linear_values_grad(Tensor(a!) out, Tensor grad_output, Tensor input, Tensor crow_indices, "
+      "Tensor col_indices) -> ()");
   m.def("bias_grad(Tensor(a!) out, Tensor grad_output) -> ()");
 }
 

@@ -110,7 +110,8 @@ Tile tile_at(const Walk& walk, int64_t index) {
   const int64_t column = index % walk.tiles_w(), rest = index / walk.tiles_w();
   const int64_t row = rest % walk.tiles_h();
   const int64_t y = row * walk.tile_h, x = column * walk.tile_w;
-  return {rest / walk.tiles_h(), y, x, std::min(walk.tile_h, walk.target_h - y), std::min(walk.tile_w, walk.target_w - x)};
+  return {rest / walk.tiles_h(), y, x, std::min(walk.tile_h, walk.target_h - y),
+          std::min(walk.tile_w, walk.target_w - x)};
 }
 
 int64_t add_phase(Walk& walk, int64_t offset_h, int64_t offset_w) {
@@ -179,7 +180,8 @@ void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
     const int64_t lanes = round_up((walk.tile_h - 1) * walk.pitch + walk.tile_w, kAlign);
     base += round_up((p.up + p.down) * walk.pitch + halo + lanes, kAlign);
   }
-  // Where a strip is a part of the tile: an odd number of lines, so that its channels spread over all sets of the cache.
+  // Where a strip is a part of the tile: an odd number of lines, so that its channels spread over all sets of the
+  // cache.
   const bool several_strips = base > 4 * kAlign;
   walk.channel_stride = std::max(kAlign, several_strips && base / kAlign % 2 == 0 ? base + kAlign : base);
 }
@@ -214,8 +216,9 @@ std::vector<Walk> input_grad_walks(const Conv2dGeometry& g, const Images& dy, co
       target.data += a * dx.row + b * dx.col;
       target.row *= g.stride_h;
       target.col *= g.stride_w;
-      Walk walk{dy, g.out_h, g.out_w, 1, 1, target, ceil_div(g.in_h - a, g.stride_h), ceil_div(g.in_w - b, g.stride_w),
-                g.batch, g.groups};
+      Walk walk{
+          dy,      g.out_h, g.out_w, 1, 1, target, ceil_div(g.in_h - a, g.stride_h), ceil_div(g.in_w - b, g.stride_w),
+          g.batch, g.groups};
       walk.source_channels = g.out_channels / g.groups;
       walk.rows = g.in_channels / g.groups;
       for (int64_t ky = 0; ky < g.kernel_h; ++ky)
@@ -238,8 +241,12 @@ class PackedWeight {
  public:
   // For spmm (with values), or for sddmm (without; slots are filled up to a multiple of 4 with offsets of no meaning).
   PackedWeight(const Walk& walk, const Csr& csr, int64_t block_channels, int64_t parts, bool with_values)
-      : walk_(walk), csr_(csr), blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
-        block_channels_(block_channels), parts_(parts), taps_(walk.taps.size()) {
+      : walk_(walk),
+        csr_(csr),
+        blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
+        block_channels_(block_channels),
+        parts_(parts),
+        taps_(walk.taps.size()) {
     const int64_t lists = walk.groups * blocks_;
     begin_.resize(lists * walk.rows + 1);
     order_.resize(lists * walk.rows);
@@ -374,12 +381,14 @@ void pack_source(const Walk& walk, const Tile& tile, int64_t channel, int64_t co
     const int64_t x0 = tile.x - walk.left, y0 = tile.y - p.up, rows = walk.tile_h + p.up + p.down;
     const int64_t width = ceil_div(walk.source_w - p.offset_w, walk.step_w);
     const int64_t height = ceil_div(walk.source_h - p.offset_h, walk.step_h);
-    const int64_t from = std::clamp<int64_t>(-x0, 0, walk.pitch), to = std::clamp<int64_t>(width - x0, from, walk.pitch);
+    const int64_t from = std::clamp<int64_t>(-x0, 0, walk.pitch),
+                  to = std::clamp<int64_t>(width - x0, from, walk.pitch);
     const int64_t top = from < to ? std::clamp<int64_t>(-y0, 0, rows) : rows;
     const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
     const int64_t col = walk.step_w * s.col, row = walk.step_h * s.row;
     const float* first = s.data + tile.image * s.image + channel * s.channel +
-                         ((y0 + top) * walk.step_h + p.offset_h) * s.row + ((x0 + from) * walk.step_w + p.offset_w) * s.col;
+                         ((y0 + top) * walk.step_h + p.offset_h) * s.row +
+                         ((x0 + from) * walk.step_w + p.offset_w) * s.col;
     float* phase = block + p.base;
     // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
     const bool columns_move = walk.tile_w < walk.target_w;
@@ -402,7 +411,8 @@ void pack_source(const Walk& walk, const Tile& tile, int64_t channel, int64_t co
       k.gather(packed, walk.channel_stride, first, s.channel, col, count, to - from);
     } else {
       for (int64_t c = 0; c < count; ++c)
-        k.gather(packed + c * walk.channel_stride, walk.pitch, first + c * s.channel, row, col, bottom - top, to - from);
+        k.gather(packed + c * walk.channel_stride, walk.pitch, first + c * s.channel, row, col, bottom - top,
+                 to - from);
     }
   }
 }
@@ -418,7 +428,8 @@ float* target_at(const Walk& walk, const Tile& tile, int64_t channel) {
 }
 
 // Copy lanes of rows [channel, channel + count) to the target.
-void unpack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, const float* lanes, int64_t stride) {
+void unpack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, const float* lanes,
+                   int64_t stride) {
   const Kernels& k = kernels();
   const Images& t = walk.target;
   float* to = target_at(walk, tile, channel);
@@ -436,13 +447,12 @@ bool same_tiles(const Walk& a, const Walk& b) {
 }
 
 // unpack_target for two walks whose columns alternate.
-void interleave_target(
-    const Walk& even, const Walk& odd, const Tile& tile, int64_t channel, int64_t count, const float* even_lanes,
-    const float* odd_lanes) {
+void interleave_target(const Walk& even, const Walk& odd, const Tile& tile, int64_t channel, int64_t count,
+                       const float* even_lanes, const float* odd_lanes) {
   for (int64_t r = 0; r < tile.h; ++r)
-    kernels().interleave(
-        target_at(even, tile, channel) + r * even.target.row, even.target.channel, even_lanes + r * even.pitch,
-        odd_lanes + r * odd.pitch, even.result_stride(), odd.result_stride(), count, even.target_w + odd.target_w);
+    kernels().interleave(target_at(even, tile, channel) + r * even.target.row, even.target.channel,
+                         even_lanes + r * even.pitch, odd_lanes + r * odd.pitch, even.result_stride(),
+                         odd.result_stride(), count, even.target_w + odd.target_w);
 }
 
 // The inverse: target pixels into lanes, which start zeroed, so that lanes that are no pixels stay zero.
@@ -518,10 +528,10 @@ void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
         float* block = scratch + blocks_at[w];
         for (int64_t b = 0; b < weights[w].blocks(); ++b) {
           const int64_t c = b * blocks[w];
-          pack_source(walk, tile, group * walk.source_channels + c, std::min(blocks[w], walk.source_channels - c), block);
-          kernels().spmm(
-              block, weights[w].rows(group, b, part), bias ? bias + channel : nullptr, b > 0, out, stride,
-              tile.lanes(walk));
+          pack_source(walk, tile, group * walk.source_channels + c, std::min(blocks[w], walk.source_channels - c),
+                      block);
+          kernels().spmm(block, weights[w].rows(group, b, part), bias ? bias + channel : nullptr, b > 0, out, stride,
+                         tile.lanes(walk));
         }
         if (in_place) continue;
         const float* other = result_scratch.get(results) + results_at[w ^ 1];
@@ -549,8 +559,7 @@ void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Image
   run(walks, weight_t, nullptr);
 }
 
-void conv2d_values_grad(
-    const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad) {
+void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad) {
   Walk walk = forward_walk(g, x, dy);
   choose_tile(walk, kTileLanes, 48);
   const int64_t block = block_channels(walk, weight, 2 * kStripLanes, 16);
@@ -591,21 +600,21 @@ void conv2d_values_grad(
         for (int64_t b = 0; b < packed.blocks(); ++b) {
           const int64_t c = b * block;
           pack_source(walk, tile, group * walk.source_channels + c, std::min(block, walk.source_channels - c), source);
-          kernels().sddmm(
-              source, packed.rows(group, b, part), lanes, lanes_stride, tile.lanes(walk),
-              partial.get() + chunk * size);
+          kernels().sddmm(source, packed.rows(group, b, part), lanes, lanes_stride, tile.lanes(walk),
+                          partial.get() + chunk * size);
         }
       }
     }
   });
   float* sum = partial.get() + chunks * size;
-  if (size > 0) torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      float total = 0;
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * size + j];
-      sum[j] = total;
-    }
-  });
+  if (size > 0)
+    torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        float total = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * size + j];
+        sum[j] = total;
+      }
+    });
   packed.unpack(sum, grad);
 }
 

@@ -18,8 +18,7 @@ void conv2d(const Conv2dGeometry& g, const Csr& weight, const float* bias, const
 void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Images& dy, const Images& dx);
 
 // grad[j] = the gradient of non-zero j of weight, whose values are not read.
-void conv2d_values_grad(
-    const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad);
+void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad);
 
 // grad[channel] = sum of dy over images and pixels.
 void bias_grad(const Conv2dGeometry& g, const Images& dy, float* grad);

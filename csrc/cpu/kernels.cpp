@@ -17,9 +17,8 @@ constexpr int kStrip = kLanes == 16 ? 4 : 8;
 constexpr int kPrefetchSlots = 8;
 
 template <int N>
-inline void spmm_strip(
-    const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out, int64_t out_stride,
-    int64_t tail) {
+inline void spmm_strip(const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out,
+                       int64_t out_stride, int64_t tail) {
   // Independent sums, so that the FMAs of one short strip do not wait for each other.
   constexpr int kSums = N >= 4 ? 1 : N >= 2 ? 2 : 4;
   const uint32_t* offsets = rows.offsets;
@@ -68,9 +67,8 @@ inline void spmm_strip(
   }
 }
 
-void spmm(
-    const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out, int64_t out_stride,
-    int64_t lanes) {
+void spmm(const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out, int64_t out_stride,
+          int64_t lanes) {
   for (int64_t begin = 0; begin < lanes; begin += kStrip * kLanes) {
     const int64_t left = lanes - begin;
     const int64_t vectors = left >= kStrip * kLanes ? kStrip : (left + kLanes - 1) / kLanes;
@@ -78,14 +76,30 @@ void spmm(
     const float* x = tile + begin;
     float* y = out + begin;
     switch (vectors) {
-      case 1: spmm_strip<1>(x, rows, bias, accumulate, y, out_stride, tail); break;
-      case 2: spmm_strip<2>(x, rows, bias, accumulate, y, out_stride, tail); break;
-      case 3: spmm_strip<3>(x, rows, bias, accumulate, y, out_stride, tail); break;
-      case 4: spmm_strip<4>(x, rows, bias, accumulate, y, out_stride, tail); break;
-      case 5: spmm_strip<5>(x, rows, bias, accumulate, y, out_stride, tail); break;
-      case 6: spmm_strip<6>(x, rows, bias, accumulate, y, out_stride, tail); break;
-      case 7: spmm_strip<7>(x, rows, bias, accumulate, y, out_stride, tail); break;
-      case 8: spmm_strip<8>(x, rows, bias, accumulate, y, out_stride, tail); break;
+      case 1:
+        spmm_strip<1>(x, rows, bias, accumulate, y, out_stride, tail);
+        break;
+      case 2:
+        spmm_strip<2>(x, rows, bias, accumulate, y, out_stride, tail);
+        break;
+      case 3:
+        spmm_strip<3>(x, rows, bias, accumulate, y, out_stride, tail);
+        break;
+      case 4:
+        spmm_strip<4>(x, rows, bias, accumulate, y, out_stride, tail);
+        break;
+      case 5:
+        spmm_strip<5>(x, rows, bias, accumulate, y, out_stride, tail);
+        break;
+      case 6:
+        spmm_strip<6>(x, rows, bias, accumulate, y, out_stride, tail);
+        break;
+      case 7:
+        spmm_strip<7>(x, rows, bias, accumulate, y, out_stride, tail);
+        break;
+      case 8:
+        spmm_strip<8>(x, rows, bias, accumulate, y, out_stride, tail);
+        break;
     }
   }
 }
@@ -215,8 +229,8 @@ class PartialSums {
 };
 
 template <int N>
-inline void sddmm_strip(
-    const float* tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t tail, float* grad) {
+inline void sddmm_strip(const float* tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t tail,
+                        float* grad) {
   const uint32_t* offsets = rows.offsets;
   PartialSums sums(grad);
   for (int64_t r = 0; r < rows.count; ++r) {
@@ -228,8 +242,7 @@ inline void sddmm_strip(
     for (int v = 0; v < N - 1; ++v) d[v] = load(from + v * kLanes);
     d[N - 1] = tail == kLanes ? load(from + (N - 1) * kLanes) : load(from + (N - 1) * kLanes, tail);
     for (; j < end; j += 4) {
-      const float* x[4] = {
-          tile + offsets[j], tile + offsets[j + 1], tile + offsets[j + 2], tile + offsets[j + 3]};
+      const float* x[4] = {tile + offsets[j], tile + offsets[j + 1], tile + offsets[j + 2], tile + offsets[j + 3]};
       Vec sum[4];
       for (int k = 0; k < 4; ++k) sum[k] = mul(d[0], load(x[k]));
       for (int v = 1; v < N; ++v)
@@ -250,21 +263,36 @@ void sddmm(const float* tile, const Rows& rows, const float* dy, int64_t dy_stri
     const float* x = tile + begin;
     const float* d = dy + begin;
     switch (vectors) {
-      case 1: sddmm_strip<1>(x, rows, d, dy_stride, tail, grad); break;
-      case 2: sddmm_strip<2>(x, rows, d, dy_stride, tail, grad); break;
-      case 3: sddmm_strip<3>(x, rows, d, dy_stride, tail, grad); break;
-      case 4: sddmm_strip<4>(x, rows, d, dy_stride, tail, grad); break;
-      case 5: sddmm_strip<5>(x, rows, d, dy_stride, tail, grad); break;
-      case 6: sddmm_strip<6>(x, rows, d, dy_stride, tail, grad); break;
-      case 7: sddmm_strip<7>(x, rows, d, dy_stride, tail, grad); break;
-      case 8: sddmm_strip<8>(x, rows, d, dy_stride, tail, grad); break;
+      case 1:
+        sddmm_strip<1>(x, rows, d, dy_stride, tail, grad);
+        break;
+      case 2:
+        sddmm_strip<2>(x, rows, d, dy_stride, tail, grad);
+        break;
+      case 3:
+        sddmm_strip<3>(x, rows, d, dy_stride, tail, grad);
+        break;
+      case 4:
+        sddmm_strip<4>(x, rows, d, dy_stride, tail, grad);
+        break;
+      case 5:
+        sddmm_strip<5>(x, rows, d, dy_stride, tail, grad);
+        break;
+      case 6:
+        sddmm_strip<6>(x, rows, d, dy_stride, tail, grad);
+        break;
+      case 7:
+        sddmm_strip<7>(x, rows, d, dy_stride, tail, grad);
+        break;
+      case 8:
+        sddmm_strip<8>(x, rows, d, dy_stride, tail, grad);
+        break;
     }
   }
 }
 
-void interleave(
-    float* to, int64_t to_row, const float* even, const float* odd, int64_t even_row, int64_t odd_row, int64_t rows,
-    int64_t cols) {
+void interleave(float* to, int64_t to_row, const float* even, const float* odd, int64_t even_row, int64_t odd_row,
+                int64_t rows, int64_t cols) {
   for (int64_t r = 0; r < rows; ++r, to += to_row, even += even_row, odd += odd_row) {
     int64_t c = 0;
 #if defined(__AVX512F__)
@@ -281,8 +309,8 @@ void interleave(
   }
 }
 
-void gather(
-    float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows, int64_t cols) {
+void gather(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows,
+            int64_t cols) {
   for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
     if (from_col == 1) {
       int64_t c = 0;
@@ -307,8 +335,8 @@ void gather(
   }
 }
 
-void scatter(
-    float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows, int64_t cols) {
+void scatter(float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows,
+             int64_t cols) {
   if (to_col == 1) return gather(to, to_row, from, from_row, 1, rows, cols);
   for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
     for (int64_t c = 0; c < cols; ++c) to[c * to_col] = from[c];

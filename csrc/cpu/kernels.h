@@ -23,27 +23,24 @@ struct Kernels {
 
   // out[r][lane] = sum of value * tile[offset + lane], over `lanes` lanes. Starts from bias[r] (0 if null), or from
   // what out holds if `accumulate`. Writes no lane beyond `lanes`; may read the tile up to the next multiple of 16.
-  void (*spmm)(
-      const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out, int64_t out_stride,
-      int64_t lanes);
+  void (*spmm)(const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out, int64_t out_stride,
+               int64_t lanes);
 
   // grad[j] += sum over lanes of dy[r][lane] * tile[offset_j + lane]. Reads no lane of dy beyond `lanes`. The number of
   // non-zeros of every slot must be a multiple of 4.
-  void (*sddmm)(
-      const float* tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad);
+  void (*sddmm)(const float* tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad);
 
   // to[r * to_row + c] = from[r * from_row + c * from_col]
-  void (*gather)(
-      float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows, int64_t cols);
+  void (*gather)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows,
+                 int64_t cols);
 
   // to[r * to_row + c * to_col] = from[r * from_row + c]
-  void (*scatter)(
-      float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows, int64_t cols);
+  void (*scatter)(float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows,
+                  int64_t cols);
 
   // to[r * to_row + c] = c even ? even[r * even_row + c / 2] : odd[r * odd_row + c / 2]
-  void (*interleave)(
-      float* to, int64_t to_row, const float* even, const float* odd, int64_t even_row, int64_t odd_row, int64_t rows,
-    int64_t cols);
+  void (*interleave)(float* to, int64_t to_row, const float* even, const float* odd, int64_t even_row, int64_t odd_row,
+                     int64_t rows, int64_t cols);
 
   // to[c * to_row + r] = from[r * from_row + c]
   void (*transpose)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols);

@@ -61,7 +61,7 @@ def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     Example:
         >>> import torch, sparsekit as sk
         >>> sk.pruning.erk({"conv1": torch.rand(4, 3, 3, 3), "fc": torch.rand(10, 40)}, 0.9)
-        {'conv1': 10, 'fc': 41}
+        {'conv1': 11, 'fc': 40}
     """
     # Kept weights are density times size, and the size is the product of the shape: the sum of the shape is left.
     return _share_out({name: sum(s.shape) for name, s in scores.items()}, scores, sparsity)
