@@ -25,9 +25,13 @@ namespace {
 
 // Chosen by measurement (benchmarks/layers.py) on a CPU with 32 KB of first-level and 1 MB of second-level cache.
 constexpr int64_t kTileLanes = 256;          // at most, in a tile
+constexpr int64_t kDirectLanes = 512;        // the same, where the source is not packed
 constexpr int64_t kStripLanes = 64;          // that spmm holds in registers; sddmm holds twice as many
 constexpr int64_t kTileFloats = 128 * 1024;  // of packed source that stay in the second-level cache
+constexpr int64_t kStreamFloats = 3 << 20;   // of a target that is too large for the caches
 constexpr int64_t kBlockFloats = 7 * 1024;   // that a strip reads while they stay in the first-level cache
+
+constexpr int64_t kWriteAhead = 4;           // channels, of a target that is not written in place
 
 constexpr int64_t kAlign = 16;  // floats in a cache line, and in the widest register
 
@@ -72,7 +76,7 @@ class Scratch {
 thread_local Scratch tile_scratch, result_scratch;
 
 struct Tap {
-  int64_t phase, dy, dx;  // phase < 0: the tap does not touch this walk
+  int64_t phase, dy, dx;  // phase < 0: the tap does not touch this part
 };
 
 // The source pixels (y * step_h + offset_h, x * step_w + offset_w), and the rows that taps reach above and below.
@@ -81,37 +85,45 @@ struct Phase {
   int64_t base;  // of its first float in a channel of the packed block
 };
 
+// The target pixels (y * step_h + offset_h, x * step_w + offset_w): those that see the same taps.
+struct Part {
+  int64_t offset_h, offset_w;
+  std::vector<Tap> taps;
+  bool empty = true;  // no tap touches it: all zero
+};
+
 struct Walk {
   Images source;
   int64_t source_h, source_w, step_h, step_w;
   Images target;
-  int64_t target_h, target_w, images;
+  int64_t target_h, target_w, target_step_h, target_step_w, images;
   int64_t groups, source_channels, rows;  // channels and rows are per group
-  std::vector<Tap> taps;
+  std::vector<Part> parts;
   std::vector<Phase> phases;
-  int64_t left = 0, right = 0;  // columns that taps reach beyond the target's
+  int64_t left = 0, right = 0;  // columns that taps reach beyond the grid's
 
-  // The tile: tile_h x tile_w target pixels, pitch lanes from one row to the next.
-  int64_t tile_h, tile_w, pitch, channel_stride;
+  // The lanes are a grid of grid_h x grid_w pixels of every part, cut into tiles of tile_h x tile_w, pitch lanes from
+  // one row to the next.
+  int64_t grid_h, grid_w, tile_h, tile_w, pitch, channel_stride;
+  bool direct = false;  // the source itself serves as packed block
 
-  int64_t tiles_h() const { return ceil_div(target_h, tile_h); }
-  int64_t tiles_w() const { return ceil_div(target_w, tile_w); }
+  int64_t tiles_h() const { return ceil_div(grid_h, tile_h); }
+  int64_t tiles_w() const { return ceil_div(grid_w, tile_w); }
   int64_t tiles() const { return images * tiles_h() * tiles_w(); }
   // Floats from one row of results to the next, where they are not written in place.
   int64_t result_stride() const { return round_up((tile_h - 1) * pitch + tile_w, kAlign) + kAlign; }
 };
 
-struct Tile {
+struct TileAt {
   int64_t image, y, x, h, w;
   int64_t lanes(const Walk& walk) const { return (h - 1) * walk.pitch + w; }
 };
 
-Tile tile_at(const Walk& walk, int64_t index) {
+TileAt tile_at(const Walk& walk, int64_t index) {
   const int64_t column = index % walk.tiles_w(), rest = index / walk.tiles_w();
   const int64_t row = rest % walk.tiles_h();
   const int64_t y = row * walk.tile_h, x = column * walk.tile_w;
-  return {rest / walk.tiles_h(), y, x, std::min(walk.tile_h, walk.target_h - y),
-          std::min(walk.tile_w, walk.target_w - x)};
+  return {rest / walk.tiles_h(), y, x, std::min(walk.tile_h, walk.grid_h - y), std::min(walk.tile_w, walk.grid_w - x)};
 }
 
 int64_t add_phase(Walk& walk, int64_t offset_h, int64_t offset_w) {
@@ -121,18 +133,19 @@ int64_t add_phase(Walk& walk, int64_t offset_h, int64_t offset_w) {
   return walk.phases.size() - 1;
 }
 
-void add_tap(Walk& walk, int64_t offset_h, int64_t offset_w, int64_t dy, int64_t dx) {
+void add_tap(Walk& walk, Part& part, int64_t offset_h, int64_t offset_w, int64_t dy, int64_t dx) {
   const int64_t phase = add_phase(walk, offset_h, offset_w);
   walk.phases[phase].up = std::max(walk.phases[phase].up, -dy);
   walk.phases[phase].down = std::max(walk.phases[phase].down, dy);
   walk.left = std::max(walk.left, -dx);
   walk.right = std::max(walk.right, dx);
-  walk.taps.push_back({phase, dy, dx});
+  part.taps.push_back({phase, dy, dx});
+  part.empty = false;
 }
 
 // Pointwise walks have no neighbourhood: let as many pixels as possible be one long row.
 void merge_rows(Walk& walk) {
-  if (walk.phases.size() != 1 || walk.left || walk.right) return;
+  if (walk.phases.size() != 1 || walk.parts.size() != 1 || walk.left || walk.right) return;
   if (walk.phases[0].up || walk.phases[0].down) return;
   if (walk.step_h != 1 || walk.step_w != 1 || walk.source_h != walk.target_h || walk.source_w != walk.target_w) return;
   auto dense_rows = [&](const Images& t) { return t.row == walk.target_w * t.col; };
@@ -146,34 +159,48 @@ void merge_rows(Walk& walk) {
     walk.target_w *= walk.target_h;
     walk.target_h = 1;
   }
-  walk.source_h = walk.target_h;
-  walk.source_w = walk.target_w;
+  walk.source_h = walk.grid_h = walk.target_h;
+  walk.source_w = walk.grid_w = walk.target_w;
+  // Aligned rows need no packing: a kept weight is an offset into the source.
+  walk.direct = walk.source.col == 1 && walk.source.row % kAlign == 0 && walk.source.channel % kAlign == 0 &&
+                walk.grid_w % kAlign == 0 && reinterpret_cast<uintptr_t>(walk.source.data) % (4 * kAlign) == 0 &&
+                walk.source.channel * walk.source_channels < INT32_MAX;
 }
 
 // Lane count and pitch of the tile. `lanes_wanted` bounds the tile; of the heights within it, the one that computes and
 // copies the fewest lanes per pixel wins, where `overhead` is the work per row of the weight and tile, in lanes.
 void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
   const int64_t halo = walk.left + walk.right;
-  if (walk.target_w + halo > lanes_wanted) {
-    const int64_t pieces = ceil_div(walk.target_w + halo, lanes_wanted);
-    walk.tile_w = std::min(walk.target_w, round_up(ceil_div(walk.target_w, pieces), 2 * kAlign));
+  if (walk.grid_w + halo > lanes_wanted) {
+    const int64_t pieces = ceil_div(walk.grid_w + halo, lanes_wanted);
+    walk.tile_w = std::min(walk.grid_w, round_up(ceil_div(walk.grid_w, pieces), 2 * kAlign));
   } else {
-    walk.tile_w = walk.target_w;
+    walk.tile_w = walk.grid_w;
   }
   walk.pitch = walk.tile_w + halo;
+  if (walk.direct) {
+    walk.tile_h = 1;
+    walk.phases[0].base = 0;
+    walk.channel_stride = walk.source.channel;
+    return;
+  }
   // The zeros to the right of a row can be those to the left of the next, if the source has nothing there.
   const int64_t shared = std::min(walk.left, walk.right);
-  if (walk.tile_w == walk.target_w && ceil_div(walk.source_w, walk.step_w) <= walk.target_w + walk.right - shared)
+  if (walk.tile_w == walk.grid_w && ceil_div(walk.source_w, walk.step_w) <= walk.grid_w + walk.right - shared)
     walk.pitch -= shared;
   walk.tile_h = 1;
   double best = 0;
-  for (int64_t h = 1; h <= walk.target_h && (h == 1 || (h - 1) * walk.pitch + walk.tile_w <= lanes_wanted); ++h) {
+  for (int64_t h = 1; h <= walk.grid_h && (h == 1 || (h - 1) * walk.pitch + walk.tile_w <= lanes_wanted); ++h) {
     int64_t copied = 0;
     for (const Phase& p : walk.phases) copied += (h + p.up + p.down) * walk.pitch;
     const double computed = 16.0 * (round_up((h - 1) * walk.pitch + walk.tile_w, kAlign) + overhead);
-    const double cost = (computed + copied) * ceil_div(walk.target_h, h);
+    const double cost = (computed + copied) * ceil_div(walk.grid_h, h);
     if (h == 1 || cost < best) best = cost, walk.tile_h = h;
   }
+  // Rows that begin with a cache line, where they need no more registers: a third of the taps of a 3 x 3 are then aligned.
+  const int64_t rows_between = (walk.tile_h - 1) * walk.pitch, whole = (walk.tile_h - 1) * round_up(walk.pitch, kAlign);
+  if (halo > 0 && ceil_div(whole + walk.tile_w, kAlign) == ceil_div(rows_between + walk.tile_w, kAlign))
+    walk.pitch = round_up(walk.pitch, kAlign);
   int64_t base = 0;
   for (Phase& p : walk.phases) {
     p.base = base;
@@ -194,59 +221,60 @@ int64_t strip_floats(const Walk& walk, int64_t lanes) {
 }
 
 Walk forward_walk(const Conv2dGeometry& g, const Images& x, const Images& y) {
-  Walk walk{x, g.in_h, g.in_w, g.stride_h, g.stride_w, y, g.out_h, g.out_w, g.batch, g.groups};
+  Walk walk{x, g.in_h, g.in_w, g.stride_h, g.stride_w, y, g.out_h, g.out_w, 1, 1, g.batch, g.groups};
   walk.source_channels = g.in_channels / g.groups;
   walk.rows = g.out_channels / g.groups;
+  walk.grid_h = g.out_h;
+  walk.grid_w = g.out_w;
+  Part part{0, 0};
   for (int64_t ky = 0; ky < g.kernel_h; ++ky)
     for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
       const int64_t h = ky * g.dilation_h - g.pad_top, w = kx * g.dilation_w - g.pad_left;
       const int64_t dy = floor_div(h, g.stride_h), dx = floor_div(w, g.stride_w);
-      add_tap(walk, h - dy * g.stride_h, w - dx * g.stride_w, dy, dx);
+      add_tap(walk, part, h - dy * g.stride_h, w - dx * g.stride_w, dy, dx);
+    }
+  walk.parts.push_back(std::move(part));
+  merge_rows(walk);
+  return walk;
+}
+
+// One part per residue of the stride.
+Walk input_grad_walk(const Conv2dGeometry& g, const Images& dy, const Images& dx) {
+  Walk walk{dy, g.out_h, g.out_w, 1, 1, dx, g.in_h, g.in_w, g.stride_h, g.stride_w, g.batch, g.groups};
+  walk.source_channels = g.out_channels / g.groups;
+  walk.rows = g.in_channels / g.groups;
+  walk.grid_h = ceil_div(g.in_h, g.stride_h);
+  walk.grid_w = ceil_div(g.in_w, g.stride_w);
+  for (int64_t a = 0; a < std::min(g.stride_h, g.in_h); ++a)
+    for (int64_t b = 0; b < std::min(g.stride_w, g.in_w); ++b) {
+      Part part{a, b};
+      for (int64_t ky = 0; ky < g.kernel_h; ++ky)
+        for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+          const int64_t h = a + g.pad_top - ky * g.dilation_h, w = b + g.pad_left - kx * g.dilation_w;
+          if (h % g.stride_h || w % g.stride_w) {
+            part.taps.push_back({-1, 0, 0});
+          } else {
+            add_tap(walk, part, 0, 0, h / g.stride_h, w / g.stride_w);
+          }
+        }
+      walk.parts.push_back(std::move(part));
     }
   merge_rows(walk);
   return walk;
 }
 
-// One walk per residue of the stride: the pixels of dx that see the same taps.
-std::vector<Walk> input_grad_walks(const Conv2dGeometry& g, const Images& dy, const Images& dx) {
-  std::vector<Walk> walks;
-  for (int64_t a = 0; a < std::min(g.stride_h, g.in_h); ++a)
-    for (int64_t b = 0; b < std::min(g.stride_w, g.in_w); ++b) {
-      Images target = dx;
-      target.data += a * dx.row + b * dx.col;
-      target.row *= g.stride_h;
-      target.col *= g.stride_w;
-      Walk walk{
-          dy,      g.out_h, g.out_w, 1, 1, target, ceil_div(g.in_h - a, g.stride_h), ceil_div(g.in_w - b, g.stride_w),
-          g.batch, g.groups};
-      walk.source_channels = g.out_channels / g.groups;
-      walk.rows = g.in_channels / g.groups;
-      for (int64_t ky = 0; ky < g.kernel_h; ++ky)
-        for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
-          const int64_t h = a + g.pad_top - ky * g.dilation_h, w = b + g.pad_left - kx * g.dilation_w;
-          if (h % g.stride_h || w % g.stride_w) {
-            walk.taps.push_back({-1, 0, 0});
-          } else {
-            add_tap(walk, 0, 0, h / g.stride_h, w / g.stride_w);
-          }
-        }
-      merge_rows(walk);
-      walks.push_back(std::move(walk));
-    }
-  return walks;
-}
-
-// The weight as the microkernels read it: per group, block of channels and part of the rows, slots of (offset, value).
+// The weight as the microkernels read it: per group, block of channels and split of the rows, slots of (offset, value).
 class PackedWeight {
  public:
   // For spmm (with values), or for sddmm (without; slots are filled up to a multiple of 4 with offsets of no meaning).
-  PackedWeight(const Walk& walk, const Csr& csr, int64_t block_channels, int64_t parts, bool with_values)
+  PackedWeight(const Walk& walk, const Part& part, const Csr& csr, int64_t block_channels, int64_t splits,
+               bool with_values)
       : walk_(walk),
         csr_(csr),
         blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
         block_channels_(block_channels),
-        parts_(parts),
-        taps_(walk.taps.size()) {
+        splits_(splits),
+        taps_(part.taps.size()) {
     const int64_t lists = walk.groups * blocks_;
     begin_.resize(lists * walk.rows + 1);
     order_.resize(lists * walk.rows);
@@ -255,7 +283,7 @@ class PackedWeight {
     std::vector<int32_t> offset_of(walk.source_channels * taps_);
     for (int64_t c = 0; c < walk.source_channels; ++c)
       for (int64_t t = 0; t < taps_; ++t) {
-        const Tap& tap = walk.taps[t];
+        const Tap& tap = part.taps[t];
         if (tap.phase < 0) {
           offset_of[c * taps_ + t] = -1;
           continue;
@@ -273,23 +301,24 @@ class PackedWeight {
 
   int64_t blocks() const { return blocks_; }
   int64_t size() const { return begin_.back(); }
-  int64_t first_row(int64_t part) const { return walk_.rows * part / parts_; }
+  int64_t first_row(int64_t split) const { return walk_.rows * split / splits_; }
 
-  // The rows [first_row(part), first_row(part + 1)) of a group, over one block of channels.
-  Rows rows(int64_t group, int64_t block, int64_t part) const {
-    const int64_t start = (group * blocks_ + block) * walk_.rows + first_row(part);
+  // The rows [first_row(split), first_row(split + 1)) of a group, over one block of channels.
+  Rows rows(int64_t group, int64_t block, int64_t split) const {
+    const int64_t start = (group * blocks_ + block) * walk_.rows + first_row(split);
     return {begin_.data() + start, order_.data() + start, offsets_.data(), values_.data(),
-            first_row(part + 1) - first_row(part)};
+            first_row(split + 1) - first_row(split)};
   }
 
   // Move sums that are in packed order to the order of the CSR.
   void unpack(const float* packed, float* grad) const {
     parallel(csr_.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
-        float* to = grad + csr_.crow[r];
+        int64_t j = csr_.crow[r];
         for (int64_t b = 0; b < blocks_; ++b) {
           const int64_t i = list(r, b);
-          to = std::copy_n(packed + begin_[slot_[i]], length_[i], to);
+          const float* from = packed + begin_[slot_[i]];
+          for (int64_t n = 0; n < length_[i]; ++n, ++j) grad[csr_.permutation ? csr_.permutation[j] : j] = from[n];
         }
       }
     });
@@ -318,7 +347,7 @@ class PackedWeight {
   }
 
   void count(const std::vector<int32_t>& offset_of) {
-    const bool all_taps = std::all_of(walk_.taps.begin(), walk_.taps.end(), [](const Tap& t) { return t.phase >= 0; });
+    const bool all_taps = std::find(offset_of.begin(), offset_of.end(), -1) == offset_of.end();
     parallel(csr_.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
         each_segment(r, [&](int64_t list, int64_t j, int64_t end) {
@@ -333,12 +362,17 @@ class PackedWeight {
   void sort(int64_t multiple) {
     int32_t total = 0;
     for (int64_t l = 0; l < walk_.groups * blocks_; ++l)
-      for (int64_t part = 0; part < parts_; ++part) {
-        const int64_t start = l * walk_.rows + first_row(part), rows = first_row(part + 1) - first_row(part);
+      for (int64_t split = 0; split < splits_; ++split) {
+        const int64_t start = l * walk_.rows + first_row(split), rows = first_row(split + 1) - first_row(split);
         int32_t* order = order_.data() + start;
-        for (int64_t r = 0; r < rows; ++r) order[r] = r;
         const int32_t* length = length_.data() + start;
-        std::stable_sort(order, order + rows, [&](int32_t a, int32_t b) { return length[a] > length[b]; });
+        // A counting sort, longest first.
+        int32_t longest = 0;
+        for (int64_t r = 0; r < rows; ++r) longest = std::max(longest, length[r]);
+        std::vector<int32_t> position(longest + 2);
+        for (int64_t r = 0; r < rows; ++r) ++position[longest - length[r] + 1];
+        for (int32_t n = 0; n < longest; ++n) position[n + 1] += position[n];
+        for (int64_t r = 0; r < rows; ++r) order[position[longest - length[r]]++] = r;
         for (int64_t s = 0; s < rows; ++s) {
           begin_[start + s] = total;
           total += round_up(length[order[s]], multiple);
@@ -366,14 +400,14 @@ class PackedWeight {
 
   const Walk& walk_;
   const Csr& csr_;
-  int64_t blocks_, block_channels_, parts_, taps_;
+  int64_t blocks_, block_channels_, splits_, taps_;
   std::vector<int32_t> begin_, order_, slot_, length_;
   std::vector<uint32_t> offsets_;
   std::vector<float> values_;
 };
 
 // Copy the source pixels of a tile, channels [channel, channel + count), into `block`, which starts zeroed.
-void pack_source(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, float* block) {
+void pack_source(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count, float* block) {
   const Kernels& k = kernels();
   const Images& s = walk.source;
   for (const Phase& p : walk.phases) {
@@ -391,7 +425,7 @@ void pack_source(const Walk& walk, const Tile& tile, int64_t channel, int64_t co
                          ((x0 + from) * walk.step_w + p.offset_w) * s.col;
     float* phase = block + p.base;
     // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
-    const bool columns_move = walk.tile_w < walk.target_w;
+    const bool columns_move = walk.tile_w < walk.grid_w;
     if (top > 0 || bottom < rows || columns_move)
       for (int64_t c = 0; c < count; ++c) {
         float* packed = phase + c * walk.channel_stride;
@@ -417,46 +451,81 @@ void pack_source(const Walk& walk, const Tile& tile, int64_t channel, int64_t co
   }
 }
 
+// The block of channels that the microkernels read: packed into `scratch`, or the source itself. `next` is the tile that
+// the thread will do after this one, or null.
+Tile block_at(const Walk& walk, const TileAt& tile, const TileAt* next, int64_t channel, int64_t count,
+              float* scratch) {
+  const Images& s = walk.source;
+  auto at = [&](const TileAt& t) { return s.data + t.y * s.row + t.x + channel * s.channel; };
+  if (walk.direct) return {at(tile), s.channel, next ? at(*next) : nullptr, count};
+  pack_source(walk, tile, channel, count, scratch);
+  return {scratch, walk.channel_stride, nullptr, count};
+}
+
 // Whether lanes and target memory have the same layout, so that results need no copy.
 bool writes_in_place(const Walk& walk) {
-  return walk.target.col == 1 && (walk.tile_h == 1 || walk.target.row == walk.pitch);
+  return walk.target_step_h == 1 && walk.target_step_w == 1 && walk.target.col == 1 &&
+         (walk.tile_h == 1 || walk.target.row == walk.pitch);
 }
 
-float* target_at(const Walk& walk, const Tile& tile, int64_t channel) {
+float* target_at(const Walk& walk, const TileAt& tile, int64_t channel) {
   const Images& t = walk.target;
-  return t.data + tile.image * t.image + channel * t.channel + tile.y * t.row + tile.x * t.col;
+  return t.data + tile.image * t.image + channel * t.channel + tile.y * walk.target_step_h * t.row +
+         tile.x * walk.target_step_w * t.col;
 }
 
-// Copy lanes of rows [channel, channel + count) to the target.
-void unpack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, const float* lanes,
-                   int64_t stride) {
+// Copy the lanes of all parts, rows [channel, channel + count), to the target. Row c of part p starts at
+// lanes[p].data + c * lanes[p].stride.
+struct Lanes {
+  const float* data;
+  int64_t stride;
+};
+
+void write_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count,
+                  const std::vector<Lanes>& lanes) {
   const Kernels& k = kernels();
   const Images& t = walk.target;
-  float* to = target_at(walk, tile, channel);
+  float* const corner = target_at(walk, tile, channel);
+  const int64_t step_h = walk.target_step_h, step_w = walk.target_step_w;
+  struct Piece {
+    int64_t at, h, w;  // where a part begins in a channel of the target, and how much of it there is
+  };
+  std::vector<Piece> pieces;
+  for (const Part& p : walk.parts)
+    pieces.push_back({p.offset_h * t.row + p.offset_w * t.col,
+                      std::min(tile.h, ceil_div(walk.target_h - p.offset_h, step_h) - tile.y),
+                      std::min(tile.w, ceil_div(walk.target_w - p.offset_w, step_w) - tile.x)});
   if (t.channel == 1) {
-    for (int64_t r = 0; r < tile.h; ++r)
-      k.transpose(to + r * t.row, t.col, lanes + r * walk.pitch, stride, count, tile.w);
-  } else {
-    for (int64_t c = 0; c < count; ++c)
-      k.scatter(to + c * t.channel, t.row, t.col, lanes + c * stride, walk.pitch, tile.h, tile.w);
+    for (size_t i = 0; i < pieces.size(); ++i)
+      for (int64_t r = 0; r < pieces[i].h; ++r)
+        k.transpose(corner + pieces[i].at + r * step_h * t.row, step_w * t.col, lanes[i].data + r * walk.pitch,
+                    lanes[i].stride, count, pieces[i].w);
+    return;
+  }
+  const bool pairs = step_w == 2 && t.col == 1 && walk.target_w > 1;
+  const int64_t rows = std::min(walk.target_h - tile.y * step_h, tile.h * step_h), row_floats = tile.w * step_w * t.col;
+  for (int64_t c = 0; c < count; ++c) {
+    const float* ahead = corner + (c + kWriteAhead) * t.channel;
+    if (c + kWriteAhead < count)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t f = 0; f < row_floats; f += kAlign) __builtin_prefetch(ahead + r * t.row + f, 1);
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      const auto [at, h, w] = pieces[i];
+      float* to = corner + c * t.channel + at;
+      const float* from = lanes[i].data + c * lanes[i].stride;
+      if (pairs) {
+        ++i;
+        k.interleave(to, step_h * t.row, from, lanes[i].data + c * lanes[i].stride, walk.pitch, walk.pitch, h,
+                     w + pieces[i].w);
+      } else {
+        k.scatter(to, step_h * t.row, step_w * t.col, from, walk.pitch, h, w);
+      }
+    }
   }
 }
 
-bool same_tiles(const Walk& a, const Walk& b) {
-  return a.tile_h == b.tile_h && a.tile_w == a.target_w && b.tile_w == b.target_w && a.tiles() == b.tiles();
-}
-
-// unpack_target for two walks whose columns alternate.
-void interleave_target(const Walk& even, const Walk& odd, const Tile& tile, int64_t channel, int64_t count,
-                       const float* even_lanes, const float* odd_lanes) {
-  for (int64_t r = 0; r < tile.h; ++r)
-    kernels().interleave(target_at(even, tile, channel) + r * even.target.row, even.target.channel,
-                         even_lanes + r * even.pitch, odd_lanes + r * odd.pitch, even.result_stride(),
-                         odd.result_stride(), count, even.target_w + odd.target_w);
-}
-
-// The inverse: target pixels into lanes, which start zeroed, so that lanes that are no pixels stay zero.
-void pack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t count, float* lanes, int64_t stride) {
+// Target pixels into lanes, which start zeroed, so that lanes that are no pixels stay zero.
+void pack_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count, float* lanes, int64_t stride) {
   const Kernels& k = kernels();
   const Images& t = walk.target;
   const float* from = target_at(walk, tile, channel);
@@ -467,7 +536,7 @@ void pack_target(const Walk& walk, const Tile& tile, int64_t channel, int64_t co
     for (int64_t c = 0; c < count; ++c)
       k.gather(lanes + c * stride, walk.pitch, from + c * t.channel, t.row, t.col, tile.h, tile.w);
   }
-  if (walk.tile_w < walk.target_w && tile.h > 1)
+  if (walk.tile_w < walk.grid_w && tile.h > 1)
     for (int64_t c = 0; c < count; ++c)
       for (int64_t r = 0; r + 1 < tile.h; ++r)
         std::fill(lanes + c * stride + r * walk.pitch + tile.w, lanes + c * stride + (r + 1) * walk.pitch, 0.0f);
@@ -483,64 +552,68 @@ int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t 
   return ceil_div(channels, ceil_div(channels, most));
 }
 
-void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
-  int64_t tiles = 0;
-  for (Walk& walk : walks) {
-    const int64_t fits = kTileFloats / std::max<int64_t>(1, walk.source_channels) / kStripLanes * kStripLanes;
-    choose_tile(walk, std::clamp(fits, kStripLanes, kTileLanes), 16);
-    tiles = std::max(tiles, walk.tiles());
-  }
-  const int64_t groups = walks[0].groups, rows = walks[0].rows;
-  // Residues of a stride of 2 come in pairs that fill the same rows of the target: write these once.
-  bool interleaved = walks.size() % 2 == 0 && walks[0].target.col == 2;
-  for (size_t w = 1; w < walks.size(); w += 2) {
-    interleaved &= same_tiles(walks[w - 1], walks[w]);
-  }
+bool aligned(const float* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % (kAlign * sizeof(float)) == 0 && stride % kAlign == 0;
+}
+
+void run(Walk& walk, const Csr& csr, const float* bias) {
+  const int64_t fits = kTileFloats / std::max<int64_t>(1, walk.source_channels) / kStripLanes * kStripLanes;
+  choose_tile(walk, walk.direct ? kDirectLanes : std::clamp(fits, kStripLanes, kTileLanes), 16);
+  const int64_t groups = walk.groups, rows = walk.rows, tiles = walk.tiles();
   // Few tiles: cut the rows too, so that every thread has work; the price is packing a tile more than once.
   const int64_t wanted = 2 * torch::stable::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>(wanted / (tiles * groups), 1, ceil_div(rows, 16));
+  const int64_t splits = std::clamp<int64_t>(wanted / std::max<int64_t>(1, tiles * groups), 1, ceil_div(rows, 16));
+  const int64_t block = block_channels(walk, csr, kStripLanes, 32);
+  const int64_t stride = walk.result_stride(), part_floats = ceil_div(rows, splits) * stride;
+  const bool in_place = writes_in_place(walk);
+  // A large target would evict everything on its way to memory, and each line would be read before it is written.
+  const int64_t floats = walk.images * walk.groups * rows * walk.target_h * walk.target_w;
+  const bool streamed = floats >= kStreamFloats && in_place;
+
   std::vector<PackedWeight> weights;
-  std::vector<int64_t> blocks, blocks_at, results_at;
-  int64_t floats = 0, results = 0;
-  weights.reserve(walks.size());
-  for (Walk& walk : walks) {
-    blocks.push_back(block_channels(walk, csr, kStripLanes, 32));
-    weights.emplace_back(walk, csr, blocks.back(), parts, true);
-    blocks_at.push_back(floats);
-    floats += blocks.back() * walk.channel_stride;
-    results_at.push_back(results);
-    results += ceil_div(rows, parts) * walk.result_stride();
+  std::vector<int64_t> results_at;  // of every part in a thread's scratch; parts without taps share one row of zeros
+  int64_t results = stride;
+  for (const Part& part : walk.parts) {
+    results_at.push_back(part.empty ? 0 : results);
+    if (part.empty) continue;
+    weights.emplace_back(walk, part, csr, block, splits, true);
+    results += part_floats;
   }
-  parallel(tiles * groups * parts, [&](int64_t begin, int64_t end) {
-    float* scratch = tile_scratch.get(floats);
-    std::memset(scratch, 0, floats * sizeof(float));
+  const int64_t blocks = ceil_div(std::max<int64_t>(1, walk.source_channels), block);
+  parallel(tiles * groups * splits, [&](int64_t begin, int64_t end) {
+    const int64_t source_floats = walk.direct ? 0 : block * walk.channel_stride;
+    float* scratch = tile_scratch.get(source_floats);
+    std::memset(scratch, 0, source_floats * sizeof(float));
+    float* result = nullptr;
+    std::vector<Lanes> lanes;
+    if (!in_place) {
+      result = result_scratch.get(results);
+      std::memset(result, 0, stride * sizeof(float));
+      for (int64_t at : results_at) lanes.push_back({result + at, at ? stride : 0});
+    }
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % parts, group = task / parts % groups, index = task / parts / groups;
-      for (size_t w = 0; w < walks.size(); ++w) {
-        const Walk& walk = walks[w];
-        if (index >= walk.tiles()) continue;
-        const Tile tile = tile_at(walk, index);
-        const int64_t first = weights[w].first_row(part), count = weights[w].first_row(part + 1) - first;
-        const int64_t channel = group * rows + first;
-        const bool in_place = writes_in_place(walk);
-        const int64_t stride = in_place ? walk.target.channel : walk.result_stride();
-        float* out = in_place ? target_at(walk, tile, channel) : result_scratch.get(results) + results_at[w];
-        float* block = scratch + blocks_at[w];
-        for (int64_t b = 0; b < weights[w].blocks(); ++b) {
-          const int64_t c = b * blocks[w];
-          pack_source(walk, tile, group * walk.source_channels + c, std::min(blocks[w], walk.source_channels - c),
-                      block);
-          kernels().spmm(block, weights[w].rows(group, b, part), bias ? bias + channel : nullptr, b > 0, out, stride,
-                         tile.lanes(walk));
-        }
-        if (in_place) continue;
-        const float* other = result_scratch.get(results) + results_at[w ^ 1];
-        if (!interleaved) {
-          unpack_target(walk, tile, channel, count, out, stride);
-        } else if (w % 2) {
-          interleave_target(walks[w - 1], walk, tile, channel, count, other, out);
+      const int64_t split = task % splits, group = task / splits % groups;
+      const TileAt tile = tile_at(walk, task / splits / groups);
+      const bool last = task + splits * groups >= end;
+      const TileAt next = last ? tile : tile_at(walk, task / splits / groups + 1);
+      const int64_t first = rows * split / splits, count = rows * (split + 1) / splits - first;
+      const int64_t channel = group * rows + first;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t c = b * block;
+        const Tile source = block_at(walk, tile, last ? nullptr : &next, group * walk.source_channels + c,
+                                     std::min(block, walk.source_channels - c), scratch);
+        size_t w = 0;
+        for (size_t p = 0; p < walk.parts.size(); ++p) {
+          if (walk.parts[p].empty) continue;
+          float* out = in_place ? target_at(walk, tile, channel) : result + results_at[p];
+          const int64_t out_stride = in_place ? walk.target.channel : stride;
+          const bool past = streamed && blocks == 1 && aligned(out, out_stride);
+          const Write write = b > 0 ? Write::kAccumulate : past ? Write::kStream : Write::kStore;
+          kernels().spmm(source, weights[w++].rows(group, b, split), bias ? bias + channel : nullptr, write, out,
+                         out_stride, tile.lanes(walk));
         }
       }
+      if (!in_place) write_target(walk, tile, channel, count, lanes);
     }
   });
 }
@@ -549,47 +622,50 @@ void run(std::vector<Walk>& walks, const Csr& csr, const float* bias) {
 
 void conv2d(const Conv2dGeometry& g, const Csr& weight, const float* bias, const Images& x, const Images& y) {
   use_huge_pages(y.data, g.batch * g.out_channels * g.out_h * g.out_w);
-  std::vector<Walk> walks{forward_walk(g, x, y)};
-  run(walks, weight, bias);
+  Walk walk = forward_walk(g, x, y);
+  run(walk, weight, bias);
 }
 
 void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Images& dy, const Images& dx) {
   use_huge_pages(dx.data, g.batch * g.in_channels * g.in_h * g.in_w);
-  std::vector<Walk> walks = input_grad_walks(g, dy, dx);
-  run(walks, weight_t, nullptr);
+  Walk walk = input_grad_walk(g, dy, dx);
+  run(walk, weight_t, nullptr);
 }
 
 void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad) {
   Walk walk = forward_walk(g, x, dy);
-  choose_tile(walk, kTileLanes, 48);
+  choose_tile(walk, walk.direct ? kDirectLanes : kTileLanes, 48);
   const int64_t block = block_channels(walk, weight, 2 * kStripLanes, 16);
   const int64_t tiles = walk.tiles();
   // Partial sums over a fixed number of chunks of tiles, whatever the number of threads, then added in order.
   constexpr int64_t kChunks = 8;
   const int64_t chunks = std::min(tiles, kChunks), threads = torch::stable::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>(ceil_div(threads, chunks * walk.groups), 1, ceil_div(walk.rows, 16));
-  const PackedWeight packed(walk, weight, block, parts, false);
+  const int64_t splits = std::clamp<int64_t>(ceil_div(threads, chunks * walk.groups), 1, ceil_div(walk.rows, 16));
+  const PackedWeight packed(walk, walk.parts[0], weight, block, splits, false);
   const int64_t size = packed.size();
   std::unique_ptr<float[]> partial(new float[(chunks + 1) * size]);
   parallel(chunks, [&](int64_t begin, int64_t end) {
     std::memset(partial.get() + begin * size, 0, (end - begin) * size * sizeof(float));
   });
   const int64_t stride = walk.result_stride();
-  parallel(chunks * walk.groups * parts, [&](int64_t begin, int64_t end) {
-    float* source = tile_scratch.get(block * walk.channel_stride);
-    std::memset(source, 0, block * walk.channel_stride * sizeof(float));
+  parallel(chunks * walk.groups * splits, [&](int64_t begin, int64_t end) {
+    const int64_t source_floats = walk.direct ? 0 : block * walk.channel_stride;
+    float* scratch = tile_scratch.get(source_floats);
+    std::memset(scratch, 0, source_floats * sizeof(float));
     float* copy = nullptr;
     if (!writes_in_place(walk)) {
-      const int64_t copied = ceil_div(walk.rows, parts) * stride;
+      const int64_t copied = ceil_div(walk.rows, splits) * stride;
       copy = result_scratch.get(copied);
       std::memset(copy, 0, copied * sizeof(float));
     }
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % parts, group = task / parts % walk.groups, chunk = task / parts / walk.groups;
-      const int64_t first = packed.first_row(part), count = packed.first_row(part + 1) - first;
+      const int64_t split = task % splits, group = task / splits % walk.groups, chunk = task / splits / walk.groups;
+      const int64_t first = packed.first_row(split), count = packed.first_row(split + 1) - first;
       const int64_t channel = group * walk.rows + first;
       for (int64_t index = tiles * chunk / chunks; index < tiles * (chunk + 1) / chunks; ++index) {
-        const Tile tile = tile_at(walk, index);
+        const TileAt tile = tile_at(walk, index);
+        const bool last = index + 1 == tiles * (chunk + 1) / chunks;
+        const TileAt next = last ? tile : tile_at(walk, index + 1);
         const float* lanes = target_at(walk, tile, channel);
         int64_t lanes_stride = walk.target.channel;
         if (copy) {
@@ -599,8 +675,9 @@ void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images
         }
         for (int64_t b = 0; b < packed.blocks(); ++b) {
           const int64_t c = b * block;
-          pack_source(walk, tile, group * walk.source_channels + c, std::min(block, walk.source_channels - c), source);
-          kernels().sddmm(source, packed.rows(group, b, part), lanes, lanes_stride, tile.lanes(walk),
+          const Tile source = block_at(walk, tile, last ? nullptr : &next, group * walk.source_channels + c,
+                                       std::min(block, walk.source_channels - c), scratch);
+          kernels().sddmm(source, packed.rows(group, b, split), lanes, lanes_stride, tile.lanes(walk),
                           partial.get() + chunk * size);
         }
       }

@@ -12,15 +12,42 @@
 namespace sparsekit::SPARSEKIT_ISA {
 namespace {
 
-// Registers of lanes per strip. More than 4 would not lower the load rate much and would need a larger tile.
+// Registers of lanes per strip, and at most. More would not lower the load rate much and would need a larger tile.
 constexpr int kStrip = kLanes == 16 ? 4 : 8;
+constexpr int kMostStrip = kLanes == 16 ? 5 : 8;
 constexpr int kPrefetchSlots = 8;
+constexpr int kLineFloats = 16;  // in a cache line
+
+// Prefetches a strip's share of the next tile, a few lines with every row.
+class Ahead {
+ public:
+  // Strip `strip` of `strips`, which has `rows` rows.
+  Ahead(const Tile& tile, int64_t lanes, int64_t strip, int64_t strips, int64_t rows) : stride_(tile.stride) {
+    if (!tile.next || rows == 0) return;
+    const int64_t first = tile.channels * strip / strips, last = tile.channels * (strip + 1) / strips;
+    lines_ = (lanes + kLineFloats - 1) / kLineFloats;
+    channel_ = tile.next + first * stride_;
+    left_ = (last - first) * lines_;
+    per_row_ = (left_ + rows - 1) / rows;
+  }
+
+  void step() {
+    for (int64_t i = 0; i < per_row_ && left_ > 0; ++i, --left_) {
+      __builtin_prefetch(channel_ + line_ * kLineFloats, 0, 2);
+      if (++line_ == lines_) line_ = 0, channel_ += stride_;
+    }
+  }
+
+ private:
+  const float* channel_ = nullptr;
+  int64_t stride_, lines_ = 0, line_ = 0, left_ = 0, per_row_ = 0;
+};
 
 template <int N>
-inline void spmm_strip(const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out,
-                       int64_t out_stride, int64_t tail) {
-  // Independent sums, so that the FMAs of one short strip do not wait for each other.
-  constexpr int kSums = N >= 4 ? 1 : N >= 2 ? 2 : 4;
+void spmm_strip(const float* tile, Ahead ahead, const Rows& rows, const float* bias, Write write, float* out,
+                int64_t out_stride, int64_t tail) {
+  // Independent sums, so that FMAs do not wait for each other: eight for two units of a latency of four cycles.
+  constexpr int kSums = N >= 6 || (N >= 5 && kRegisters < 32) ? 1 : N >= 2 ? 2 : 4;
   const uint32_t* offsets = rows.offsets;
   const float* values = rows.values;
   for (int64_t r = 0; r < rows.count; ++r) {
@@ -28,10 +55,11 @@ inline void spmm_strip(const float* tile, const Rows& rows, const float* bias, b
     float* to = out + row * out_stride;
     const float* soon = out + rows.order[r + kPrefetchSlots < rows.count ? r + kPrefetchSlots : r] * out_stride;
     Vec sum[kSums][N];
+    ahead.step();
     for (int v = 0; v < N; ++v) {
-      __builtin_prefetch(soon + v * kLanes, 1);
+      if (write != Write::kStream) __builtin_prefetch(soon + v * kLanes, 1);
       for (int s = 0; s < kSums; ++s) sum[s][v] = zero();
-      if (accumulate) {
+      if (write == Write::kAccumulate) {
         sum[0][v] = v == N - 1 ? load(to + v * kLanes, tail) : load(to + v * kLanes);
       } else if (bias) {
         sum[0][v] = broadcast(bias[row]);
@@ -58,7 +86,9 @@ inline void spmm_strip(const float* tile, const Rows& rows, const float* bias, b
     }
     for (int v = 0; v < N; ++v) {
       for (int s = 1; s < kSums; ++s) sum[0][v] = add(sum[0][v], sum[s][v]);
-      if (v == N - 1) {
+      if (write == Write::kStream && tail == kLanes) {
+        stream_store(to + v * kLanes, sum[0][v]);
+      } else if (v == N - 1) {
         tail == kLanes ? store(to + v * kLanes, sum[0][v]) : store(to + v * kLanes, sum[0][v], tail);
       } else {
         store(to + v * kLanes, sum[0][v]);
@@ -67,41 +97,25 @@ inline void spmm_strip(const float* tile, const Rows& rows, const float* bias, b
   }
 }
 
-void spmm(const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out, int64_t out_stride,
+constexpr decltype(&spmm_strip<1>) kSpmmStrips[] = {spmm_strip<1>, spmm_strip<2>, spmm_strip<3>, spmm_strip<4>,
+                                                     spmm_strip<5>, spmm_strip<6>, spmm_strip<7>, spmm_strip<8>};
+
+void spmm(const Tile& tile, const Rows& rows, const float* bias, Write write, float* out, int64_t out_stride,
           int64_t lanes) {
-  for (int64_t begin = 0; begin < lanes; begin += kStrip * kLanes) {
-    const int64_t left = lanes - begin;
-    const int64_t vectors = left >= kStrip * kLanes ? kStrip : (left + kLanes - 1) / kLanes;
-    const int64_t tail = left >= kStrip * kLanes ? kLanes : left - (vectors - 1) * kLanes;
-    const float* x = tile + begin;
+  // Strips of about kStrip registers, equally long, so that the last is not a short one.
+  const int64_t all = (lanes + kLanes - 1) / kLanes;
+  const int64_t fewest = (all + kMostStrip - 1) / kMostStrip, even = (all + kStrip / 2) / kStrip;
+  const int64_t strips = even > fewest ? even : fewest;
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    const int64_t first = all * strip / strips, vectors = all * (strip + 1) / strips - first;
+    const int64_t begin = first * kLanes, left = lanes - begin;
+    const int64_t tail = left >= vectors * kLanes ? kLanes : left - (vectors - 1) * kLanes;
+    const float* x = tile.lanes + begin;
+    const Ahead ahead(tile, lanes, strip, strips, rows.count);
     float* y = out + begin;
-    switch (vectors) {
-      case 1:
-        spmm_strip<1>(x, rows, bias, accumulate, y, out_stride, tail);
-        break;
-      case 2:
-        spmm_strip<2>(x, rows, bias, accumulate, y, out_stride, tail);
-        break;
-      case 3:
-        spmm_strip<3>(x, rows, bias, accumulate, y, out_stride, tail);
-        break;
-      case 4:
-        spmm_strip<4>(x, rows, bias, accumulate, y, out_stride, tail);
-        break;
-      case 5:
-        spmm_strip<5>(x, rows, bias, accumulate, y, out_stride, tail);
-        break;
-      case 6:
-        spmm_strip<6>(x, rows, bias, accumulate, y, out_stride, tail);
-        break;
-      case 7:
-        spmm_strip<7>(x, rows, bias, accumulate, y, out_stride, tail);
-        break;
-      case 8:
-        spmm_strip<8>(x, rows, bias, accumulate, y, out_stride, tail);
-        break;
-    }
+    kSpmmStrips[vectors - 1](x, ahead, rows, bias, write, y, out_stride, tail);
   }
+  if (write == Write::kStream) stream_fence();
 }
 
 #if defined(__AVX512F__)
@@ -229,15 +243,18 @@ class PartialSums {
 };
 
 template <int N>
-inline void sddmm_strip(const float* tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t tail,
+void sddmm_strip(const float* tile, Ahead ahead, const Rows& rows, const float* dy, int64_t dy_stride, int64_t tail,
                         float* grad) {
   const uint32_t* offsets = rows.offsets;
   PartialSums sums(grad);
   for (int64_t r = 0; r < rows.count; ++r) {
     int64_t j = rows.begin[r];
     const int64_t end = rows.begin[r + 1];
+    ahead.step();
     if (j == end) continue;
     const float* from = dy + rows.order[r] * dy_stride;
+    const float* soon = dy + rows.order[r + kPrefetchSlots < rows.count ? r + kPrefetchSlots : r] * dy_stride;
+    for (int f = 0; f < N * kLanes; f += kLineFloats) __builtin_prefetch(soon + f);
     Vec d[N];
     for (int v = 0; v < N - 1; ++v) d[v] = load(from + v * kLanes);
     d[N - 1] = tail == kLanes ? load(from + (N - 1) * kLanes) : load(from + (N - 1) * kLanes, tail);
@@ -253,41 +270,20 @@ inline void sddmm_strip(const float* tile, const Rows& rows, const float* dy, in
   sums.finish();
 }
 
-void sddmm(const float* tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad) {
+constexpr decltype(&sddmm_strip<1>) kSddmmStrips[] = {sddmm_strip<1>, sddmm_strip<2>, sddmm_strip<3>, sddmm_strip<4>,
+                                                       sddmm_strip<5>, sddmm_strip<6>, sddmm_strip<7>, sddmm_strip<8>};
+
+void sddmm(const Tile& tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad) {
   constexpr int kStripDy = 8;
   grad += rows.begin[0];
   for (int64_t begin = 0; begin < lanes; begin += kStripDy * kLanes) {
     const int64_t left = lanes - begin;
     const int64_t vectors = left >= kStripDy * kLanes ? kStripDy : (left + kLanes - 1) / kLanes;
     const int64_t tail = left >= kStripDy * kLanes ? kLanes : left - (vectors - 1) * kLanes;
-    const float* x = tile + begin;
+    const float* x = tile.lanes + begin;
+    const Ahead ahead(tile, lanes, begin / (kStripDy * kLanes), (lanes + kStripDy * kLanes - 1) / (kStripDy * kLanes), rows.count);
     const float* d = dy + begin;
-    switch (vectors) {
-      case 1:
-        sddmm_strip<1>(x, rows, d, dy_stride, tail, grad);
-        break;
-      case 2:
-        sddmm_strip<2>(x, rows, d, dy_stride, tail, grad);
-        break;
-      case 3:
-        sddmm_strip<3>(x, rows, d, dy_stride, tail, grad);
-        break;
-      case 4:
-        sddmm_strip<4>(x, rows, d, dy_stride, tail, grad);
-        break;
-      case 5:
-        sddmm_strip<5>(x, rows, d, dy_stride, tail, grad);
-        break;
-      case 6:
-        sddmm_strip<6>(x, rows, d, dy_stride, tail, grad);
-        break;
-      case 7:
-        sddmm_strip<7>(x, rows, d, dy_stride, tail, grad);
-        break;
-      case 8:
-        sddmm_strip<8>(x, rows, d, dy_stride, tail, grad);
-        break;
-    }
+    kSddmmStrips[vectors - 1](x, ahead, rows, d, dy_stride, tail, grad);
   }
 }
 

@@ -18,17 +18,29 @@ struct Rows {
   int64_t count;
 };
 
+// A block of channels as the microkernels read it. Where it is the source itself and no packed copy, the same lanes of
+// `next`, the tile that follows, are prefetched on the way: long runs of few channels at a time, as memory likes it.
+struct Tile {
+  const float* lanes;
+  int64_t stride;  // floats from one channel to the next
+  const float* next;
+  int64_t channels;
+};
+
+// What happens to the results of spmm: kStream writes past the caches and wants rows of `out` aligned to 64 bytes.
+enum class Write { kStore, kAccumulate, kStream };
+
 struct Kernels {
   const char* name;
 
   // out[r][lane] = sum of value * tile[offset + lane], over `lanes` lanes. Starts from bias[r] (0 if null), or from
-  // what out holds if `accumulate`. Writes no lane beyond `lanes`; may read the tile up to the next multiple of 16.
-  void (*spmm)(const float* tile, const Rows& rows, const float* bias, bool accumulate, float* out, int64_t out_stride,
+  // what out holds with kAccumulate. Writes no lane beyond `lanes`; may read the tile up to the next multiple of 16.
+  void (*spmm)(const Tile& tile, const Rows& rows, const float* bias, Write write, float* out, int64_t out_stride,
                int64_t lanes);
 
   // grad[j] += sum over lanes of dy[r][lane] * tile[offset_j + lane]. Reads no lane of dy beyond `lanes`. The number of
   // non-zeros of every slot must be a multiple of 4.
-  void (*sddmm)(const float* tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad);
+  void (*sddmm)(const Tile& tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad);
 
   // to[r * to_row + c] = from[r * from_row + c * from_col]
   void (*gather)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows,

@@ -21,6 +21,9 @@ inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+// Past the caches; p must be aligned to the register.
+inline void stream_store(float* p, Vec v) { _mm512_stream_ps(p, v); }
+inline void stream_fence() { _mm_sfence(); }
 inline __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
 inline Vec load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline void store(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
@@ -43,6 +46,8 @@ inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+inline void stream_store(float* p, Vec v) { _mm256_stream_ps(p, v); }
+inline void stream_fence() { _mm_sfence(); }
 inline __m256i first(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -68,6 +73,8 @@ inline Vec zero() { return Vec{0, 0, 0, 0}; }
 inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
 inline Vec load(const float* p) { return (Vec) * (const VecUnaligned*)p; }
 inline void store(float* p, Vec v) { *(VecUnaligned*)p = (VecUnaligned)v; }
+inline void stream_store(float* p, Vec v) { store(p, v); }
+inline void stream_fence() {}
 inline Vec load(const float* p, int64_t n) {
   Vec v = zero();
   for (int64_t i = 0; i < n; ++i) v[i] = p[i];

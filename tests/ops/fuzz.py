@@ -54,7 +54,7 @@ class Case:
         choices = [1, 2, 5, 7, 8, 13, 14, 17, 28, 33] if not large else [7, 14, 28, 56]
         size = tuple(max(n, 1, r.choice(choices)) for n in need)
         return Case(
-            seed, r.choice([1, 1, 2, 3, 5]), *channels, size, kernel, stride, padding, dilation, groups,
+            seed, r.choice([1, 1, 2, 3, 5, 16, 19, 32]), *channels, size, kernel, stride, padding, dilation, groups,
             r.choice([0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0]), r.random() < 0.4, r.random() < 0.5, r.random() < 0.5,
         )  # fmt: skip
 
