@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -40,10 +41,15 @@ def keep_freed_memory() -> None:
 
 
 def interleave(functions: dict[str, Callable[[], object]], runs: int = 7, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every function, ``runs`` of each, taken in turns so that drift hits all alike."""
+    """Seconds of every function, ``runs`` of each, in turns so that drift hits all alike.
+
+    The order is random in every round: what ran before decides what the caches hold.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order, shuffle = list(functions.items()), random.Random(0).shuffle
     for run in range(warmup + runs):
-        for name, function in functions.items():
+        shuffle(order)
+        for name, function in order:
             start = time.perf_counter()
             function()
             elapsed = time.perf_counter() - start
