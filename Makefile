@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 RUN ?= default
 TORCH ?= 2.13.0
 
-.PHONY: run test setup bench bench-costs lint format test-torch test-asan clean
+.PHONY: run test setup bench bench-costs figures lint format test-torch test-asan clean
 
 run: $(STAMP)
 	$(BIN)/python -m sparsekit.cli job --name $(RUN)
@@ -25,6 +25,10 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m pytest benchmarks/test_micro.py --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+
+# README's table and picture.
+figures: $(STAMP)
+	$(BIN)/python -m benchmarks.figures
 
 bench-costs: $(STAMP)
 	$(BIN)/python -m benchmarks.costs

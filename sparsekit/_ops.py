@@ -116,9 +116,16 @@ def _empty(like: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _define(schema: str, cpu, fake) -> None:
+    def run(*args):
+        # Dtypes were settled by the caller; autocast must not change them again inside the reference.
+        if not torch.is_autocast_enabled("cpu"):
+            return cpu(*args)
+        with torch.autocast("cpu", enabled=False):
+            return cpu(*args)
+
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    torch.library.impl(f"sparsekit::{name}", "CPU", cpu, lib=_LIBRARY)
+    torch.library.impl(f"sparsekit::{name}", "CPU", run, lib=_LIBRARY)
     torch.library.register_fake(f"sparsekit::{name}", fake, lib=_LIBRARY)
 
 

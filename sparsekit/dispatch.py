@@ -87,16 +87,17 @@ def tuned_key(shape: Shape, train: bool) -> str:
     return f"{shape.key}-{'train' if train else 'eval'}-{torch.get_num_threads()}t"
 
 
-# Seconds per unit of work on one thread, from `make bench-costs`; see benchmarks/costs.py for how they are fitted.
+# Seconds per unit of work on one thread, from `make bench-costs` on a CPU with two 512-bit FMA units a core, where dense
+# is at its best; see benchmarks/costs.py for how they are fitted.
 #   fma: one kept weight times one output pixel; move: one input or output element brought in or out.
 SPARSE_COSTS = {
-    "avx512": {"fma": 3.2e-11, "move": 2.5e-10},
-    "avx2": {"fma": 6.0e-11, "move": 2.8e-10},
-    "generic": {"fma": 2.0e-10, "move": 4.0e-10},
+    "avx512": {"fma": 3.2e-11, "move": 1.7e-10},
+    "avx2": {"fma": 3.9e-11, "move": 1.7e-10},
+    "generic": {"fma": 7.7e-11, "move": 3.0e-10},
     "reference": {"fma": math.inf, "move": math.inf},
 }
 #   mac: one multiply-add of PyTorch's dense kernel, by the ISA that PyTorch itself uses.
-DENSE_COSTS = {"AVX512": 1.9e-11, "AVX2": 3.2e-11, "NO AVX": 2.0e-10, "DEFAULT": 2.0e-10}
+DENSE_COSTS = {"AVX512": 1.4e-11, "AVX2": 2.8e-11, "NO AVX": 2.0e-10, "DEFAULT": 2.0e-10}
 GROUPED_DENSE_FACTOR = 4.0
 OVERHEAD_SECONDS = 3e-5
 

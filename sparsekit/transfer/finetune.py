@@ -249,6 +249,7 @@ def linear_finetune(
     batch_size: int = 64,
     size: int = 28,
     on_the_fly: bool = False,
+    checkpoint: str | os.PathLike | None = None,
 ) -> Result:
     """Linear finetuning: a new dense head on the features of the frozen backbone, which stays in eval mode.
 
@@ -256,6 +257,7 @@ def linear_finetune(
         model: an upstream model that ends in an ``nn.Linear``; it is not changed.
         task, epochs, lr, seed, batch_size, size: see :func:`train`.
         on_the_fly: run the backbone on augmented images in every epoch; else once, on plain ones.
+        checkpoint: a file for the head, written after every epoch, and read first if it is there.
 
     Returns:
         The :class:`Result`, with a copy that has the new head.
@@ -269,10 +271,12 @@ def linear_finetune(
         stored = None
         if not on_the_fly:
             stored = torch.cat([model(prepare(part, size, channels)) for part in task.train_images.split(128)])
-    history = []
+    history: list[dict[str, float]] = []
+    if checkpoint is not None and Path(checkpoint).exists():
+        history = load_checkpoint(checkpoint, head, optimizer).extra["history"]
     with Progress(transient=True) as progress:
-        bar = progress.add_task(f"linear finetuning on {task.name}", total=epochs)
-        for epoch in range(epochs):
+        bar = progress.add_task(f"linear finetuning on {task.name}", total=epochs, completed=len(history))
+        for epoch in range(len(history), epochs):
             began, losses = time.perf_counter(), []
             for group in optimizer.param_groups:
                 group["lr"] = lr * _factor("steps", epoch, epochs)
@@ -291,6 +295,8 @@ def linear_finetune(
                 }
             )
             progress.advance(bar)
+            if checkpoint is not None:
+                save_checkpoint(checkpoint, head, optimizer, {"history": history})
     seconds = time.perf_counter() - start
     _put_head_back(model, head)
     return Result(evaluate(model, task, size=size), history, seconds, model)

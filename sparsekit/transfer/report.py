@@ -15,9 +15,9 @@ KIND_TITLES = {
     "linear": "linear finetuning on the fly (frozen backbone, head step)",
 }
 STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
+body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}h1,h2{line-height:1.2}.note{color:#555}
+td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}h1,h2{line-height:1.2}.note{color:#555}
 """
 
 
@@ -39,7 +39,8 @@ def write_report(folder: Path, results: dict) -> None:
             markdown.append(_markdown_table(content))
             page.append(_html_table(content))
         elif kind == "plot":
-            page.append(f'<img alt="{html.escape(content[0])}" src="data:image/png;base64,{content[1]}">')
+            encoded = base64.b64encode(content[1]).decode()
+            page.append(f'<img alt="{html.escape(content[0])}" src="data:image/png;base64,{encoded}">')
     document = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>sparsekit report</title><style>{STYLE}</style>'
         f"<body>{''.join(page)}</body></html>"
@@ -91,7 +92,7 @@ def _blocks(results: dict) -> list[tuple[str, object]]:
             "sparse loses.",
         )
     )
-    for model, title in (("resnet50", "ResNet-50 at 224 x 224"), ("small", "this ResNet at 28 x 28, global pruning")):
+    for model, title in (("resnet50", "ResNet-50 at 224 x 224"), ("small", "This ResNet at 28 x 28, global pruning")):
         measured = {kind: steps.get(f"speed-{model}-{kind}") for kind in KIND_TITLES}
         if not any(measured.values()):
             continue
@@ -105,12 +106,15 @@ def _blocks(results: dict) -> list[tuple[str, object]]:
                 row += [f"{r['speedup']:.2f}x ± {100 * r['spread']:.0f} %" for r in m["sparse"].values()]
                 table.append(row)
         blocks.append(("table", table))
+        if model == "resnet50":
+            plot = speed_plot({kind: m for kind, m in measured.items() if m})
+            blocks.append(("plot", ("speed-up over dense by sparsity", plot)))
         linear = measured["linear"]
-        if linear and model == "resnet50":
+        if linear:
             fastest = linear["dense"][linear["dense"]["fastest"]] / linear["batch"]
-            epochs = [f"dense {fastest * 5000 / 1e3:.0f} s"]
+            epochs = [f"dense {fastest * 5000 / 1e3:.1f} s"]
             epochs += [
-                f"{name} {row['milliseconds'] / linear['batch'] * 5000 / 1e3:.0f} s"
+                f"{name} {row['milliseconds'] / linear['batch'] * 5000 / 1e3:.1f} s"
                 for name, row in linear["sparse"].items()
             ]
             blocks.append(
@@ -120,9 +124,6 @@ def _blocks(results: dict) -> list[tuple[str, object]]:
                     f"of {linear['batch']}: {', '.join(epochs)}.",
                 )
             )
-    plot = _speed_plot(steps)
-    if plot:
-        blocks.append(("plot", ("speed-up over dense by sparsity", plot)))
     blocks.append(("heading", "Sparsity by layer"))
     blocks.append(("plot", ("sparsity by layer", _layer_plot(results["layers"]))))
     return blocks
@@ -154,35 +155,38 @@ def _figure():
     return plt
 
 
-def _encode(plt, figure) -> str:
+def _png(plt, figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
-def _speed_plot(steps: dict) -> str | None:
-    measured = {kind: steps[f"speed-resnet50-{kind}"] for kind in KIND_TITLES if f"speed-resnet50-{kind}" in steps}
-    if not measured:
-        return None
+def speed_plot(measured: dict[str, dict]) -> bytes:
+    """A PNG of speed-up by sparsity.
+
+    Args:
+        measured: kind to what :func:`sparsekit.bench.measure` gave, all of ResNet-50.
+    """
     plt = _figure()
     figure, axes = plt.subplots(figsize=(7, 4))
     for kind, m in measured.items():
         names = list(m["sparse"])
         axes.plot(names, [m["sparse"][name]["speedup"] for name in names], marker="o", label=KIND_TITLES[kind])
     axes.axhline(1, color="grey", linewidth=1, linestyle="--", label="dense PyTorch")
+    first = next(iter(measured.values()))
     axes.set(xlabel="uniform sparsity", ylabel="speed-up over dense", ylim=(0, None))
-    axes.set_title("ResNet-50, batch 16, 224 x 224")
+    axes.set_title(f"ResNet-50 at 224 x 224, batch {first['batch']}, {first['threads']} threads, float32")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return _encode(plt, figure)
+    return _png(plt, figure)
 
 
-def _layer_plot(layers: dict[str, float]) -> str:
+def _layer_plot(layers: dict[str, float]) -> bytes:
     plt = _figure()
     figure, axes = plt.subplots(figsize=(7, 0.28 * len(layers) + 1))
     names = list(layers)[::-1]
     axes.barh(names, [100 * layers[name] for name in names], color="#4477aa")
     axes.set(xlabel="zeros, %", xlim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)
-    return _encode(plt, figure)
+    return _png(plt, figure)

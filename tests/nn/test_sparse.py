@@ -153,10 +153,11 @@ def test_moving_between_dtypes_and_layouts():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_gives_dense_dtypes(dtype):
+@pytest.mark.parametrize("isa", sk.available_backends())
+def test_autocast_gives_dense_dtypes(dtype, isa):
     sparse, conv = masked_pair(kernel_size=3)
     x = torch.randn(2, 8, 6, 6)
-    with torch.autocast("cpu", dtype):
+    with sk.use_isa(isa), torch.autocast("cpu", dtype):
         y, expected = sparse(x), conv(x)
         y.float().sum().backward()
     assert y.dtype == expected.dtype == dtype

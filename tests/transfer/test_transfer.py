@@ -8,7 +8,7 @@ import sparsekit as sk
 pytest.importorskip("torchvision", exc_type=ImportError)
 pytest.importorskip("sklearn")
 
-from sparsekit.transfer import Task, evaluate, full_finetune, linear_finetune, tasks, train
+from sparsekit.transfer import Task, evaluate, finetune, full_finetune, linear_finetune, tasks, train
 from sparsekit.transfer.finetune import accuracy, augment, milestones_for, prepare
 from sparsekit.transfer.models import SmallResNet, head_name
 
@@ -162,6 +162,32 @@ def test_a_stopped_run_goes_on_to_the_same_weights(digits, tmp_path):
     assert [h["loss"] for h in resumed.history] == [h["loss"] for h in whole.history]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+def test_stopped_linear_finetuning_goes_on_to_the_same_head(digits, tmp_path, upstream):
+    task = digits.first(200)
+    whole = linear_finetune(upstream, task, epochs=6, size=8)
+
+    class Stop(Exception):
+        pass
+
+    calls = []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise Stop
+        save(*args)
+
+    save, finetune.save_checkpoint = finetune.save_checkpoint, stop
+    try:
+        with pytest.raises(Stop):
+            linear_finetune(upstream, task, epochs=6, size=8, checkpoint=tmp_path / "c")
+    finally:
+        finetune.save_checkpoint = save
+    resumed = linear_finetune(upstream, task, epochs=6, size=8, checkpoint=tmp_path / "c")
+    assert [h["loss"] for h in resumed.history] == [h["loss"] for h in whole.history]
+    assert torch.equal(resumed.model.fc.weight, whole.model.fc.weight)
 
 
 def test_bad_arguments_are_named(digits):

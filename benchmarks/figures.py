@@ -1,0 +1,97 @@
+"""README's speed table and picture: `make figures`. Goes on where it was stopped; `--fresh` measures anew.
+
+ResNet-50 at 224 x 224, uniform sparsity, conv1 and fc dense: the whole model in its three uses (sparsekit.bench), and its
+sparse convolutions alone (benchmarks.layers). Figures go to benchmarks/results, the table between the marks in README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from benchmarks import layers
+from sparsekit import bench
+from sparsekit.job import cpu_name, resnet50
+from sparsekit.transfer.report import speed_plot
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "resnet50.json"
+SPARSITIES = [0.5, 0.8, 0.9, 0.95, 0.98]
+RUNS = {"inference": 7, "linear": 7, "full": 5}
+ROWS = {
+    "inference": "inference",
+    "linear": "linear finetuning step (frozen backbone)",
+    "full": "full finetuning step",
+    "forward": "sparse convolutions alone, forward",
+    "backward": "… input gradient and masked weight gradient",
+}
+
+
+def measure(results: dict, batch: int, save) -> None:
+    """Fill ``results`` with what is missing in it."""
+    torch.set_num_threads(2)
+    bench.keep_freed_memory()
+    results.setdefault("cpu", cpu_name())
+    results.setdefault("torch", torch.__version__)
+    if "layers" not in results:
+        record = layers.main(["--batch", str(batch), "--sparsity", *map(str, SPARSITIES), "--runs", "11"])
+        results["layers"] = {key: record[key] for key in ("batch", "threads", "isa", "summary")}
+        save()
+    for kind, runs in RUNS.items():
+        if kind not in results:
+            models = {f"{100 * level:g} %": resnet50(level) for level in SPARSITIES}
+            results[kind] = bench.measure(models, torch.randn(batch, 3, 224, 224), kind, runs=runs)
+            save()
+
+
+def table(results: dict) -> str:
+    """The figures in Markdown."""
+    names = [f"{100 * level:g} %" for level in SPARSITIES]
+    lines = [
+        f"Speed-up over dense PyTorch (the fastest of NCHW eager, channels_last eager and `torch.compile`; for the "
+        f"convolutions alone the faster of the two eager ones) on ResNet-50 at 224 × 224, batch "
+        f"{results['layers']['batch']}, float32, {results['layers']['threads']} threads of an {results['cpu']} "
+        f"({results['layers']['isa']}), torch {results['torch']}; uniform sparsity, conv1 and fc dense. Runs alternate; "
+        "medians; layout conversion included. **Below 1, sparse loses**; a layer for which the cost table expects that "
+        "runs dense. `make figures` makes this table.",
+        "",
+        "| | dense | " + " | ".join(names) + " |",
+        "| --- |" + " ---: |" * (len(names) + 1),
+    ]
+    for key, title in ROWS.items():
+        if key in bench.KINDS:
+            dense = results[key]["dense"]
+            cells = [f"{results[key]['sparse'][name]['speedup']:.2f}×" for name in names]
+            lines.append(f"| {title} | {dense[dense['fastest']]:.0f} ms | " + " | ".join(cells) + " |")
+        else:
+            cells = [f"{results['layers']['summary'][name[:-2]][key]:.2f}×" for name in names]
+            lines.append(f"| {title} | | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
+    args = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not args.fresh else {}
+    measure(results, args.batch, lambda: RESULTS.write_text(json.dumps(results, indent=1) + "\n"))
+    readme = ROOT / "README.md"
+    text = re.sub(
+        r"(<!-- figures -->\n).*?\n?(<!-- /figures -->)",
+        lambda match: f"{match.group(1)}{table(results)}\n{match.group(2)}",
+        readme.read_text(),
+        flags=re.DOTALL,
+    )
+    readme.write_text(text)
+    (ROOT / "docs").mkdir(exist_ok=True)
+    (ROOT / "docs" / "speedup.png").write_bytes(speed_plot({kind: results[kind] for kind in RUNS}))
+
+
+if __name__ == "__main__":
+    main()
