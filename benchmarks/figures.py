@@ -52,12 +52,11 @@ def table(results: dict) -> str:
     """The figures in Markdown."""
     names = [f"{100 * level:g} %" for level in SPARSITIES]
     lines = [
-        f"Speed-up over dense PyTorch (the fastest of NCHW eager, channels_last eager and `torch.compile`; for the "
-        f"convolutions alone the faster of the two eager ones) on ResNet-50 at 224 × 224, batch "
-        f"{results['layers']['batch']}, float32, {results['layers']['threads']} threads of an {results['cpu']} "
-        f"({results['layers']['isa']}), torch {results['torch']}; uniform sparsity, conv1 and fc dense. Runs alternate; "
-        "medians; layout conversion included. **Below 1, sparse loses**; a layer for which the cost table expects that "
-        "runs dense. `make figures` makes this table.",
+        f"ResNet-50 at 224 × 224, batch {results['layers']['batch']}, float32, {results['layers']['threads']} threads of an "
+        f"{results['cpu']} ({results['layers']['isa']}), torch {results['torch']}; uniform sparsity, conv1 and fc dense. "
+        "Speed-up over dense PyTorch: the fastest of NCHW eager, channels_last eager and `torch.compile`; for the "
+        "convolutions alone the faster of the two eager ones. Alternating runs, medians ± half the distance between the "
+        "quartiles, layout conversion included. **Below 1, sparse loses.** `make figures` makes this table.",
         "",
         "| | dense | " + " | ".join(names) + " |",
         "| --- |" + " ---: |" * (len(names) + 1),
@@ -65,7 +64,8 @@ def table(results: dict) -> str:
     for key, title in ROWS.items():
         if key in bench.KINDS:
             dense = results[key]["dense"]
-            cells = [f"{results[key]['sparse'][name]['speedup']:.2f}×" for name in names]
+            rows = [results[key]["sparse"][name] for name in names]
+            cells = [f"{row['speedup']:.2f}× ± {100 * row['spread']:.0f} %" for row in rows]
             lines.append(f"| {title} | {dense[dense['fastest']]:.0f} ms | " + " | ".join(cells) + " |")
         else:
             cells = [f"{results['layers']['summary'][name[:-2]][key]:.2f}×" for name in names]

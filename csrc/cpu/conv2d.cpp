@@ -31,7 +31,7 @@ constexpr int64_t kTileFloats = 128 * 1024;  // of packed source that stay in th
 constexpr int64_t kStreamFloats = 3 << 20;   // of a target that is too large for the caches
 constexpr int64_t kBlockFloats = 7 * 1024;   // that a strip reads while they stay in the first-level cache
 
-constexpr int64_t kWriteAhead = 4;           // channels, of a target that is not written in place
+constexpr int64_t kWriteAhead = 4;  // channels, of a target that is not written in place
 
 constexpr int64_t kAlign = 16;  // floats in a cache line, and in the widest register
 
@@ -197,7 +197,8 @@ void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
     const double cost = (computed + copied) * ceil_div(walk.grid_h, h);
     if (h == 1 || cost < best) best = cost, walk.tile_h = h;
   }
-  // Rows that begin with a cache line, where they need no more registers: a third of the taps of a 3 x 3 are then aligned.
+  // Rows that begin with a cache line, where they need no more registers: a third of the taps of a 3 x 3 are then
+  // aligned.
   const int64_t rows_between = (walk.tile_h - 1) * walk.pitch, whole = (walk.tile_h - 1) * round_up(walk.pitch, kAlign);
   if (halo > 0 && ceil_div(whole + walk.tile_w, kAlign) == ceil_div(rows_between + walk.tile_w, kAlign))
     walk.pitch = round_up(walk.pitch, kAlign);
@@ -451,8 +452,8 @@ void pack_source(const Walk& walk, const TileAt& tile, int64_t channel, int64_t 
   }
 }
 
-// The block of channels that the microkernels read: packed into `scratch`, or the source itself. `next` is the tile that
-// the thread will do after this one, or null.
+// The block of channels that the microkernels read: packed into `scratch`, or the source itself. `next` is the tile
+// that the thread will do after this one, or null.
 Tile block_at(const Walk& walk, const TileAt& tile, const TileAt* next, int64_t channel, int64_t count,
               float* scratch) {
   const Images& s = walk.source;

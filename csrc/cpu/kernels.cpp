@@ -98,7 +98,7 @@ void spmm_strip(const float* tile, Ahead ahead, const Rows& rows, const float* b
 }
 
 constexpr decltype(&spmm_strip<1>) kSpmmStrips[] = {spmm_strip<1>, spmm_strip<2>, spmm_strip<3>, spmm_strip<4>,
-                                                     spmm_strip<5>, spmm_strip<6>, spmm_strip<7>, spmm_strip<8>};
+                                                    spmm_strip<5>, spmm_strip<6>, spmm_strip<7>, spmm_strip<8>};
 
 void spmm(const Tile& tile, const Rows& rows, const float* bias, Write write, float* out, int64_t out_stride,
           int64_t lanes) {
@@ -244,7 +244,7 @@ class PartialSums {
 
 template <int N>
 void sddmm_strip(const float* tile, Ahead ahead, const Rows& rows, const float* dy, int64_t dy_stride, int64_t tail,
-                        float* grad) {
+                 float* grad) {
   const uint32_t* offsets = rows.offsets;
   PartialSums sums(grad);
   for (int64_t r = 0; r < rows.count; ++r) {
@@ -271,7 +271,7 @@ void sddmm_strip(const float* tile, Ahead ahead, const Rows& rows, const float* 
 }
 
 constexpr decltype(&sddmm_strip<1>) kSddmmStrips[] = {sddmm_strip<1>, sddmm_strip<2>, sddmm_strip<3>, sddmm_strip<4>,
-                                                       sddmm_strip<5>, sddmm_strip<6>, sddmm_strip<7>, sddmm_strip<8>};
+                                                      sddmm_strip<5>, sddmm_strip<6>, sddmm_strip<7>, sddmm_strip<8>};
 
 void sddmm(const Tile& tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad) {
   constexpr int kStripDy = 8;
@@ -281,7 +281,8 @@ void sddmm(const Tile& tile, const Rows& rows, const float* dy, int64_t dy_strid
     const int64_t vectors = left >= kStripDy * kLanes ? kStripDy : (left + kLanes - 1) / kLanes;
     const int64_t tail = left >= kStripDy * kLanes ? kLanes : left - (vectors - 1) * kLanes;
     const float* x = tile.lanes + begin;
-    const Ahead ahead(tile, lanes, begin / (kStripDy * kLanes), (lanes + kStripDy * kLanes - 1) / (kStripDy * kLanes), rows.count);
+    const Ahead ahead(tile, lanes, begin / (kStripDy * kLanes), (lanes + kStripDy * kLanes - 1) / (kStripDy * kLanes),
+                      rows.count);
     const float* d = dy + begin;
     kSddmmStrips[vectors - 1](x, ahead, rows, d, dy_stride, tail, grad);
   }

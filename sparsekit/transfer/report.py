@@ -17,7 +17,8 @@ KIND_TITLES = {
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
-td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left}img{max-width:100%}h1,h2{line-height:1.2}.note{color:#555}
+td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left}
+img{max-width:100%}h1,h2{line-height:1.2}.note{color:#555}
 """
 
 
