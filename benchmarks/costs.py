@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 
 import sparsekit as sk
 from benchmarks.layers import measure
-from benchmarks.shapes import RESNET50
+from benchmarks.shapes import RESNET50, Layer
 from benchmarks.timing import keep_freed_memory
+from sparsekit.dispatch import Shape, sparse_work
 
-BATCH = 8
+# Few channels and pixels, in large batches: what small networks are made of.
+SMALL = [
+    Layer(32, 32, 3, 1, 14, 1),
+    Layer(32, 64, 3, 2, 14, 1),
+    Layer(64, 64, 3, 1, 8, 1),
+    Layer(64, 128, 3, 2, 8, 1),
+    Layer(128, 128, 3, 1, 4, 1),
+]
 SPARSITIES = [0.5, 0.8, 0.9, 0.95, 0.98]
 
 
@@ -32,29 +38,33 @@ def _relative_fit(rows: list[list[float]], seconds: list[float]) -> np.ndarray:
 def main() -> None:
     torch.set_num_threads(2)
     keep_freed_memory()
+    layers = [(layer, 8) for layer in RESNET50] + [(layer, 64) for layer in SMALL]
     for isa in sk.available_backends()[1:]:
         with sk.use_isa(isa):
             rows, seconds, macs, dense_seconds = [], [], [], []
-            for layer in RESNET50:
-                times = measure(layer, BATCH, SPARSITIES, runs=3)
+            for layer, batch in layers:
+                times = measure(layer, batch, SPARSITIES, runs=3)
                 out = layer.size // layer.stride
-                pixels = math.ceil(BATCH * out * out / 16) * 16
-                moved = BATCH * (layer.in_channels * layer.size**2 + layer.out_channels * out**2)
+                shape = Shape(
+                    "conv2d", layer.in_channels, layer.out_channels, layer.kernel**2, 1, layer.stride**2, batch,
+                    layer.size**2, out**2,
+                )  # fmt: skip
                 for sparsity in SPARSITIES:
                     key = f"{100 * sparsity:g}"
-                    nnz = (1 - sparsity) * layer.in_channels * layer.out_channels * layer.kernel**2
-                    rows.append([nnz * pixels / 2, moved / 2])
+                    work = sparse_work(shape, round((1 - sparsity) * shape.macs / (batch * out**2)))
+                    rows.append([amount / 2 for amount in work])
                     seconds.append(times[f"{key}_fwd"])
-                    rows.append([nnz * pixels, moved])
+                    rows.append(list(work))
                     seconds.append(times[f"{key}_dx"] + times[f"{key}_dw"])
-                macs.append([BATCH * layer.macs / 2])
+                macs.append([shape.macs / 2])
                 dense_seconds.append(times["dense_fwd"])
-                macs.append([BATCH * layer.macs])
+                macs.append([shape.macs])
                 dense_seconds.append(times["dense_bwd"])
-            fma, move = _relative_fit(rows, seconds)
+            costs = _relative_fit(rows, seconds)
             (mac,) = _relative_fit(macs, dense_seconds)
-            error = np.median(np.abs(np.array(rows) @ [fma, move] / np.array(seconds) - 1))
-            print(f'"{isa}": {{"fma": {fma:.2g}, "move": {move:.2g}}},  # median error {error:.0%}')
+            error = np.median(np.abs(np.array(rows) @ costs / np.array(seconds) - 1))
+            fma, move, row = costs
+            print(f'"{isa}": Work({fma:.2g}, {move:.2g}, {row:.2g}),  # median error {error:.0%}')
     print(f'dense "{torch.backends.cpu.get_cpu_capability()}": {mac:.2g}')
 
 

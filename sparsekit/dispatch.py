@@ -87,34 +87,59 @@ def tuned_key(shape: Shape, train: bool) -> str:
     return f"{shape.key}-{'train' if train else 'eval'}-{torch.get_num_threads()}t"
 
 
+class Work(NamedTuple):
+    """What one forward of the sparse kernels does, in the units of :data:`SPARSE_COSTS`."""
+
+    fma: float
+    move: float
+    row: float
+
+
+def sparse_work(shape: Shape, nnz: int) -> Work:
+    """The work of a layer with ``nnz`` kept weights."""
+    moved = shape.batch * (shape.in_channels * shape.in_pixels + shape.out_channels * shape.out_pixels)
+    if shape.taps == 1 and shape.stride == 1:
+        return Work(nnz * _whole_registers(shape.batch * shape.out_pixels), moved, 0)
+    # A convolution with a neighbourhood computes each image by itself, the column between two rows included, and copies
+    # it row by row, once for every residue of the columns' stride.
+    side = math.isqrt(shape.out_pixels)
+    lanes = shape.batch * max(_whole_registers(side * (side + 1)), 2 * LANES)
+    copied = shape.in_channels * math.sqrt(shape.in_pixels * shape.stride) + shape.out_channels * side
+    return Work(nnz * lanes, moved, shape.batch * copied)
+
+
+def _whole_registers(pixels: int) -> int:
+    return -(-pixels // LANES) * LANES
+
+
+LANES = 16  # floats in the widest register
+
 # Seconds per unit of work on one thread, from `make bench-costs` on a CPU with two 512-bit FMA units a core, where dense
 # is at its best; see benchmarks/costs.py for how they are fitted.
-#   fma: one kept weight times one output pixel; move: one input or output element brought in or out.
+#   fma: one kept weight times one lane; move: one input or output element brought in or out; row: one row of an image
+#   copied in or out.
 SPARSE_COSTS = {
-    "avx512": {"fma": 3.2e-11, "move": 1.7e-10},
-    "avx2": {"fma": 3.9e-11, "move": 1.7e-10},
-    "generic": {"fma": 7.7e-11, "move": 3.0e-10},
-    "reference": {"fma": math.inf, "move": math.inf},
+    "avx512": Work(2.9e-11, 1.5e-10, 4.7e-9),
+    "avx2": Work(3.5e-11, 1.9e-10, 3.6e-9),
+    "generic": Work(6.8e-11, 3.5e-10, 3.3e-9),
+    "reference": Work(1.0, 1.0, 1.0),
 }
 #   mac: one multiply-add of PyTorch's dense kernel, by the ISA that PyTorch itself uses.
-DENSE_COSTS = {"AVX512": 1.4e-11, "AVX2": 2.8e-11, "NO AVX": 2.0e-10, "DEFAULT": 2.0e-10}
+DENSE_COSTS = {"AVX512": 1.3e-11, "AVX2": 2.8e-11, "NO AVX": 2.0e-10, "DEFAULT": 2.0e-10}
 GROUPED_DENSE_FACTOR = 4.0
-OVERHEAD_SECONDS = 3e-5
+OVERHEAD_SECONDS = 6e-5
 
 
 def predict(shape: Shape, nnz: int, train: bool) -> tuple[float, float]:
     """Expected seconds of (sparse, dense) for a layer's forward, or forward and backward if ``train``."""
     threads = torch.get_num_threads()
-    cost = SPARSE_COSTS[_ops.backend()]
-    lanes = 16
-    pixels = math.ceil(shape.batch * shape.out_pixels / lanes) * lanes
-    moved = shape.batch * (shape.in_channels * shape.in_pixels + shape.out_channels * shape.out_pixels)
     passes = 3 if train else 1
-    sparse = OVERHEAD_SECONDS + passes * (cost["fma"] * nnz * pixels + cost["move"] * moved) / threads
+    work = sum(cost * amount for cost, amount in zip(SPARSE_COSTS[_ops.backend()], sparse_work(shape, nnz)))
     mac = DENSE_COSTS.get(torch.backends.cpu.get_cpu_capability(), DENSE_COSTS["DEFAULT"])
     if shape.groups > 1:
         mac *= GROUPED_DENSE_FACTOR
-    dense = OVERHEAD_SECONDS / 3 + passes * mac * shape.macs / threads
+    sparse = passes * (OVERHEAD_SECONDS + work / threads)
+    dense = passes * (OVERHEAD_SECONDS / 6 + mac * shape.macs / threads)
     return sparse, dense
 
 

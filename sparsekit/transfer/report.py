@@ -17,7 +17,7 @@ KIND_TITLES = {
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
-td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left}
+td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left;white-space:normal}
 img{max-width:100%}h1,h2{line-height:1.2}.note{color:#555}
 """
 
@@ -68,8 +68,8 @@ def _blocks(results: dict) -> list[tuple[str, object]]:
             f"{upstream['images']:,} images of {upstream['task']}, {settings['dense']['epochs']} epochs; then gradual "
             f"magnitude pruning from the dense model, {settings['sparse']['epochs']} epochs. Downstream: linear "
             f"finetuning for {settings['linear']['epochs']} epochs and full finetuning for "
-            f"{settings['full']['epochs']}: the protocol's schedule (x 0.1 after a third and two thirds) scaled down "
-            f"from 150 epochs to fit two cores, with lr {settings['full']['lr']} in full finetuning. One seed. Small grey "
+            f"{settings['full']['epochs']} (the protocol has 150 of each; its schedule, x 0.1 after a third and two "
+            f"thirds, is scaled to these), with lr {settings['full']['lr']} in full finetuning. One seed. Small grey "
             "images: what carries over to ImageNet is the procedure, not the numbers.",
         ),
     ]
