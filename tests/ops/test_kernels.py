@@ -32,6 +32,24 @@ def test_large_convolutions_match_the_reference(isa):
 
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [(64, 64), (57, 63)], ids=["streamed", "unaligned"])
+def test_large_targets_match_the_reference(isa, size):
+    """Targets too large for the caches are written past them, where their rows are aligned."""
+    g = torch.Generator().manual_seed(0)
+    pattern = pattern_from_mask(torch.rand(256, 16, 1, 1, generator=g) > 0.7)
+    values = torch.randint(-4, 5, (pattern.nnz,), generator=g).float()
+    bias = torch.randint(-4, 5, (256,), generator=g).float()
+    x = torch.randint(-4, 5, (4, 16, *size), generator=g).float()
+    geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1)
+    y = torch.full((4, 256, *size), NAN)
+    assert y.numel() > 3 << 20
+    with sk.use_isa(isa):
+        torch.ops.sparsekit_cpu.conv2d(y, x, values, *pattern[:2], bias, *geometry)
+    assert torch.equal(y, reference.conv2d(x, values, *pattern[:2], bias, *geometry))
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
 def test_linear_matches_the_reference(isa):
     g = torch.Generator().manual_seed(0)
     with sk.use_isa(isa):
