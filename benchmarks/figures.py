@@ -1,4 +1,4 @@
-"""README's speed table and picture: `make figures`. Goes on where it was stopped; `--fresh` measures anew.
+"""README's speed table and picture: `make figures`. What was stopped half-way goes on, on the same CPU and torch.
 
 ResNet-50 at 224 x 224, uniform sparsity, conv1 and fc dense: the whole model in its three uses (sparsekit.bench), and its
 sparse convolutions alone (benchmarks.layers). Figures go to benchmarks/results, the table between the marks in README.
@@ -32,14 +32,16 @@ ROWS = {
 
 
 def measure(results: dict, batch: int, save) -> None:
-    """Fill ``results`` with what is missing in it."""
+    """Fill ``results`` with what is missing in it; start anew if nothing is, or if it is another machine's."""
+    here = {"cpu": cpu_name(), "torch": torch.__version__}
+    if here.items() - results.items() or {"layers", *RUNS} <= results.keys():
+        results.clear()
+        results.update(here)
     torch.set_num_threads(2)
     bench.keep_freed_memory()
-    results.setdefault("cpu", cpu_name())
-    results.setdefault("torch", torch.__version__)
     if "layers" not in results:
         record = layers.main(["--batch", str(batch), "--sparsity", *map(str, SPARSITIES), "--runs", "11"])
-        results["layers"] = {key: record[key] for key in ("batch", "threads", "isa", "summary")}
+        results["layers"] = {key: record[key] for key in ("batch", "threads", "isa", "summary", "spread")}
         save()
     for kind, runs in RUNS.items():
         if kind not in results:
@@ -56,7 +58,8 @@ def table(results: dict) -> str:
         f"{results['cpu']} ({results['layers']['isa']}), torch {results['torch']}; uniform sparsity, conv1 and fc dense. "
         "Speed-up over dense PyTorch: the fastest of NCHW eager, channels_last eager and `torch.compile`; for the "
         "convolutions alone the faster of the two eager ones. Alternating runs, medians ± half the distance between the "
-        "quartiles, layout conversion included. **Below 1, sparse loses.** `make figures` makes this table.",
+        f"quartiles (of a convolution alone: {100 * results['layers']['spread']:.0f} %), layout conversion included. "
+        "**Below 1, sparse loses.** `make figures` makes this table.",
         "",
         "| | dense | " + " | ".join(names) + " |",
         "| --- |" + " ---: |" * (len(names) + 1),
@@ -76,10 +79,9 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     args = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not args.fresh else {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     measure(results, args.batch, lambda: RESULTS.write_text(json.dumps(results, indent=1) + "\n"))
     readme = ROOT / "README.md"
     text = re.sub(

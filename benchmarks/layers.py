@@ -99,7 +99,12 @@ def main(argv: list[str] | None = None) -> dict:
         backward = totals["dense_bwd"] / (totals[f"{key}_dx"] + totals[f"{key}_dw"])
         summary[key] = {"forward": round(forward, 2), "backward": round(backward, 2)}
         print(f"sum at {key:>4} %: forward {forward:.2f}x, input gradient + masked weight gradient {backward:.2f}x")
-    record = {"batch": args.batch, "threads": args.threads, "isa": sk.backend(), "summary": summary, "layers": rows}
+    noise = median([times["spread"] for times in rows.values()])
+    print(f"noisiest function of a layer: spread {100 * noise:.0f} % (median over layers)")
+    record = {
+        "batch": args.batch, "threads": args.threads, "isa": sk.backend(), "summary": summary, "spread": noise,
+        "layers": rows,
+    }  # fmt: skip
     if args.json:
         with open(args.json, "w") as f:
             json.dump(record, f, indent=1)
