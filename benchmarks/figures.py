@@ -34,7 +34,8 @@ ROWS = {
 def measure(results: dict, batch: int, save) -> None:
     """Fill ``results`` with what is missing in it; start anew if nothing is, or if it is another machine's."""
     here = {"cpu": cpu_name(), "torch": torch.__version__}
-    if here.items() - results.items() or {"layers", *RUNS} <= results.keys():
+    is_other = any(results.get(key) != value for key, value in here.items())
+    if is_other or {"layers", *RUNS} <= results.keys():
         results.clear()
         results.update(here)
     torch.set_num_threads(2)
@@ -58,7 +59,7 @@ def table(results: dict) -> str:
         f"{results['cpu']} ({results['layers']['isa']}), torch {results['torch']}; uniform sparsity, conv1 and fc dense. "
         "Speed-up over dense PyTorch: the fastest of NCHW eager, channels_last eager and `torch.compile`; for the "
         "convolutions alone the faster of the two eager ones. Alternating runs, medians ± half the distance between the "
-        f"quartiles (of a convolution alone: {100 * results['layers']['spread']:.0f} %), layout conversion included. "
+        f"quartiles (of a layer's noisiest function: {100 * results['layers']['spread']:.0f} %), layout conversion included. "
         "**Below 1, sparse loses.** `make figures` makes this table.",
         "",
         "| | dense | " + " | ".join(names) + " |",
