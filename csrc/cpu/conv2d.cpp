@@ -16,6 +16,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -46,12 +47,58 @@ void parallel(int64_t count, const F& f) {
   if (count > 0) torch::stable::parallel_for(0, count, 1, f);
 }
 
+// Tasks [0, count) that threads take a few at a time, in order: cores that share their clock, caches and memory with
+// others are not equally fast. What a task computes must not depend on who runs it.
+class Queue {
+ public:
+  explicit Queue(int64_t count)
+      : count_(count), threads_(torch::stable::get_num_threads()), run_(std::max<int64_t>(1, count / (8 * threads_))) {}
+
+  // One thread's view of the queue: the task at hand, and the one that this thread will have after it.
+  class Worker {
+   public:
+    explicit Worker(Queue& queue) : queue_(queue), task_(queue.take()), next_(after(task_)) {}
+    bool done() const { return task_ >= queue_.count_; }
+    bool last() const { return next_ >= queue_.count_; }
+    int64_t task() const { return task_; }
+    int64_t next() const { return next_; }
+    void advance() {
+      task_ = next_;
+      next_ = after(task_);
+    }
+
+   private:
+    int64_t after(int64_t task) { return (task + 1) % queue_.run_ ? task + 1 : queue_.take(); }
+
+    Queue& queue_;
+    int64_t task_, next_;
+  };
+
+  // f(worker) on every thread.
+  template <class F>
+  void run(const F& f) {
+    parallel(std::min(count_, threads_), [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        Worker worker(*this);
+        if (!worker.done()) f(worker);
+      }
+    });
+  }
+
+ private:
+  int64_t take() { return taken_.fetch_add(run_, std::memory_order_relaxed); }
+
+  const int64_t count_, threads_, run_;
+  std::atomic<int64_t> taken_{0};
+};
+
+constexpr uintptr_t kHugePage = 2 << 20;
+
 // Fresh memory comes page by page, and a fault costs more than filling the page: ask for huge ones.
 void use_huge_pages(float* data, int64_t floats) {
 #if defined(__linux__)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = reinterpret_cast<uintptr_t>(data + floats) / kPage * kPage;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = reinterpret_cast<uintptr_t>(data + floats) / kHugePage * kHugePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -61,8 +108,9 @@ class Scratch {
  public:
   float* get(int64_t floats) {
     if (floats > size_) {
-      size_ = round_up(floats, 1 << 14);
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float))));
+      size_ = round_up(floats, kHugePage / sizeof(float));
+      memory_.reset(static_cast<float*>(std::aligned_alloc(kHugePage, size_ * sizeof(float))));
+      use_huge_pages(memory_.get(), size_);
     }
     return memory_.get();
   }
@@ -408,10 +456,21 @@ class PackedWeight {
   std::vector<float> values_;
 };
 
-// Copy the source pixels of a tile, channels [channel, channel + count), into `block`, which starts zeroed.
-void pack_source(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count, float* block) {
+// Source channels [first, first + count).
+struct Channels {
+  int64_t first, count;
+};
+
+Channels channels_of(const Walk& walk, int64_t group, int64_t block, int64_t block_channels) {
+  const int64_t begin = block * block_channels;
+  return {group * walk.source_channels + begin, std::min(block_channels, walk.source_channels - begin)};
+}
+
+// Copy the source pixels of a tile into `block`, which starts zeroed.
+void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float* block) {
   const Kernels& k = kernels();
   const Images& s = walk.source;
+  const int64_t count = channels.count;
   for (const Phase& p : walk.phases) {
     // The rows [top, bottom) and columns [from, to) of the packed phase that exist in the source.
     const int64_t x0 = tile.x - walk.left, y0 = tile.y - p.up, rows = walk.tile_h + p.up + p.down;
@@ -422,7 +481,7 @@ void pack_source(const Walk& walk, const TileAt& tile, int64_t channel, int64_t 
     const int64_t top = from < to ? std::clamp<int64_t>(-y0, 0, rows) : rows;
     const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
     const int64_t col = walk.step_w * s.col, row = walk.step_h * s.row;
-    const float* first = s.data + tile.image * s.image + channel * s.channel +
+    const float* first = s.data + tile.image * s.image + channels.first * s.channel +
                          ((y0 + top) * walk.step_h + p.offset_h) * s.row +
                          ((x0 + from) * walk.step_w + p.offset_w) * s.col;
     float* phase = block + p.base;
@@ -453,15 +512,23 @@ void pack_source(const Walk& walk, const TileAt& tile, int64_t channel, int64_t 
   }
 }
 
-// The block of channels that the microkernels read: packed into `scratch`, or the source itself. `next` is the tile
-// that the thread will do after this one, or null.
-Tile block_at(const Walk& walk, const TileAt& tile, const TileAt* next, int64_t channel, int64_t count,
-              float* scratch) {
+// The source memory of a tile.
+Soon source_of(const Walk& walk, const TileAt& tile, Channels channels) {
   const Images& s = walk.source;
-  auto at = [&](const TileAt& t) { return s.data + t.y * s.row + t.x + channel * s.channel; };
-  if (walk.direct) return {at(tile), s.channel, next ? at(*next) : nullptr, count};
-  pack_source(walk, tile, channel, count, scratch);
-  return {scratch, walk.channel_stride, nullptr, count};
+  if (s.col != 1) return {};
+  const int64_t y = tile.y * walk.step_h, x = tile.x * walk.step_w;
+  const int64_t rows = std::min(walk.source_h - y, tile.h * walk.step_h);
+  const int64_t floats = std::min(walk.source_w - x, tile.w * walk.step_w);
+  const float* first = s.data + tile.image * s.image + channels.first * s.channel + y * s.row + x;
+  if (floats == s.row) return {first, s.channel, channels.count, 0, 1, rows * floats};
+  return {first, s.channel, channels.count, s.row, rows, floats};
+}
+
+// The block of channels that the microkernels read: packed into `scratch`, or the source itself.
+const float* block_at(const Walk& walk, const TileAt& tile, Channels channels, float* scratch) {
+  if (walk.direct) return source_of(walk, tile, channels).data;
+  pack_source(walk, tile, channels, scratch);
+  return scratch;
 }
 
 // Whether lanes and target memory have the same layout, so that results need no copy.
@@ -582,7 +649,9 @@ void run(Walk& walk, const Csr& csr, const float* bias) {
     results += part_floats;
   }
   const int64_t blocks = ceil_div(std::max<int64_t>(1, walk.source_channels), block);
-  parallel(tiles * groups * splits, [&](int64_t begin, int64_t end) {
+  auto tile_of = [&](int64_t task) { return tile_at(walk, task / splits / groups); };
+  auto group_of = [&](int64_t task) { return task / splits % groups; };
+  Queue(tiles * groups * splits).run([&](Queue::Worker& worker) {
     const int64_t source_floats = walk.direct ? 0 : block * walk.channel_stride;
     float* scratch = tile_scratch.get(source_floats);
     std::memset(scratch, 0, source_floats * sizeof(float));
@@ -593,17 +662,18 @@ void run(Walk& walk, const Csr& csr, const float* bias) {
       std::memset(result, 0, stride * sizeof(float));
       for (int64_t at : results_at) lanes.push_back({result + at, at ? stride : 0});
     }
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t split = task % splits, group = task / splits % groups;
-      const TileAt tile = tile_at(walk, task / splits / groups);
-      const bool last = task + splits * groups >= end;
-      const TileAt next = last ? tile : tile_at(walk, task / splits / groups + 1);
+    for (; !worker.done(); worker.advance()) {
+      const int64_t split = worker.task() % splits, group = group_of(worker.task());
+      const TileAt tile = tile_of(worker.task());
       const int64_t first = rows * split / splits, count = rows * (split + 1) / splits - first;
       const int64_t channel = group * rows + first;
       for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t c = b * block;
-        const Tile source = block_at(walk, tile, last ? nullptr : &next, group * walk.source_channels + c,
-                                     std::min(block, walk.source_channels - c), scratch);
+        Tile source{block_at(walk, tile, channels_of(walk, group, b, block), scratch)};
+        if (b + 1 < blocks) {
+          source.soon = source_of(walk, tile, channels_of(walk, group, b + 1, block));
+        } else if (!worker.last()) {
+          source.soon = source_of(walk, tile_of(worker.next()), channels_of(walk, group_of(worker.next()), 0, block));
+        }
         size_t w = 0;
         for (size_t p = 0; p < walk.parts.size(); ++p) {
           if (walk.parts[p].empty) continue;
@@ -613,6 +683,7 @@ void run(Walk& walk, const Csr& csr, const float* bias) {
           const Write write = b > 0 ? Write::kAccumulate : past ? Write::kStream : Write::kStore;
           kernels().spmm(source, weights[w++].rows(group, b, split), bias ? bias + channel : nullptr, write, out,
                          out_stride, tile.lanes(walk));
+          source.soon = {};
         }
       }
       if (!in_place) write_target(walk, tile, channel, count, lanes);
@@ -650,7 +721,7 @@ void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images
     std::memset(partial.get() + begin * size, 0, (end - begin) * size * sizeof(float));
   });
   const int64_t stride = walk.result_stride();
-  parallel(chunks * walk.groups * splits, [&](int64_t begin, int64_t end) {
+  Queue(chunks * walk.groups * splits).run([&](Queue::Worker& worker) {
     const int64_t source_floats = walk.direct ? 0 : block * walk.channel_stride;
     float* scratch = tile_scratch.get(source_floats);
     std::memset(scratch, 0, source_floats * sizeof(float));
@@ -660,14 +731,13 @@ void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images
       copy = result_scratch.get(copied);
       std::memset(copy, 0, copied * sizeof(float));
     }
-    for (int64_t task = begin; task < end; ++task) {
+    for (; !worker.done(); worker.advance()) {
+      const int64_t task = worker.task();
       const int64_t split = task % splits, group = task / splits % walk.groups, chunk = task / splits / walk.groups;
       const int64_t first = packed.first_row(split), count = packed.first_row(split + 1) - first;
-      const int64_t channel = group * walk.rows + first;
-      for (int64_t index = tiles * chunk / chunks; index < tiles * (chunk + 1) / chunks; ++index) {
+      const int64_t channel = group * walk.rows + first, end = tiles * (chunk + 1) / chunks;
+      for (int64_t index = tiles * chunk / chunks; index < end; ++index) {
         const TileAt tile = tile_at(walk, index);
-        const bool last = index + 1 == tiles * (chunk + 1) / chunks;
-        const TileAt next = last ? tile : tile_at(walk, index + 1);
         const float* lanes = target_at(walk, tile, channel);
         int64_t lanes_stride = walk.target.channel;
         if (copy) {
@@ -676,9 +746,12 @@ void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images
           lanes_stride = stride;
         }
         for (int64_t b = 0; b < packed.blocks(); ++b) {
-          const int64_t c = b * block;
-          const Tile source = block_at(walk, tile, last ? nullptr : &next, group * walk.source_channels + c,
-                                       std::min(block, walk.source_channels - c), scratch);
+          Tile source{block_at(walk, tile, channels_of(walk, group, b, block), scratch)};
+          if (b + 1 < packed.blocks()) {
+            source.soon = source_of(walk, tile, channels_of(walk, group, b + 1, block));
+          } else if (index + 1 < end) {
+            source.soon = source_of(walk, tile_at(walk, index + 1), channels_of(walk, group, 0, block));
+          }
           kernels().sddmm(source, packed.rows(group, b, split), lanes, lanes_stride, tile.lanes(walk),
                           partial.get() + chunk * size);
         }

@@ -18,29 +18,32 @@ constexpr int kMostStrip = kLanes == 16 ? 5 : 8;
 constexpr int kPrefetchSlots = 8;
 constexpr int kLineFloats = 16;  // in a cache line
 
-// Prefetches a strip's share of the next tile, a few lines with every row.
+// Prefetches a strip's share of what is wanted soon, a few lines with every row of the weight.
 class Ahead {
  public:
-  // Strip `strip` of `strips`, which has `rows` rows.
-  Ahead(const Tile& tile, int64_t lanes, int64_t strip, int64_t strips, int64_t rows) : stride_(tile.stride) {
-    if (!tile.next || rows == 0) return;
-    const int64_t first = tile.channels * strip / strips, last = tile.channels * (strip + 1) / strips;
-    lines_ = (lanes + kLineFloats - 1) / kLineFloats;
-    channel_ = tile.next + first * stride_;
-    left_ = (last - first) * lines_;
-    per_row_ = (left_ + rows - 1) / rows;
+  // Strip `strip` of `strips`, in which the weight has `rows` rows.
+  Ahead(const Soon& soon, int64_t strip, int64_t strips, int64_t rows) : soon_(soon) {
+    if (!soon.data || rows == 0) return;
+    const int64_t first = soon.channels * strip / strips, last = soon.channels * (strip + 1) / strips;
+    soon_.data += first * soon.channel;
+    left_ = (last - first) * soon.rows * ((soon.floats + kLineFloats - 1) / kLineFloats);
+    per_step_ = (left_ + rows - 1) / rows;
   }
 
   void step() {
-    for (int64_t i = 0; i < per_row_ && left_ > 0; ++i, --left_) {
-      __builtin_prefetch(channel_ + line_ * kLineFloats, 0, 2);
-      if (++line_ == lines_) line_ = 0, channel_ += stride_;
+    for (int64_t i = 0; i < per_step_ && left_ > 0; ++i, --left_) {
+      __builtin_prefetch(soon_.data + row_ * soon_.row + float_, 0, 2);
+      if ((float_ += kLineFloats) < soon_.floats) continue;
+      float_ = 0;
+      if (++row_ < soon_.rows) continue;
+      row_ = 0;
+      soon_.data += soon_.channel;
     }
   }
 
  private:
-  const float* channel_ = nullptr;
-  int64_t stride_, lines_ = 0, line_ = 0, left_ = 0, per_row_ = 0;
+  Soon soon_;
+  int64_t row_ = 0, float_ = 0, left_ = 0, per_step_ = 0;
 };
 
 template <int N>
@@ -111,7 +114,7 @@ void spmm(const Tile& tile, const Rows& rows, const float* bias, Write write, fl
     const int64_t begin = first * kLanes, left = lanes - begin;
     const int64_t tail = left >= vectors * kLanes ? kLanes : left - (vectors - 1) * kLanes;
     const float* x = tile.lanes + begin;
-    const Ahead ahead(tile, lanes, strip, strips, rows.count);
+    const Ahead ahead(tile.soon, strip, strips, rows.count);
     float* y = out + begin;
     kSpmmStrips[vectors - 1](x, ahead, rows, bias, write, y, out_stride, tail);
   }
@@ -281,7 +284,7 @@ void sddmm(const Tile& tile, const Rows& rows, const float* dy, int64_t dy_strid
     const int64_t vectors = left >= kStripDy * kLanes ? kStripDy : (left + kLanes - 1) / kLanes;
     const int64_t tail = left >= kStripDy * kLanes ? kLanes : left - (vectors - 1) * kLanes;
     const float* x = tile.lanes + begin;
-    const Ahead ahead(tile, lanes, begin / (kStripDy * kLanes), (lanes + kStripDy * kLanes - 1) / (kStripDy * kLanes),
+    const Ahead ahead(tile.soon, begin / (kStripDy * kLanes), (lanes + kStripDy * kLanes - 1) / (kStripDy * kLanes),
                       rows.count);
     const float* d = dy + begin;
     kSddmmStrips[vectors - 1](x, ahead, rows, d, dy_stride, tail, grad);

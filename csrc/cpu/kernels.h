@@ -18,13 +18,17 @@ struct Rows {
   int64_t count;
 };
 
-// A block of channels as the microkernels read it. Where it is the source itself and no packed copy, the same lanes of
-// `next`, the tile that follows, are prefetched on the way: long runs of few channels at a time, as memory likes it.
+// Source memory that will be wanted soon: runs of `floats`, `rows` of them in each of `channels` channels. The
+// microkernels prefetch it on the way: a core that waits for memory does nothing else.
+struct Soon {
+  const float* data;  // null: nothing
+  int64_t channel, channels, row, rows, floats;
+};
+
+// A block of channels as the microkernels read it: a packed copy, or the source itself.
 struct Tile {
   const float* lanes;
-  int64_t stride;  // floats from one channel to the next
-  const float* next;
-  int64_t channels;
+  Soon soon;
 };
 
 // What happens to the results of spmm: kStream writes past the caches and wants rows of `out` aligned to 64 bytes.
