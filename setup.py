@@ -41,9 +41,9 @@ def extension():
         "ext_modules": [
             CppExtension(
                 "sparsekit._C",
-                ["csrc/ops.cpp", "csrc/cpu/conv2d.cpp", "csrc/cpu/dispatch.cpp"],
+                ["csrc/ops.cpp", "csrc/cpu/conv2d.cpp", "csrc/cpu/dispatch.cpp", "csrc/engine/layers.cpp"],
                 include_dirs=[CSRC],
-                depends=["csrc/ops.h", "csrc/checks.h", "csrc/cpu/conv2d.h", "csrc/cpu/kernels.h", "csrc/cpu/vec.h"],
+                depends=["csrc/ops.h", "csrc/arguments.h", "csrc/checks.h", "csrc/cpu/conv2d.h", "csrc/cpu/kernels.h", "csrc/cpu/vec.h"],
                 extra_compile_args=SHARED_FLAGS,
                 extra_link_args=["-Wl,--strip-debug"],
                 py_limited_api=True,

@@ -19,6 +19,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -35,6 +36,8 @@ constexpr int64_t kStreamFloats = 3 << 20;   // of a target that is too large fo
 constexpr int64_t kBlockFloats = 7 * 1024;   // that a strip reads while they stay in the first-level cache
 
 constexpr int64_t kWriteAhead = 4;  // channels, of a target that is not written in place
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 constexpr int64_t kAlign = 16;  // floats in a cache line, and in the widest register
 
@@ -320,8 +323,8 @@ class PackedWeight {
   // For spmm (with values), or for sddmm (without; slots are filled up to a multiple of 4 with offsets of no meaning).
   PackedWeight(const Walk& walk, const Part& part, const Csr& csr, int64_t block_channels, int64_t splits,
                bool with_values)
-      : walk_(walk),
-        csr_(csr),
+      : rows_(walk.rows),
+        groups_(walk.groups),
         blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
         block_channels_(block_channels),
         splits_(splits),
@@ -343,29 +346,29 @@ class PackedWeight {
         offset_of[c * taps_ + t] =
             c % block_channels * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch + walk.left + tap.dx;
       }
-    count(offset_of);
+    count(csr, offset_of);
     sort(with_values ? 1 : 4);
     offsets_.resize(size());
     if (with_values) values_.resize(size() + 4);  // read four at a time
-    fill(offset_of);
+    fill(csr, offset_of);
   }
 
   int64_t blocks() const { return blocks_; }
   int64_t size() const { return begin_.back(); }
-  int64_t first_row(int64_t split) const { return walk_.rows * split / splits_; }
+  int64_t first_row(int64_t split) const { return rows_ * split / splits_; }
 
   // The rows [first_row(split), first_row(split + 1)) of a group, over one block of channels.
   Rows rows(int64_t group, int64_t block, int64_t split) const {
-    const int64_t start = (group * blocks_ + block) * walk_.rows + first_row(split);
+    const int64_t start = (group * blocks_ + block) * rows_ + first_row(split);
     return {begin_.data() + start, order_.data() + start, offsets_.data(), values_.data(),
             first_row(split + 1) - first_row(split)};
   }
 
   // Move sums that are in packed order to the order of the CSR.
-  void unpack(const float* packed, float* grad) const {
-    parallel(csr_.rows, [&](int64_t first, int64_t last) {
+  void unpack(const Csr& csr, const float* packed, float* grad) const {
+    parallel(csr.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r) {
-        float* to = grad + csr_.crow[r];
+        float* to = grad + csr.crow[r];
         for (int64_t b = 0; b < blocks_; ++b) {
           const int64_t i = list(r, b);
           to = std::copy_n(packed + begin_[slot_[i]], length_[i], to);
@@ -376,34 +379,34 @@ class PackedWeight {
 
  private:
   int64_t list(int64_t row, int64_t block) const {
-    return (row / walk_.rows * blocks_ + block) * walk_.rows + row % walk_.rows;
+    return (row / rows_ * blocks_ + block) * rows_ + row % rows_;
   }
 
   // f(list, first, end) for the non-zeros of a row in every block.
   template <class F>
-  void each_segment(int64_t row, const F& f) const {
-    int64_t j = csr_.crow[row];
-    const int64_t end = csr_.crow[row + 1];
+  void each_segment(const Csr& csr, int64_t row, const F& f) const {
+    int64_t j = csr.crow[row];
+    const int64_t end = csr.crow[row + 1];
     for (int64_t b = 0; b < blocks_; ++b) {
       const int64_t stop = (b + 1) * block_channels_ * taps_;
       const int64_t first = j;
       if (b + 1 == blocks_) {
         j = end;
       } else {
-        while (j < end && csr_.col[j] < stop) ++j;
+        while (j < end && csr.col[j] < stop) ++j;
       }
       f(list(row, b), first, j);
     }
   }
 
-  void count(const std::vector<int32_t>& offset_of) {
+  void count(const Csr& csr, const std::vector<int32_t>& offset_of) {
     const bool all_taps = std::find(offset_of.begin(), offset_of.end(), -1) == offset_of.end();
-    parallel(csr_.rows, [&](int64_t first, int64_t last) {
+    parallel(csr.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
-        each_segment(r, [&](int64_t list, int64_t j, int64_t end) {
+        each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
           int64_t n = end - j;
           if (!all_taps)
-            for (n = 0; j < end; ++j) n += offset_of[csr_.col[j]] >= 0;
+            for (n = 0; j < end; ++j) n += offset_of[csr.col[j]] >= 0;
           length_[list] = n;
         });
     });
@@ -411,9 +414,9 @@ class PackedWeight {
 
   void sort(int64_t multiple) {
     int32_t total = 0;
-    for (int64_t l = 0; l < walk_.groups * blocks_; ++l)
+    for (int64_t l = 0; l < groups_ * blocks_; ++l)
       for (int64_t split = 0; split < splits_; ++split) {
-        const int64_t start = l * walk_.rows + first_row(split), rows = first_row(split + 1) - first_row(split);
+        const int64_t start = l * rows_ + first_row(split), rows = first_row(split + 1) - first_row(split);
         int32_t* order = order_.data() + start;
         const int32_t* length = length_.data() + start;
         // A counting sort, longest first.
@@ -432,25 +435,23 @@ class PackedWeight {
     begin_.back() = total;
   }
 
-  void fill(const std::vector<int32_t>& offset_of) {
-    parallel(csr_.rows, [&](int64_t first, int64_t last) {
+  void fill(const Csr& csr, const std::vector<int32_t>& offset_of) {
+    parallel(csr.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
-        each_segment(r, [&](int64_t list, int64_t j, int64_t end) {
+        each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
           int64_t to = begin_[slot_[list]];
           for (; j < end; ++j) {
-            const int32_t offset = offset_of[csr_.col[j]];
+            const int32_t offset = offset_of[csr.col[j]];
             if (offset < 0) continue;
             offsets_[to] = offset;
-            if (!values_.empty()) values_[to] = csr_.values[csr_.permutation ? csr_.permutation[j] : j];
+            if (!values_.empty()) values_[to] = csr.values[csr.permutation ? csr.permutation[j] : j];
             ++to;
           }
         });
     });
   }
 
-  const Walk& walk_;
-  const Csr& csr_;
-  int64_t blocks_, block_channels_, splits_, taps_;
+  int64_t rows_, groups_, blocks_, block_channels_, splits_, taps_;
   std::vector<int32_t> begin_, order_, slot_, length_;
   std::vector<uint32_t> offsets_;
   std::vector<float> values_;
@@ -625,84 +626,150 @@ bool aligned(const float* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % (kAlign * sizeof(float)) == 0 && stride % kAlign == 0;
 }
 
-void run(Walk& walk, const Csr& csr, const float* bias) {
-  const int64_t fits = kTileFloats / std::max<int64_t>(1, walk.source_channels) / kStripLanes * kStripLanes;
-  choose_tile(walk, walk.direct ? kDirectLanes : std::clamp(fits, kStripLanes, kTileLanes), 16);
-  const int64_t groups = walk.groups, rows = walk.rows, tiles = walk.tiles();
-  // Few tiles: cut the rows too, so that every thread has work; the price is packing a tile more than once.
-  const int64_t wanted = 2 * torch::stable::get_num_threads();
-  const int64_t splits = std::clamp<int64_t>(wanted / std::max<int64_t>(1, tiles * groups), 1, ceil_div(rows, 16));
-  const int64_t block = block_channels(walk, csr, kStripLanes, 32);
-  const int64_t stride = walk.result_stride(), part_floats = ceil_div(rows, splits) * stride;
-  const bool in_place = writes_in_place(walk);
-  // A large target would evict everything on its way to memory, and each line would be read before it is written.
-  const int64_t floats = walk.images * walk.groups * rows * walk.target_h * walk.target_w;
-  const bool streamed = floats >= kStreamFloats && in_place;
-
-  std::vector<PackedWeight> weights;
-  std::vector<int64_t> results_at;  // of every part in a thread's scratch; parts without taps share one row of zeros
-  int64_t results = stride;
-  for (const Part& part : walk.parts) {
-    results_at.push_back(part.empty ? 0 : results);
-    if (part.empty) continue;
-    weights.emplace_back(walk, part, csr, block, splits, true);
-    results += part_floats;
-  }
-  const int64_t blocks = ceil_div(std::max<int64_t>(1, walk.source_channels), block);
-  auto tile_of = [&](int64_t task) { return tile_at(walk, task / splits / groups); };
-  auto group_of = [&](int64_t task) { return task / splits % groups; };
-  Queue(tiles * groups * splits).run([&](Queue::Worker& worker) {
-    const int64_t source_floats = walk.direct ? 0 : block * walk.channel_stride;
-    float* scratch = tile_scratch.get(source_floats);
-    std::memset(scratch, 0, source_floats * sizeof(float));
-    float* result = nullptr;
-    std::vector<Lanes> lanes;
-    if (!in_place) {
-      result = result_scratch.get(results);
-      std::memset(result, 0, stride * sizeof(float));
-      for (int64_t at : results_at) lanes.push_back({result + at, at ? stride : 0});
-    }
-    for (; !worker.done(); worker.advance()) {
-      const int64_t split = worker.task() % splits, group = group_of(worker.task());
-      const TileAt tile = tile_of(worker.task());
-      const int64_t first = rows * split / splits, count = rows * (split + 1) / splits - first;
-      const int64_t channel = group * rows + first;
-      for (int64_t b = 0; b < blocks; ++b) {
-        Tile source{block_at(walk, tile, channels_of(walk, group, b, block), scratch)};
-        if (b + 1 < blocks) {
-          source.soon = source_of(walk, tile, channels_of(walk, group, b + 1, block));
-        } else if (!worker.last()) {
-          source.soon = source_of(walk, tile_of(worker.next()), channels_of(walk, group_of(worker.next()), 0, block));
-        }
-        size_t w = 0;
-        for (size_t p = 0; p < walk.parts.size(); ++p) {
-          if (walk.parts[p].empty) continue;
-          float* out = in_place ? target_at(walk, tile, channel) : result + results_at[p];
-          const int64_t out_stride = in_place ? walk.target.channel : stride;
-          const bool past = streamed && blocks == 1 && aligned(out, out_stride);
-          const Write write = b > 0 ? Write::kAccumulate : past ? Write::kStream : Write::kStore;
-          kernels().spmm(source, weights[w++].rows(group, b, split), bias ? bias + channel : nullptr, write, out,
-                         out_stride, tile.lanes(walk));
-          source.soon = {};
-        }
-      }
-      if (!in_place) write_target(walk, tile, channel, count, lanes);
-    }
-  });
-}
-
 }  // namespace
+
+// A walk that is cut into tiles, with the weight packed for them: all that does not depend on where the images are.
+class PreparedWalk {
+ public:
+  PreparedWalk(Walk walk, const Csr& csr) : walk_(std::move(walk)) {
+    const int64_t channels = std::max<int64_t>(1, walk_.source_channels);
+    const int64_t fits = kTileFloats / channels / kStripLanes * kStripLanes;
+    choose_tile(walk_, walk_.direct ? kDirectLanes : std::clamp(fits, kStripLanes, kTileLanes), 16);
+    // Few tiles: cut the rows too, so that every thread has work; the price is packing a tile more than once.
+    const int64_t wanted = 2 * torch::stable::get_num_threads();
+    splits_ = std::clamp<int64_t>(wanted / std::max<int64_t>(1, walk_.tiles() * walk_.groups), 1,
+                                  ceil_div(walk_.rows, 16));
+    block_ = block_channels(walk_, csr, kStripLanes, 32);
+    blocks_ = ceil_div(channels, block_);
+    results_ = walk_.result_stride();
+    for (const Part& part : walk_.parts) {
+      results_at_.push_back(part.empty ? 0 : results_);
+      if (part.empty) continue;
+      weights_.emplace_back(walk_, part, csr, block_, splits_, true);
+      results_ += ceil_div(walk_.rows, splits_) * walk_.result_stride();
+    }
+  }
+
+  void run(float* source, float* target, const Epilogue& epilogue) const {
+    Walk walk = walk_;
+    walk.source.data = source;
+    walk.target.data = target;
+    Walk residual = walk;  // the same pixels of another tensor
+    residual.target.data = const_cast<float*>(epilogue.residual);
+    const int64_t groups = walk.groups, rows = walk.rows, stride = walk.result_stride();
+    const bool in_place = writes_in_place(walk);
+    // A large target would evict everything on its way to memory, and each line would be read before it is written.
+    const int64_t floats = walk.images * walk.groups * rows * walk.target_h * walk.target_w;
+    const bool streamed = floats >= kStreamFloats && in_place && blocks_ == 1;
+    auto tile_of = [&](int64_t task) { return tile_at(walk, task / splits_ / groups); };
+    auto group_of = [&](int64_t task) { return task / splits_ % groups; };
+    Queue(walk.tiles() * groups * splits_).run([&](Queue::Worker& worker) {
+      const int64_t source_floats = walk.direct ? 0 : block_ * walk.channel_stride;
+      float* scratch = tile_scratch.get(source_floats);
+      std::memset(scratch, 0, source_floats * sizeof(float));
+      float* result = nullptr;
+      std::vector<Lanes> lanes;
+      if (!in_place) {
+        result = result_scratch.get(results_);
+        std::memset(result, 0, stride * sizeof(float));
+        for (int64_t at : results_at_) lanes.push_back({result + at, at ? stride : 0});
+      }
+      for (; !worker.done(); worker.advance()) {
+        const int64_t split = worker.task() % splits_, group = group_of(worker.task());
+        const TileAt tile = tile_of(worker.task());
+        const int64_t first = rows * split / splits_, count = rows * (split + 1) / splits_ - first;
+        const int64_t channel = group * rows + first;
+        if (epilogue.residual && !in_place) pack_target(residual, tile, channel, count, result + stride, stride);
+        for (int64_t b = 0; b < blocks_; ++b) {
+          Tile source{block_at(walk, tile, channels_of(walk, group, b, block_), scratch)};
+          if (b + 1 < blocks_) {
+            source.soon = source_of(walk, tile, channels_of(walk, group, b + 1, block_));
+          } else if (!worker.last()) {
+            source.soon = source_of(walk, tile_of(worker.next()), channels_of(walk, group_of(worker.next()), 0, block_));
+          }
+          size_t w = 0;
+          for (size_t p = 0; p < walk.parts.size(); ++p) {
+            if (walk.parts[p].empty) continue;
+            Results out{in_place ? target_at(walk, tile, channel) : result + results_at_[p],
+                        in_place ? walk.target.channel : stride};
+            if (b == 0 && epilogue.bias) out.bias = epilogue.bias + channel;
+            if (b > 0 || epilogue.residual) {
+              out.start = b == 0 && in_place ? target_at(residual, tile, channel) : out.data;
+              out.start_stride = out.stride;
+            }
+            out.stream = streamed && aligned(out.data, out.stride);
+            const bool finish = b + 1 == blocks_;
+            out.low = finish ? epilogue.low : -kInfinity;
+            out.high = finish ? epilogue.high : kInfinity;
+            kernels().spmm(source, weights_[w++].rows(group, b, split), out, tile.lanes(walk));
+            source.soon = {};
+          }
+        }
+        if (!in_place) write_target(walk, tile, channel, count, lanes);
+      }
+    });
+  }
+
+ private:
+  Walk walk_;
+  std::vector<PackedWeight> weights_;  // of the parts that have taps
+  std::vector<int64_t> results_at_;    // of every part in a thread's scratch; parts without taps share a row of zeros
+  int64_t splits_, block_, blocks_, results_;
+};
 
 void conv2d(const Conv2dGeometry& g, const Csr& weight, const float* bias, const Images& x, const Images& y) {
   use_huge_pages(y.data, g.batch * g.out_channels * g.out_h * g.out_w);
-  Walk walk = forward_walk(g, x, y);
-  run(walk, weight, bias);
+  PreparedWalk(forward_walk(g, x, y), weight).run(x.data, y.data, {bias});
+}
+
+void FixedConv2d::run(const Conv2dGeometry& g, const Images& x, const Images& y, const Epilogue& epilogue) {
+  use_huge_pages(y.data, g.batch * g.out_channels * g.out_h * g.out_w);
+  prepared(g, x, y)->run(x.data, y.data, epilogue);
+}
+
+std::shared_ptr<const PreparedWalk> FixedConv2d::prepared(const Conv2dGeometry& g, const Images& x, const Images& y) {
+  constexpr size_t kKept = 8;
+  const Key key{g.batch,
+                g.in_channels,
+                g.in_h,
+                g.in_w,
+                g.out_channels,
+                g.out_h,
+                g.out_w,
+                g.kernel_h,
+                g.kernel_w,
+                g.stride_h,
+                g.stride_w,
+                g.pad_top,
+                g.pad_left,
+                g.dilation_h,
+                g.dilation_w,
+                g.groups,
+                x.image,
+                x.channel,
+                x.row,
+                x.col,
+                y.image,
+                y.channel,
+                y.row,
+                y.col,
+                aligned(x.data, 0),
+                aligned(y.data, 0),
+                torch::stable::get_num_threads()};
+  const std::lock_guard lock(mutex_);
+  for (auto& entry : latest_) {
+    if (entry.first != key) continue;
+    if (&entry != &latest_.front()) std::swap(entry, latest_.front());
+    return latest_.front().second;
+  }
+  if (latest_.size() == kKept) latest_.pop_back();
+  latest_.insert(latest_.begin(), {key, std::make_shared<const PreparedWalk>(forward_walk(g, x, y), weight_)});
+  return latest_.front().second;
 }
 
 void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Images& dy, const Images& dx) {
   use_huge_pages(dx.data, g.batch * g.in_channels * g.in_h * g.in_w);
-  Walk walk = input_grad_walk(g, dy, dx);
-  run(walk, weight_t, nullptr);
+  PreparedWalk(input_grad_walk(g, dy, dx), weight_t).run(dy.data, dx.data, {});
 }
 
 void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad) {
@@ -767,7 +834,7 @@ void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images
         sum[j] = total;
       }
     });
-  packed.unpack(sum, grad);
+  packed.unpack(weight, sum, grad);
 }
 
 void bias_grad(const Conv2dGeometry& g, const Images& dy, float* grad) {

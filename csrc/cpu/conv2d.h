@@ -1,6 +1,13 @@
 // Sparse convolution on the CPU. A linear layer is a 1 x 1 convolution whose pixels are the batch.
 #pragma once
 
+#include <array>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
 #include "cpu/kernels.h"
 #include "ops.h"
 
@@ -13,6 +20,31 @@ bool set_isa(const char* isa);
 
 // y = conv(x, weight) + bias; bias may be null.
 void conv2d(const Conv2dGeometry& g, const Csr& weight, const float* bias, const Images& x, const Images& y);
+
+// What a convolution does to its sums on their way out: y = clamp(conv + bias + residual, low, high).
+struct Epilogue {
+  const float* bias = nullptr;      // [out_channels], or null
+  const float* residual = nullptr;  // the size and strides of y, or null
+  float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
+};
+
+class PreparedWalk;
+
+// A convolution whose weight never changes: it stays packed for the geometries met last. Calls may run in parallel.
+class FixedConv2d {
+ public:
+  // `weight` must outlive the layer.
+  explicit FixedConv2d(const Csr& weight) : weight_(weight) {}
+  void run(const Conv2dGeometry& g, const Images& x, const Images& y, const Epilogue& epilogue);
+
+ private:
+  using Key = std::array<int64_t, 27>;
+  std::shared_ptr<const PreparedWalk> prepared(const Conv2dGeometry& g, const Images& x, const Images& y);
+
+  const Csr weight_;
+  std::mutex mutex_;
+  std::vector<std::pair<Key, std::shared_ptr<const PreparedWalk>>> latest_;  // first
+};
 
 // dx = the gradient of conv; weight_t is the weight of the transposed convolution.
 void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Images& dy, const Images& dx);

@@ -47,26 +47,31 @@ class Ahead {
 };
 
 template <int N>
-void spmm_strip(const float* tile, Ahead ahead, const Rows& rows, const float* bias, Write write, float* out,
-                int64_t out_stride, int64_t tail) {
+void spmm_strip(const float* tile, Ahead ahead, const Rows& rows, const Results& results, int64_t first_lane,
+                int64_t tail) {
   // Independent sums, so that FMAs do not wait for each other: eight for two units of a latency of four cycles.
   constexpr int kSums = N >= 6 || (N >= 5 && kRegisters < 32) ? 1 : N >= 2 ? 2 : 4;
   const uint32_t* offsets = rows.offsets;
   const float* values = rows.values;
+  float* const out = results.data + first_lane;
+  const float* const start = results.start ? results.start + first_lane : nullptr;
+  const bool read_elsewhere = start && start != out;
+  constexpr float kInfinity = __builtin_inff();
+  const bool clamped = results.low > -kInfinity || results.high < kInfinity;
+  const Vec low = broadcast(results.low), high = broadcast(results.high);
   for (int64_t r = 0; r < rows.count; ++r) {
     const int64_t row = rows.order[r];
-    float* to = out + row * out_stride;
-    const float* soon = out + rows.order[r + kPrefetchSlots < rows.count ? r + kPrefetchSlots : r] * out_stride;
+    float* to = out + row * results.stride;
+    const float* from = start ? start + row * results.start_stride : nullptr;
+    const int64_t soon = rows.order[r + kPrefetchSlots < rows.count ? r + kPrefetchSlots : r];
     Vec sum[kSums][N];
     ahead.step();
     for (int v = 0; v < N; ++v) {
-      if (write != Write::kStream) __builtin_prefetch(soon + v * kLanes, 1);
+      if (!results.stream) __builtin_prefetch(out + soon * results.stride + v * kLanes, 1);
+      if (read_elsewhere) __builtin_prefetch(start + soon * results.start_stride + v * kLanes);
       for (int s = 0; s < kSums; ++s) sum[s][v] = zero();
-      if (write == Write::kAccumulate) {
-        sum[0][v] = v == N - 1 ? load(to + v * kLanes, tail) : load(to + v * kLanes);
-      } else if (bias) {
-        sum[0][v] = broadcast(bias[row]);
-      }
+      if (start) sum[0][v] = v == N - 1 ? load(from + v * kLanes, tail) : load(from + v * kLanes);
+      if (results.bias) sum[0][v] = add(sum[0][v], broadcast(results.bias[row]));
     }
     int64_t j = rows.begin[r];
     const int64_t end = rows.begin[r + 1];
@@ -89,7 +94,8 @@ void spmm_strip(const float* tile, Ahead ahead, const Rows& rows, const float* b
     }
     for (int v = 0; v < N; ++v) {
       for (int s = 1; s < kSums; ++s) sum[0][v] = add(sum[0][v], sum[s][v]);
-      if (write == Write::kStream && tail == kLanes) {
+      if (clamped) sum[0][v] = min(high, max(low, sum[0][v]));
+      if (results.stream && tail == kLanes) {
         stream_store(to + v * kLanes, sum[0][v]);
       } else if (v == N - 1) {
         tail == kLanes ? store(to + v * kLanes, sum[0][v]) : store(to + v * kLanes, sum[0][v], tail);
@@ -103,8 +109,7 @@ void spmm_strip(const float* tile, Ahead ahead, const Rows& rows, const float* b
 constexpr decltype(&spmm_strip<1>) kSpmmStrips[] = {spmm_strip<1>, spmm_strip<2>, spmm_strip<3>, spmm_strip<4>,
                                                     spmm_strip<5>, spmm_strip<6>, spmm_strip<7>, spmm_strip<8>};
 
-void spmm(const Tile& tile, const Rows& rows, const float* bias, Write write, float* out, int64_t out_stride,
-          int64_t lanes) {
+void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t lanes) {
   // Strips of about kStrip registers, equally long, so that the last is not a short one.
   const int64_t all = (lanes + kLanes - 1) / kLanes;
   const int64_t fewest = (all + kMostStrip - 1) / kMostStrip, even = (all + kStrip / 2) / kStrip;
@@ -115,10 +120,9 @@ void spmm(const Tile& tile, const Rows& rows, const float* bias, Write write, fl
     const int64_t tail = left >= vectors * kLanes ? kLanes : left - (vectors - 1) * kLanes;
     const float* x = tile.lanes + begin;
     const Ahead ahead(tile.soon, strip, strips, rows.count);
-    float* y = out + begin;
-    kSpmmStrips[vectors - 1](x, ahead, rows, bias, write, y, out_stride, tail);
+    kSpmmStrips[vectors - 1](x, ahead, rows, results, begin, tail);
   }
-  if (write == Write::kStream) stream_fence();
+  if (results.stream) stream_fence();
 }
 
 #if defined(__AVX512F__)

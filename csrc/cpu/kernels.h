@@ -31,16 +31,23 @@ struct Tile {
   Soon soon;
 };
 
-// What happens to the results of spmm: kStream writes past the caches and wants rows of `out` aligned to 64 bytes.
-enum class Write { kStore, kAccumulate, kStream };
+// Where results of spmm go, and what is done to them on the way. Null pointers stand for zeros.
+struct Results {
+  float* data;
+  int64_t stride;       // floats from one row to the next
+  const float* bias;    // [rows]
+  const float* start;   // what the sums start from, besides the bias; may be `data` itself
+  int64_t start_stride;
+  bool stream;          // write past the caches; wants rows aligned to 64 bytes
+  float low, high;      // bounds that results are clamped to; infinite where there are none
+};
 
 struct Kernels {
   const char* name;
 
-  // out[r][lane] = sum of value * tile[offset + lane], over `lanes` lanes. Starts from bias[r] (0 if null), or from
-  // what out holds with kAccumulate. Writes no lane beyond `lanes`; may read the tile up to the next multiple of 16.
-  void (*spmm)(const Tile& tile, const Rows& rows, const float* bias, Write write, float* out, int64_t out_stride,
-               int64_t lanes);
+  // results[r][lane] = clamp(bias[r] + start[r][lane] + sum of value * tile[offset + lane]), over `lanes` lanes. NaN
+  // stays NaN. Touches no lane of results and start beyond `lanes`; may read the tile up to the next multiple of 16.
+  void (*spmm)(const Tile& tile, const Rows& rows, const Results& results, int64_t lanes);
 
   // grad[j] += sum over lanes of dy[r][lane] * tile[offset_j + lane]. Reads no lane of dy beyond `lanes`. The number of
   // non-zeros of every slot must be a multiple of 4.

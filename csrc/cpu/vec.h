@@ -28,6 +28,9 @@ inline __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
 inline Vec load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline void store(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+// Both return the second argument where one is NaN.
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Four weights in every 128-bit quarter; lane<i> of it is a broadcast that needs no load.
@@ -54,6 +57,8 @@ inline __m256i first(int64_t n) {
 inline Vec load(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
 inline void store(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first(n), v); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec load4(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
@@ -84,6 +89,8 @@ inline void store(float* p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
 inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec load4(const float* p) { return load(p); }
