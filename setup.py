@@ -4,6 +4,7 @@
 """
 
 import os
+from glob import glob
 
 from setuptools import find_packages, setup
 
@@ -43,7 +44,7 @@ def extension():
                 "sparsekit._C",
                 ["csrc/ops.cpp", "csrc/cpu/conv2d.cpp", "csrc/cpu/dispatch.cpp", "csrc/engine/layers.cpp"],
                 include_dirs=[CSRC],
-                depends=["csrc/ops.h", "csrc/arguments.h", "csrc/checks.h", "csrc/cpu/conv2d.h", "csrc/cpu/kernels.h", "csrc/cpu/vec.h"],
+                depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*.h")],
                 extra_compile_args=SHARED_FLAGS,
                 extra_link_args=["-Wl,--strip-debug"],
                 py_limited_api=True,

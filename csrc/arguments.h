@@ -59,8 +59,8 @@ inline const float* vector_data(const Tensor& t, const char* name, int64_t size)
   return static_cast<const float*>(t.data_ptr());
 }
 
-inline Conv2dGeometry geometry(const Tensor& x, const Tensor& y, const Ints& kernel, const Ints& stride, const Ints& padding,
-                        const Ints& dilation, int64_t groups) {
+inline Conv2dGeometry geometry(const Tensor& x, const Tensor& y, const Ints& kernel, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, int64_t groups) {
   STD_TORCH_CHECK(x.dim() == 4 && y.dim() == 4, "input and output must have 4 dimensions");
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
                   "kernel_size, stride and dilation must have 2 elements, padding 4");

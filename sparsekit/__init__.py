@@ -4,17 +4,20 @@ from . import io, nn, pruning
 from ._ops import available_backends, backend, set_isa, use_isa
 from ._version import __version__
 from .convert import dense_state_dict, densify_, keep_zeros, set_mask_, sparsify_, sparsity
+from .engine import compile, load
 from .profile import autotune_, explain
 
 __all__ = [
     "autotune_",
     "available_backends",
     "backend",
+    "compile",
     "dense_state_dict",
     "densify_",
     "explain",
     "io",
     "keep_zeros",
+    "load",
     "nn",
     "pruning",
     "set_isa",

@@ -314,6 +314,59 @@ _define(
 )
 
 
+# --- layers of an inference engine: no autograd, no reference ---------------------------------------------------------
+
+
+def add_layer(values: Tensor, crow: Tensor, col: Tensor, columns: int) -> int:
+    """A number under which the C++ side keeps a weight ``[rows, columns]`` packed, until :func:`remove_layer`."""
+    return torch.ops.sparsekit_cpu.add_layer(values, crow, col, columns)
+
+
+def remove_layer(layer: int) -> None:
+    """Forget a layer; a call that is running it ends as if nothing had happened."""
+    torch.ops.sparsekit_cpu.remove_layer(layer)
+
+
+def max_pool2d(input, kernel_size, stride=(), padding=(0, 0), dilation=(1, 1), ceil_mode=False):
+    """``F.max_pool2d`` of float32 images, channels_last or NCHW in, NCHW out; no gradient."""
+    kernel_size, padding, dilation = ((*v, *v)[:2] for v in (kernel_size, padding, dilation))
+    stride = (*stride, *stride)[:2] or kernel_size
+    sizes = []
+    for size, k, s, p, d in zip(input.shape[2:], kernel_size, stride, padding, dilation):
+        span = size + 2 * p - d * (k - 1) - 1
+        out = (-(-span // s) if ceil_mode else span // s) + 1
+        # The last window must start inside of the image or of its left padding.
+        sizes.append(out - 1 if ceil_mode and (out - 1) * s >= size + p else out)
+    input = _dense_layout(input)
+    out = input.new_empty(*input.shape[:2], *sizes)
+    if not is_channels_last(input):
+        input = input.contiguous()
+    torch.ops.sparsekit_cpu.max_pool2d(out, input, kernel_size, stride, padding, dilation)
+    return out
+
+
+def run_conv2d(input, layer, out_channels, bias, residual, low, high, kernel_size, stride, padding, dilation, groups):
+    """``clamp(conv2d(input) + bias + residual, low, high)``, NCHW; ``residual`` may be None."""
+    input = _dense_layout(input)
+    out = input.new_empty(output_size(input.shape, out_channels, kernel_size, stride, padding, dilation))
+    if residual is not None and residual.stride() != out.stride():
+        residual = torch.empty_like(out).copy_(residual)
+    torch.ops.sparsekit_cpu.run_conv2d(
+        out, input, layer, bias, residual, low, high, kernel_size, stride, padding, dilation, groups
+    )
+    return out
+
+
+def run_linear(input, layer, out_features, bias, residual, low, high):
+    """``clamp(input @ weight.T + bias + residual, low, high)`` for input ``[..., in_features]``."""
+    rows = input.reshape(-1, input.shape[-1]).contiguous()
+    out = rows.new_empty(rows.shape[0], out_features)
+    if residual is not None:
+        residual = residual.reshape(out.shape).contiguous()
+    torch.ops.sparsekit_cpu.run_linear(out, rows, layer, bias, residual, low, high)
+    return out.view(*input.shape[:-1], out_features)
+
+
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,8 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace sparsekit {
@@ -50,49 +52,78 @@ void parallel(int64_t count, const F& f) {
   if (count > 0) torch::stable::parallel_for(0, count, 1, f);
 }
 
-// Tasks [0, count) that threads take a few at a time, in order: cores that share their clock, caches and memory with
-// others are not equally fast. What a task computes must not depend on who runs it.
+// Tasks [0, count): every thread has its share, the same in every layer, so that it finds in its caches what it wrote
+// last, and takes from the others' when it is done, since cores that share clock, caches and memory with strangers are
+// not equally fast. What a task computes must not depend on who runs it.
 class Queue {
  public:
   explicit Queue(int64_t count)
-      : count_(count), threads_(torch::stable::get_num_threads()), run_(std::max<int64_t>(1, count / (8 * threads_))) {}
+      : count_(count),
+        threads_(std::max<int64_t>(1, std::min<int64_t>(count, torch::stable::get_num_threads()))),
+        run_(std::max<int64_t>(1, count / (8 * threads_))),
+        shares_(threads_) {
+    for (int64_t i = 0; i < threads_; ++i) shares_[i].taken = first_of(i);
+  }
 
   // One thread's view of the queue: the task at hand, and the one that this thread will have after it.
   class Worker {
    public:
-    explicit Worker(Queue& queue) : queue_(queue), task_(queue.take()), next_(after(task_)) {}
-    bool done() const { return task_ >= queue_.count_; }
-    bool last() const { return next_ >= queue_.count_; }
+    Worker(Queue& queue, int64_t thread) : queue_(queue), thread_(thread) {
+      next_ = after();
+      advance();
+    }
+    bool done() const { return task_ < 0; }
+    bool last() const { return next_ < 0; }
     int64_t task() const { return task_; }
     int64_t next() const { return next_; }
     void advance() {
       task_ = next_;
-      next_ = after(task_);
+      if (task_ >= 0) next_ = after();
     }
 
    private:
-    int64_t after(int64_t task) { return (task + 1) % queue_.run_ ? task + 1 : queue_.take(); }
+    int64_t after() {
+      if (at_ == end_) std::tie(at_, end_) = queue_.take(thread_);
+      return at_ == end_ ? -1 : at_++;
+    }
 
     Queue& queue_;
-    int64_t task_, next_;
+    const int64_t thread_;
+    int64_t at_ = 0, end_ = 0, task_ = -1, next_ = -1;
   };
 
   // f(worker) on every thread.
   template <class F>
   void run(const F& f) {
-    parallel(std::min(count_, threads_), [&](int64_t first, int64_t last) {
+    if (count_ == 0) return;
+    parallel(threads_, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        Worker worker(*this);
+        Worker worker(*this, i);
         if (!worker.done()) f(worker);
       }
     });
   }
 
  private:
-  int64_t take() { return taken_.fetch_add(run_, std::memory_order_relaxed); }
+  struct alignas(64) Share {
+    std::atomic<int64_t> taken;
+  };
+
+  int64_t first_of(int64_t thread) const { return count_ * thread / threads_; }
+
+  // A run of tasks from a thread's own share, else from another's; empty at the end.
+  std::pair<int64_t, int64_t> take(int64_t thread) {
+    for (int64_t i = 0; i < threads_; ++i) {
+      const int64_t owner = (thread + i) % threads_, end = first_of(owner + 1);
+      if (shares_[owner].taken.load(std::memory_order_relaxed) >= end) continue;
+      const int64_t begin = shares_[owner].taken.fetch_add(run_, std::memory_order_relaxed);
+      if (begin < end) return {begin, std::min(begin + run_, end)};
+    }
+    return {0, 0};
+  }
 
   const int64_t count_, threads_, run_;
-  std::atomic<int64_t> taken_{0};
+  std::vector<Share> shares_;
 };
 
 constexpr uintptr_t kHugePage = 2 << 20;
@@ -225,7 +256,9 @@ void merge_rows(Walk& walk) {
 void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
   const int64_t halo = walk.left + walk.right;
   if (walk.grid_w + halo > lanes_wanted) {
-    const int64_t pieces = ceil_div(walk.grid_w + halo, lanes_wanted);
+    int64_t pieces = ceil_div(walk.grid_w + halo, lanes_wanted);
+    // As many for every thread, where there are few.
+    if (walk.images * walk.grid_h == 1) pieces = round_up(pieces, torch::stable::get_num_threads());
     walk.tile_w = std::min(walk.grid_w, round_up(ceil_div(walk.grid_w, pieces), 2 * kAlign));
   } else {
     walk.tile_w = walk.grid_w;
@@ -378,9 +411,7 @@ class PackedWeight {
   }
 
  private:
-  int64_t list(int64_t row, int64_t block) const {
-    return (row / rows_ * blocks_ + block) * rows_ + row % rows_;
-  }
+  int64_t list(int64_t row, int64_t block) const { return (row / rows_ * blocks_ + block) * rows_ + row % rows_; }
 
   // f(list, first, end) for the non-zeros of a row in every block.
   template <class F>
@@ -637,8 +668,8 @@ class PreparedWalk {
     choose_tile(walk_, walk_.direct ? kDirectLanes : std::clamp(fits, kStripLanes, kTileLanes), 16);
     // Few tiles: cut the rows too, so that every thread has work; the price is packing a tile more than once.
     const int64_t wanted = 2 * torch::stable::get_num_threads();
-    splits_ = std::clamp<int64_t>(wanted / std::max<int64_t>(1, walk_.tiles() * walk_.groups), 1,
-                                  ceil_div(walk_.rows, 16));
+    splits_ =
+        std::clamp<int64_t>(wanted / std::max<int64_t>(1, walk_.tiles() * walk_.groups), 1, ceil_div(walk_.rows, 16));
     block_ = block_channels(walk_, csr, kStripLanes, 32);
     blocks_ = ceil_div(channels, block_);
     results_ = walk_.result_stride();
@@ -664,9 +695,12 @@ class PreparedWalk {
     auto tile_of = [&](int64_t task) { return tile_at(walk, task / splits_ / groups); };
     auto group_of = [&](int64_t task) { return task / splits_ % groups; };
     Queue(walk.tiles() * groups * splits_).run([&](Queue::Worker& worker) {
-      const int64_t source_floats = walk.direct ? 0 : block_ * walk.channel_stride;
+      // Where a tile serves several splits of the rows, all of its blocks stay packed until they are done.
+      const int64_t block_floats = block_ * walk.channel_stride, packed_blocks = splits_ > 1 ? blocks_ : 1;
+      const int64_t source_floats = walk.direct ? 0 : packed_blocks * block_floats;
       float* scratch = tile_scratch.get(source_floats);
       std::memset(scratch, 0, source_floats * sizeof(float));
+      int64_t packed = -1;
       float* result = nullptr;
       std::vector<Lanes> lanes;
       if (!in_place) {
@@ -681,11 +715,14 @@ class PreparedWalk {
         const int64_t channel = group * rows + first;
         if (epilogue.residual && !in_place) pack_target(residual, tile, channel, count, result + stride, stride);
         for (int64_t b = 0; b < blocks_; ++b) {
-          Tile source{block_at(walk, tile, channels_of(walk, group, b, block_), scratch)};
+          float* const at = scratch + (splits_ > 1 ? b * block_floats : 0);
+          const bool again = splits_ > 1 && !walk.direct && packed == worker.task() / splits_;
+          Tile source{again ? at : block_at(walk, tile, channels_of(walk, group, b, block_), at)};
           if (b + 1 < blocks_) {
             source.soon = source_of(walk, tile, channels_of(walk, group, b + 1, block_));
           } else if (!worker.last()) {
-            source.soon = source_of(walk, tile_of(worker.next()), channels_of(walk, group_of(worker.next()), 0, block_));
+            source.soon =
+                source_of(walk, tile_of(worker.next()), channels_of(walk, group_of(worker.next()), 0, block_));
           }
           size_t w = 0;
           for (size_t p = 0; p < walk.parts.size(); ++p) {
@@ -705,6 +742,7 @@ class PreparedWalk {
             source.soon = {};
           }
         }
+        packed = worker.task() / splits_;
         if (!in_place) write_target(walk, tile, channel, count, lanes);
       }
     });
@@ -835,6 +873,18 @@ void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images
       }
     });
   packed.unpack(weight, sum, grad);
+}
+
+void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out) {
+  parallel(g.batch * g.out_h, [&](int64_t begin, int64_t end) {
+    float* scratch = result_scratch.get(2 * (g.in_w + g.out_w * g.stride_w + g.kernel_w * g.dilation_w + 64));
+    for (int64_t task = begin; task < end; ++task) {
+      Images from = in, to = out;
+      from.data += task / g.out_h * in.image;
+      to.data += task / g.out_h * out.image;
+      kernels().max_pool_row(g, from, to, task % g.out_h, scratch);
+    }
+  });
 }
 
 void bias_grad(const Conv2dGeometry& g, const Images& dy, float* grad) {

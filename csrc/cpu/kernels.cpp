@@ -370,11 +370,100 @@ void transpose(float* to, int64_t to_row, const float* from, int64_t from_row, i
   }
 }
 
+// Windows [first, last) of a kernel's taps that lie inside of [0, size), for the window that starts at `start`.
+struct Taps {
+  int64_t first, last;
+  Taps(int64_t start, int64_t taps, int64_t dilation, int64_t size) {
+    first = start < 0 ? (-start + dilation - 1) / dilation : 0;
+    const int64_t room = size - start;
+    last = room <= 0 ? 0 : (room + dilation - 1) / dilation;
+    if (last > taps) last = taps;
+  }
+};
+
+constexpr float kLowest = -__builtin_inff();
+
+// Channels are the lanes; where the target is NCHW, blocks of pixels are transposed on their way out.
+void max_pool_row_channels_last(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y) {
+  const int64_t top = y * g.stride_h - g.pad_top;
+  const Taps down(top, g.kernel_h, g.dilation_h, g.in_h);
+  for (int64_t c = 0; c < g.channels; c += kLanes) {
+    const int64_t count = g.channels - c < kLanes ? g.channels - c : kLanes;
+    for (int64_t x = 0; x < g.out_w; x += kLanes) {
+      const int64_t pixels = g.out_w - x < kLanes ? g.out_w - x : kLanes;
+      Vec best[kLanes];
+      for (int64_t i = 0; i < pixels; ++i) {
+        const int64_t left = (x + i) * g.stride_w - g.pad_left;
+        const Taps across(left, g.kernel_w, g.dilation_w, g.in_w);
+        Vec m = broadcast(kLowest);
+        for (int64_t ky = down.first; ky < down.last; ++ky) {
+          const float* row = in.data + (top + ky * g.dilation_h) * in.row + left * in.col + c;
+          for (int64_t kx = across.first; kx < across.last; ++kx) {
+            const float* from = row + kx * g.dilation_w * in.col;
+            m = max_or_nan(count == kLanes ? load(from) : load(from, count), m);
+          }
+        }
+        best[i] = m;
+      }
+      if (out.channel == 1) {
+        float* to = out.data + y * out.row + x * out.col + c;
+        for (int64_t i = 0; i < pixels; ++i, to += out.col)
+          count == kLanes ? store(to, best[i]) : store(to, best[i], count);
+      } else {
+        for (int64_t i = pixels; i < kLanes; ++i) best[i] = zero();
+        transpose_block(best);
+        float* to = out.data + y * out.row + x + c * out.channel;
+        for (int64_t i = 0; i < count; ++i, to += out.channel)
+          pixels == kLanes ? store(to, best[i]) : store(to, best[i], pixels);
+      }
+    }
+  }
+}
+
+// Pixels are the lanes: the largest of each column of the window's rows, then the largest of neighbouring columns.
+void max_pool_row_nchw(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch) {
+  const int64_t top = y * g.stride_h - g.pad_top;
+  const Taps down(top, g.kernel_h, g.dilation_h, g.in_h);
+  const int64_t reach = (g.out_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
+  const int64_t width = reach > g.pad_left + g.in_w ? reach : g.pad_left + g.in_w;
+  float* const columns = scratch;
+  float* const picked = scratch + width + kLanes;
+  for (int64_t c = 0; c < width; ++c) columns[c] = kLowest;
+  auto larger = [](float* to, const float* a, const float* b, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, max_or_nan(load(a + i), load(b + i)));
+    if (i < n) store(to + i, max_or_nan(load(a + i, n - i), load(b + i, n - i)), n - i);
+  };
+  for (int64_t c = 0; c < g.channels; ++c) {
+    const float* const image = in.data + c * in.channel + top * in.row;
+    float* const best = columns + g.pad_left;
+    float* const to = out.data + c * out.channel + y * out.row;
+    for (int64_t x = 0; x < g.out_w; ++x) to[x] = kLowest;
+    if (down.first >= down.last) continue;
+    for (int64_t x = 0; x < g.in_w; ++x) best[x] = kLowest;
+    for (int64_t ky = down.first; ky < down.last; ++ky) larger(best, image + ky * g.dilation_h * in.row, best, g.in_w);
+    for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+      const float* from = columns + kx * g.dilation_w;
+      if (g.stride_w != 1) {
+        gather(picked, 0, from, 0, g.stride_w, 1, g.out_w);
+        from = picked;
+      }
+      larger(to, from, to, g.out_w);
+    }
+  }
+}
+
+void max_pool_row(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch) {
+  if (in.channel == 1) return max_pool_row_channels_last(g, in, out, y);
+  max_pool_row_nchw(g, in, out, y, scratch);
+}
+
 #define SPARSEKIT_STRING_(x) #x
 #define SPARSEKIT_STRING(x) SPARSEKIT_STRING_(x)
 
 }  // namespace
 
-extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA), spmm, sddmm, gather, scatter, interleave, transpose};
+extern const Kernels kernels = {
+    SPARSEKIT_STRING(SPARSEKIT_ISA), spmm, sddmm, gather, scatter, interleave, max_pool_row, transpose};
 
 }  // namespace sparsekit::SPARSEKIT_ISA

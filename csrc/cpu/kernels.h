@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "ops.h"
+
 namespace sparsekit {
 
 struct Rows {
@@ -34,12 +36,12 @@ struct Tile {
 // Where results of spmm go, and what is done to them on the way. Null pointers stand for zeros.
 struct Results {
   float* data;
-  int64_t stride;       // floats from one row to the next
-  const float* bias;    // [rows]
-  const float* start;   // what the sums start from, besides the bias; may be `data` itself
+  int64_t stride;      // floats from one row to the next
+  const float* bias;   // [rows]
+  const float* start;  // what the sums start from, besides the bias; may be `data` itself
   int64_t start_stride;
-  bool stream;          // write past the caches; wants rows aligned to 64 bytes
-  float low, high;      // bounds that results are clamped to; infinite where there are none
+  bool stream;      // write past the caches; wants rows aligned to 64 bytes
+  float low, high;  // bounds that results are clamped to; infinite where there are none
 };
 
 struct Kernels {
@@ -64,6 +66,11 @@ struct Kernels {
   // to[r * to_row + c] = c even ? even[r * even_row + c / 2] : odd[r * odd_row + c / 2]
   void (*interleave)(float* to, int64_t to_row, const float* even, const float* odd, int64_t even_row, int64_t odd_row,
                      int64_t rows, int64_t cols);
+
+  // Row y of max pooling, all channels of one image; a window's pixels outside of the image do not count, NaN wins. The
+  // layouts are NCHW and channels_last; NCHW to channels_last is not there. scratch: 2 * (in_w + out_w * stride_w +
+  // kernel_w * dilation_w + 64) floats.
+  void (*max_pool_row)(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch);
 
   // to[c * to_row + r] = from[r * from_row + c]
   void (*transpose)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols);

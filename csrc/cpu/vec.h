@@ -31,6 +31,11 @@ inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 // Both return the second argument where one is NaN.
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+// The larger; NaN if one of them is.
+inline Vec max_or_nan(Vec a, Vec b) {
+  const __mmask16 take = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_mask_mov_ps(b, take, a);
+}
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Four weights in every 128-bit quarter; lane<i> of it is a broadcast that needs no load.
@@ -59,6 +64,9 @@ inline void store(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first(n),
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec max_or_nan(Vec a, Vec b) {
+  return _mm256_blendv_ps(b, a, _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec load4(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
@@ -91,6 +99,7 @@ inline void store(float* p, Vec v, int64_t n) {
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+inline Vec max_or_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec load4(const float* p) { return load(p); }

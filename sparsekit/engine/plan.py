@@ -1,0 +1,395 @@
+"""A captured graph as a list of steps: layers with what is fused into them, and ATen ops for the rest.
+
+A conv2d or linear takes in the BatchNorm after it (folded into its weight), then an addition of another tensor of its
+shape, then a ReLU, ReLU6 or other clamp; it runs where the last of them stood.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from .capture import Captured
+
+aten = torch.ops.aten
+
+# Arithmetic of sizes, by name, and indexing into what an op returns.
+PYTHON_OPS = {
+    f"operator.{name}": getattr(operator, name)
+    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem", "pow")
+}
+# ATen ops that a plan from a file may not name: they reach outside of their arguments.
+FORBIDDEN = {"aten::from_file"}
+
+
+class Ref(NamedTuple):
+    """The value that a step left in a slot."""
+
+    slot: int
+
+
+class Const(NamedTuple):
+    """One of the plan's tensors."""
+
+    name: str
+
+
+@dataclass
+class Call:
+    """A step that is one ATen op, or one of :data:`PYTHON_OPS`; PyTorch runs it."""
+
+    target: str
+    args: list
+    kwargs: dict
+    out: int
+
+
+@dataclass
+class Layer:
+    """A step that is a convolution or linear layer: ``clamp(layer(input) + bias + residual, low, high)``.
+
+    Attributes:
+        kind: ``"conv2d"`` or ``"linear"``.
+        weight, bias: names of tensors; the weight is dense, ``[out_channels, in_channels / groups, kh, kw]`` or
+            ``[out_features, in_features]``, BatchNorm folded.
+        padding: (top, bottom, left, right), for conv2d as the other geometry.
+        fused: what was taken in, for people.
+    """
+
+    name: str
+    kind: str
+    input: Ref
+    weight: str
+    bias: str | None
+    out: int
+    residual: Ref | None = None
+    low: float = -math.inf
+    high: float = math.inf
+    stride: list[int] = field(default_factory=lambda: [1, 1])
+    padding: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    dilation: list[int] = field(default_factory=lambda: [1, 1])
+    groups: int = 1
+    fused: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Plan:
+    """All of a model: steps in order, the tensors they name, and its inputs and outputs.
+
+    Attributes:
+        inputs: per input its dtype's name and its shape, None where any size will do; input i is in slot i.
+        outputs: flat, nested by ``output_spec``; slots or constants.
+        batched: whether images do not meet: the plan may be run on parts of the batch.
+    """
+
+    steps: list[Call | Layer]
+    tensors: dict[str, Tensor]
+    inputs: list[tuple[str, list[int | None]]]
+    outputs: list[Any]
+    output_spec: str
+    slots: int
+    batched: bool
+
+    def last_uses(self) -> list[list[int]]:
+        """Per step, the slots that nobody reads after it."""
+        last: dict[int, int] = {}
+        for number, step in enumerate(self.steps):
+            last[step.out] = number
+            for ref in refs(step):
+                last[ref.slot] = number
+        for output in refs(self.outputs):
+            last.pop(output.slot, None)
+        uses: list[list[int]] = [[] for _ in self.steps]
+        for slot, number in last.items():
+            uses[number].append(slot)
+        return uses
+
+
+def refs(value) -> list[Ref]:
+    """Every :class:`Ref` in a step, or in nested lists and dicts."""
+    if isinstance(value, Ref):
+        return [value]
+    if isinstance(value, Const):
+        return []
+    if isinstance(value, Layer):
+        return refs([value.input, value.residual])
+    if isinstance(value, Call):
+        return refs([value.args, value.kwargs])
+    if isinstance(value, dict):
+        return refs(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return [ref for item in value for ref in refs(item)]
+    return []
+
+
+def resolve(target: str):
+    """The function that a step's ``target`` names.
+
+    Raises:
+        ValueError: there is no such op, or it is one that a plan may not use.
+    """
+    if target in PYTHON_OPS:
+        return PYTHON_OPS[target]
+    parts = target.split(".")
+    if len(parts) == 3 and f"{parts[0]}::{parts[1]}" not in FORBIDDEN:
+        try:
+            return getattr(getattr(getattr(torch.ops, parts[0]), parts[1]), parts[2])
+        except (AttributeError, RuntimeError):
+            pass
+    raise ValueError(f"target must be the name of an op, got {target!r}")
+
+
+def lower(captured: Captured) -> Plan:
+    """Fuse, and number the values."""
+    return _Lowering(captured).plan()
+
+
+class _Lowering:
+    def __init__(self, captured: Captured):
+        self.captured = captured
+        self.constants = captured.constants
+        self.tensors: dict[str, Tensor] = {}
+        self.slot = {node: i for i, node in enumerate(captured.inputs)}
+        self.layers: dict[fx.Node, tuple[fx.Node, dict]] = {}  # the last node of a layer: its first, and what is fused
+        self.inside: set[fx.Node] = set()  # nodes that a layer has taken in
+
+    def plan(self) -> Plan:
+        nodes = list(self.captured.graph.nodes)
+        for node in nodes:
+            if node.target in (aten.conv2d.default, aten.conv2d.padding, aten.linear.default):
+                self._fuse(node)
+        steps: list[Call | Layer] = []
+        for node in nodes:
+            if node.op != "call_function" or node in self.inside:
+                continue
+            # Checks of sizes that tracing left behind; inputs are checked when they come.
+            if "assert" in str(node.target) or "sym_constrain" in str(node.target):
+                continue
+            if not node.users and node not in self.layers:
+                continue
+            steps.append(self._layer(node) if node in self.layers else self._call(node))
+        output = nodes[-1].args[0]
+        return Plan(
+            steps,
+            self.tensors,
+            [_input(node) for node in self.captured.inputs],
+            [self._value(v) for v in output],
+            torch.utils._pytree.treespec_dumps(self.captured.output_spec),
+            len(self.slot),
+            _is_batched(self.captured),
+        )
+
+    def _constant(self, node) -> Tensor | None:
+        return self.constants.get(node.name) if isinstance(node, fx.Node) else None
+
+    def _fuse(self, first: fx.Node) -> None:
+        """Find what follows a layer and can be a part of it."""
+        weight, bias = self._constant(first.args[1]), None
+        if len(first.args) > 2 and first.args[2] is not None:
+            bias = self._constant(first.args[2])
+            if bias is None:
+                return
+        if weight is None or weight.dtype != torch.float32 or first.meta["val"].dtype != torch.float32:
+            return
+        if first.args[0].meta["val"].dim() != 4 and first.target is not aten.linear.default:
+            return
+        parts: dict[str, Any] = {"scale": None, "shift": None, "residual": None, "fused": []}
+        last, inside = first, []
+
+        def only_user(node: fx.Node, target) -> fx.Node | None:
+            users = list(node.users)
+            return users[0] if len(users) == 1 and users[0].target is target else None
+
+        norm = only_user(last, aten._native_batch_norm_legit_no_training.default)
+        if norm is not None and norm.args[0] is last and (folded := self._batch_norm(norm)):
+            get = list(norm.users)
+            if len(get) == 1 and get[0].target is operator.getitem and get[0].args[1] == 0:
+                parts["scale"], parts["shift"] = folded
+                parts["fused"].append("BatchNorm")
+                inside += [last, norm]
+                last = get[0]
+        add = only_user(last, aten.add.Tensor)
+        if add is not None and add.kwargs.get("alpha", 1) == 1 and add not in self.inside and add not in self.layers:
+            other = add.args[1] if add.args[0] is last else add.args[0]
+            if other is not last and isinstance(other, fx.Node) and self._same(other, last):
+                parts["residual"] = other
+                parts["fused"].append("add")
+                inside.append(last)
+                last = add
+        for target, name in ((aten.relu.default, "ReLU"), (aten.hardtanh.default, "hardtanh")):
+            clamp = only_user(last, target)
+            if clamp is not None:
+                bounds = list(clamp.args[1:]) or [-1.0, 1.0]
+                parts["low"], parts["high"] = (0.0, math.inf) if name == "ReLU" else (*bounds, 1.0)[:2]
+                parts["fused"].append("ReLU6" if (parts["low"], parts["high"]) == (0, 6) else name)
+                inside.append(last)
+                last = clamp
+                break
+        self.inside.update(inside)
+        self.layers[last] = (first, parts)
+
+    def _same(self, a: fx.Node, b: fx.Node) -> bool:
+        x, y = a.meta.get("val"), b.meta.get("val")
+        return isinstance(x, Tensor) and a.name not in self.constants and x.shape == y.shape and x.dtype == y.dtype
+
+    def _batch_norm(self, node: fx.Node) -> tuple[Tensor, Tensor] | None:
+        """The factor and the summand of a BatchNorm, float64, ``[channels]``."""
+        _, gamma, beta, mean, var, _, eps = node.args
+        mean, var = self._constant(mean), self._constant(var)
+        if mean is None or var is None:
+            return None
+        scale = (var.double() + eps).rsqrt()
+        if gamma is not None:
+            if self._constant(gamma) is None:
+                return None
+            scale = scale * self._constant(gamma).double()
+        shift = -mean.double() * scale
+        if beta is not None:
+            if self._constant(beta) is None:
+                return None
+            shift = shift + self._constant(beta).double()
+        return scale, shift
+
+    def _layer(self, node: fx.Node) -> Layer:
+        first, parts = self.layers[node]
+        weight = self._constant(first.args[1])
+        bias = self._constant(first.args[2]) if len(first.args) > 2 and first.args[2] is not None else None
+        name = self.captured.names[first.args[1].name].removesuffix(".weight")
+        if parts["scale"] is not None:
+            scale = parts["scale"]
+            weight = (weight.double() * scale.view(-1, *[1] * (weight.dim() - 1))).float()
+            shift = parts["shift"] if bias is None else parts["shift"] + bias.double() * scale
+            bias = shift.float()
+        kind = "linear" if first.target is aten.linear.default else "conv2d"
+        # Two calls of one module may be fused with different things.
+        key = f"{len(self.tensors)}.{name}"
+        self.tensors[f"{key}.weight"] = weight
+        if bias is not None:
+            self.tensors[f"{key}.bias"] = bias
+        layer = Layer(
+            name,
+            kind,
+            self._value(first.args[0]),
+            f"{key}.weight",
+            None if bias is None else f"{key}.bias",
+            self._new_slot(node),
+            None if parts["residual"] is None else self._value(parts["residual"]),
+            parts.get("low", -math.inf),
+            parts.get("high", math.inf),
+            fused=parts["fused"],
+        )
+        if kind == "conv2d":
+            given = list(first.args[3:])
+            stride, padding, dilation, groups = given + [1, 0, 1, 1][len(given) :]
+            layer.stride, layer.dilation, layer.groups = _pair(stride), _pair(dilation), groups
+            layer.padding = _sides(padding, weight.shape[2:], layer.dilation)
+        return layer
+
+    def _call(self, node: fx.Node) -> Call:
+        target = node.target
+        if isinstance(target, torch._ops.OpOverload):
+            name = str(target)
+            if "as_strided" in name:
+                raise ValueError("model uses as_strided, which depends on the memory layout of what comes before")
+        else:
+            names = {function: name for name, function in PYTHON_OPS.items()}
+            if target not in names:
+                raise ValueError(f"model uses {target}, which a plan cannot hold")
+            name = names[target]
+        return Call(
+            name,
+            [self._value(a) for a in node.args],
+            {k: self._value(v) for k, v in node.kwargs.items()},
+            self._new_slot(node),
+        )
+
+    def _new_slot(self, node: fx.Node) -> int:
+        self.slot[node] = len(self.slot)
+        return self.slot[node]
+
+    def _value(self, value):
+        if isinstance(value, fx.Node):
+            if value.name in self.constants:
+                self.tensors.setdefault(value.name, self.constants[value.name])
+                return Const(value.name)
+            return Ref(self.slot[value])
+        if isinstance(value, (list, tuple)):
+            return [self._value(v) for v in value]
+        return value
+
+
+def _pair(value) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) and len(value) == 2 else [int(_only(value))] * 2
+
+
+def _only(value):
+    return value[0] if isinstance(value, (list, tuple)) else value
+
+
+def _sides(padding, kernel, dilation) -> list[int]:
+    """Padding of ``aten.conv2d`` as (top, bottom, left, right)."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return [0, 0, 0, 0]
+        total = [d * (k - 1) for k, d in zip(kernel, dilation)]
+        return [total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2]
+    h, w = _pair(padding)
+    return [h, h, w, w]
+
+
+def _input(node: fx.Node) -> tuple[str, list[int | None]]:
+    value = node.meta["val"]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"inputs must be tensors, got {type(value).__name__}")
+    return str(value.dtype).removeprefix("torch."), [s if isinstance(s, int) else None for s in value.shape]
+
+
+_ELEMENTWISE = {
+    "relu", "hardtanh", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "tanh", "leaky_relu", "elu", "clamp",
+    "add", "sub", "mul", "div", "clone", "conv2d", "linear", "_native_batch_norm_legit_no_training", "max_pool2d",
+    "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "sym_size",
+}  # fmt: skip
+
+
+def _is_batched(captured: Captured) -> bool:
+    """Whether every value is one per image along its first dimension, computed from that image alone."""
+    images = [node.meta["val"] for node in captured.inputs]
+    if len(images) != 1 or isinstance(images[0].shape[0], int):
+        return False
+    batch = images[0].shape[0]
+    for node in captured.graph.nodes:
+        if node.op != "call_function":
+            continue
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and (value.dim() == 0 or str(value.shape[0]) != str(batch)):
+            return False
+        if not isinstance(node.target, torch._ops.OpOverload):
+            if node.target is operator.getitem:
+                continue
+            return False
+        name = node.target._schema.name.removeprefix("aten::")
+        dim = node.args[1] if len(node.args) > 1 else None
+        per_image = (
+            name in _ELEMENTWISE
+            or (name == "cat" and dim == 1)
+            or (name == "mean" and isinstance(dim, (list, tuple)) and _within_image(node.args[0], dim))
+            or (name in ("view", "flatten", "reshape") and _keeps_batch(node, batch))
+        )
+        if not per_image:
+            return False
+    outputs = list(captured.graph.nodes)[-1].args[0]
+    return all(isinstance(o, fx.Node) and isinstance(o.meta.get("val"), Tensor) for o in outputs)
+
+
+def _within_image(source: fx.Node, dims) -> bool:
+    return all(d % source.meta["val"].dim() for d in dims)
+
+
+def _keeps_batch(node: fx.Node, batch) -> bool:
+    source = node.args[0].meta["val"]
+    return str(source.shape[0]) == str(batch) == str(node.meta["val"].shape[0])

@@ -1,0 +1,418 @@
+"""Engines compute what the model computes, whatever it is made of, and say so when they cannot."""
+
+import copy
+import json
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sparsekit as sk
+from sparsekit.engine import files, tuning
+from sparsekit.engine.plan import Call, Layer
+
+torchvision = pytest.importorskip("torchvision")
+
+# name, sparsity, image size (as small as the model takes), batch: every sparsity and batch meets several models
+MODELS = [
+    ("alexnet", 0.9, (63, 63), 2),
+    ("convnext_tiny", 0.5, (64, 64), 1),
+    ("densenet121", 0.9, (64, 96), 2),
+    ("efficientnet_b0", 0.9, (64, 64), 3),
+    ("efficientnet_v2_s", 0.0, (64, 64), 1),
+    ("googlenet", 0.9, (65, 65), 2),
+    ("inception_v3", 0.9, (75, 75), 2),
+    ("mnasnet0_5", 0.5, (64, 64), 7),
+    ("mnasnet1_0", 1.0, (64, 64), 2),
+    ("mobilenet_v2", 0.9, (96, 64), 3),
+    ("mobilenet_v3_large", 0.5, (64, 64), 2),
+    ("mobilenet_v3_small", 0.9, (64, 64), 16),
+    ("regnet_x_400mf", 0.9, (64, 64), 3),
+    ("regnet_y_400mf", 0.5, (64, 64), 1),
+    ("resnet18", 0.0, (64, 64), 3),
+    ("resnet18", 0.5, (225, 225), 1),
+    ("resnet34", 0.9, (64, 64), 7),
+    ("resnet50", 0.9, (64, 64), 16),
+    ("resnet50", 1.0, (64, 64), 2),
+    ("resnet101", 0.9, (64, 64), 1),
+    ("resnext50_32x4d", 0.9, (64, 64), 2),
+    ("shufflenet_v2_x0_5", 0.5, (64, 64), 7),
+    ("shufflenet_v2_x1_0", 0.9, (64, 64), 2),
+    ("squeezenet1_0", 0.9, (65, 65), 3),
+    ("squeezenet1_1", 1.0, (65, 65), 1),
+    ("vgg11", 0.5, (32, 32), 2),
+    ("vgg11_bn", 0.9, (32, 48), 3),
+    ("wide_resnet50_2", 0.9, (64, 64), 1),
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path))
+
+
+def pruned(model, sparsity, size, seed=0):
+    """``model`` pruned, and BatchNorm calibrated so that its outputs are not degenerate."""
+    torch.manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            nn.init.normal_(module.bias, std=0.1)
+    if sparsity == 1:
+        with torch.no_grad():
+            for module in list(model.modules())[4:]:
+                if isinstance(module, nn.Conv2d) and module.groups == 1:
+                    module.weight.zero_()
+                    break
+    elif sparsity > 0:
+        sk.pruning.magnitude_(model, sparsity=sparsity, distribution="uniform")
+    if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
+        sk.pruning.recalibrate_batchnorm_(model, [torch.randn(8, 3, *size) for _ in range(2)])
+    return model.eval()
+
+
+def assert_as_good(engine, model, x):
+    """Outputs are as near to float64's as twice PyTorch's own, and are not all the same."""
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        theirs, ours = model(x), engine(x)
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert exact.std() > 1e-4
+    scale = exact.abs().max()
+    ours_off, theirs_off = ((t.double() - exact).abs().max() / scale for t in (ours, theirs))
+    assert ours_off <= 2 * theirs_off + 1e-6, (float(ours_off), float(theirs_off))
+
+
+@pytest.mark.parametrize("name, sparsity, size, batch", MODELS)
+def test_equals_eager(name, sparsity, size, batch):
+    extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model = pruned(getattr(torchvision.models, name)(weights=None, num_classes=10, **extra), sparsity, size)
+    x = torch.randn(batch, 3, *size)
+    engine = sk.compile(model, x, autotune=False)
+    assert_as_good(engine, model, x)
+    for ready in engine._layers.values():  # and with every layer on the sparse kernels
+        ready.pack()
+        ready.backend = "sparse" if sk.backend() != "reference" else "dense"
+    assert_as_good(engine, model, x)
+    assert_as_good(engine, model, torch.randn(batch + 1, 3, *size))
+
+
+def small_net():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, stride=2), nn.BatchNorm2d(64), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(64, 10),
+    )  # fmt: skip
+    return pruned(model, 0.9, (16, 16))
+
+
+def test_batchnorm_and_relu_are_fused():
+    engine = sk.compile(small_net(), torch.randn(2, 3, 16, 16), autotune=False)
+    layers = [step for step in engine.plan.steps if isinstance(step, Layer)]
+    assert [layer.fused for layer in layers] == [["BatchNorm", "ReLU"], ["BatchNorm", "ReLU6"], []]
+    assert not any(isinstance(step, Call) and "norm" in step.target for step in engine.plan.steps)
+
+
+class Residuals(nn.Module):
+    """Additions in every position that a layer could take in, or must not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(16, 16, k, padding=k // 2) for k in (1, 3, 1))
+        self.scale = nn.Parameter(torch.randn(16, 1, 1))
+
+    def forward(self, x):
+        y = F.relu(self.a(x) + x)
+        z = self.b(y) + self.c(y)  # two layers meet: one of them is the other's residual
+        w = self.a(z)
+        v = w + w  # not a residual of itself
+        u = self.b(v) + self.scale  # broadcast: not a residual
+        t = self.c(u)
+        return F.relu(torch.add(t, u, alpha=2)), t  # t is needed outside: nothing may be fused into it
+
+
+@pytest.mark.parametrize("backend", ["sparse", "dense"])
+def test_residuals(backend):
+    if sk.backend() == "reference":
+        backend = "dense"
+    torch.manual_seed(0)
+    model = Residuals().eval()
+    sk.pruning.magnitude_(model, sparsity=0.8, distribution="uniform")
+    for size, layout in (((7, 9), torch.contiguous_format), ((16, 16), torch.channels_last)):
+        x = torch.randn(3, 16, *size).contiguous(memory_format=layout)
+        engine = sk.compile(model, x, autotune=False)
+        for ready in engine._layers.values():
+            ready.pack()
+            ready.backend = backend
+        with torch.no_grad():
+            for ours, theirs in zip(engine(x), model(x)):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_and_infinity_pass_through():
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    x = torch.randn(1, 4, 8, 8)
+    x[0, :, 2, 3], x[0, 1, 5, 5] = float("nan"), float("inf")
+    engine = sk.compile(model, x, autotune=False)
+    for ready in engine._layers.values():
+        ready.pack()
+        ready.backend = "sparse" if sk.backend() != "reference" else "dense"
+    with torch.no_grad():
+        assert torch.equal(engine(x).isnan(), model(x).isnan())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 2},
+        {"kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 0)},
+        {"kernel_size": 3, "stride": 3, "ceil_mode": True},
+        {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True},
+        {"kernel_size": 3, "dilation": 2, "padding": 1},
+        {"kernel_size": 5, "stride": 1, "padding": 2},
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("isa", [isa for isa in sk.available_backends() if isa != "reference"])
+def test_max_pool(arguments, layout, isa):
+    for size in ((2, 19, 13, 21), (1, 3, 40, 33), (3, 16, 7, 7), (1, 1, 5, 6)):
+        x = torch.randn(size)
+        x.view(-1)[::37] = float("nan")
+        x = x.contiguous(memory_format=layout)
+        model = nn.MaxPool2d(**arguments)
+        with sk.use_isa(isa):
+            engine = sk.compile(model.eval(), x, autotune=False)
+            torch.testing.assert_close(engine(x), model(x), rtol=0, atol=0, equal_nan=True)
+
+
+def test_any_batch_and_part_of_it():
+    model = small_net()
+    engine = sk.compile(model, torch.randn(4, 3, 16, 16), autotune=False)
+    assert engine.plan.batched
+    for part in (None, 1, 3):
+        engine.part = part
+        for batch in (1, 2, 3, 7, 33):
+            assert_as_good(engine, model, torch.randn(batch, 3, 16, 16))
+    with torch.no_grad():
+        assert engine(torch.randn(0, 3, 16, 16)).shape == (0, 10)
+
+
+class Mixes(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0, keepdim=True)
+
+
+def test_images_that_meet_are_not_run_in_parts():
+    x = torch.randn(4, 3, 8, 8)
+    engine = sk.compile(nn.Sequential(nn.Conv2d(3, 3, 1), Mixes()).eval(), x)
+    assert not engine.plan.batched and engine.part is None
+
+
+def test_same_for_any_number_of_threads():
+    engine = sk.compile(small_net(), torch.randn(4, 3, 16, 16), autotune=False)
+    for ready in engine._layers.values():
+        ready.pack()
+        ready.backend = "sparse" if sk.backend() != "reference" else "dense"
+    x, threads = torch.randn(5, 3, 16, 16), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(engine(x))
+    finally:
+        torch.set_num_threads(threads)
+    if sk.backend() != "reference":
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_many_threads_may_call_it():
+    model = small_net()
+    engine = sk.compile(model, torch.randn(4, 3, 16, 16), autotune=False)
+    batches = [torch.randn(n, 3, 16, 16) for n in (1, 2, 5, 8) * 4]
+    expected = [engine(x) for x in batches]
+    fresh, results = copy.deepcopy(engine), [None] * len(batches)
+
+    def work(i):
+        for _ in range(5):
+            results[i] = fresh(batches[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for ours, theirs in zip(results, expected):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_is_a_snapshot_and_leaves_the_model_alone():
+    model = sk.sparsify_(small_net())
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    x = torch.randn(2, 3, 16, 16)
+    engine = sk.compile(model, x)
+    expected = engine(x)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert isinstance(model[0], sk.nn.SparseConv2d)
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    assert torch.equal(engine(x), expected)
+
+
+def test_autotuning_is_measured_once():
+    model, x = small_net(), torch.randn(4, 3, 16, 16)
+    first = sk.compile(model, x)
+    everything = json.loads(tuning.path().read_text())
+    assert list(everything) == [tuning.machine()] and len(everything[tuning.machine()]) >= 2
+    assert any("measured" in layer.reason for layer in first.explain(x)) == (sk.backend() != "reference")
+    again = sk.compile(model, x)
+    assert json.loads(tuning.path().read_text()) == everything
+    assert [r.seconds for r in again._layers.values()] == [r.seconds for r in first._layers.values()]
+    tuning.path().write_text("{ not json")
+    sk.compile(model, x)
+    assert json.loads(tuning.path().read_text()).keys() == everything.keys()
+
+
+def test_explain():
+    engine = sk.compile(small_net(), x := torch.randn(2, 3, 16, 16), autotune=False)
+    report = engine.explain(x)
+    assert [layer.name for layer in report] == ["0", "4", "9"]
+    assert report[0].sparsity > 0.85 and report[0].measured_dense > 0
+    assert "BatchNorm, ReLU" in str(report) and "32x3x3x3 on 2x3x16x16" in str(report)
+
+
+def test_save_and_load(tmp_path):
+    model, x = small_net(), torch.randn(3, 3, 16, 16)
+    for autotune in (False, True):
+        engine = sk.compile(model, x, autotune=autotune)
+        engine.save(tmp_path / "net.sk")
+        loaded = sk.load(tmp_path / "net.sk")
+        assert torch.equal(loaded(x), engine(x))
+        assert [r.backend for r in loaded._layers.values()] == [r.backend for r in engine._layers.values()]
+    assert (tmp_path / "net.sk").stat().st_size < 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_file_from_another_machine_decides_anew(tmp_path, monkeypatch):
+    engine, x = sk.compile(small_net(), torch.randn(3, 3, 16, 16)), torch.randn(2, 3, 16, 16)
+    engine.save(tmp_path / "net.sk")
+    monkeypatch.setattr(tuning, "machine", lambda: "another")
+    loaded = sk.load(tmp_path / "net.sk")
+    assert not loaded._decided
+    torch.testing.assert_close(loaded(x), engine(x), rtol=1e-5, atol=1e-5)
+
+
+def rewrite(path, change):
+    """Apply ``change`` to the JSON of an engine's file."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    header = json.loads(metadata["json"])
+    tensors = load_file(path)
+    change(header, tensors, metadata)
+    save_file(tensors, path, {**metadata, "json": json.dumps(header)})
+
+
+def first(header, kind):
+    return next(step[kind]["dict"] for step in header["steps"] if kind in step)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda h, t, m: m.update(format="other"), "format"),
+        (lambda h, t, m: m.update(version="99"), "version 99"),
+        (lambda h, t, m: h.pop("steps"), "steps"),
+        (lambda h, t, m: h.update(slots=1), "slot"),
+        (lambda h, t, m: first(h, "layer").update(input={"slot": 7}), "read before it is written"),
+        (lambda h, t, m: first(h, "layer").update(kind="lstm"), "lstm"),
+        (lambda h, t, m: first(h, "layer").update(weight="nothing"), "nothing"),
+        (lambda h, t, m: first(h, "call").update(target="aten.from_file.default"), "name of an op"),
+        (lambda h, t, m: first(h, "call").update(target="os.system.default"), "PyTorch's own ops"),
+        (lambda h, t, m: first(h, "call").update(target="aten.relu_.default"), "more than compute"),
+        (lambda h, t, m: next(v for k, v in t.items() if k.endswith("col_indices")).fill_(10**6), "col_indices"),
+        (lambda h, t, m: t.pop(next(k for k in t if k.endswith("values"))), "values"),
+    ],
+)
+def test_damaged_files(tmp_path, change, message):
+    path = tmp_path / "net.sk"
+    sk.compile(small_net(), torch.randn(3, 3, 16, 16), autotune=False).save(path)
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=message):
+        sk.load(path)
+
+
+def test_what_is_no_engines_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.sk"):
+        sk.load(tmp_path / "none.sk")
+    (tmp_path / "text.sk").write_text("hello")
+    with pytest.raises(ValueError, match="engine's file"):
+        sk.load(tmp_path / "text.sk")
+    sk.io.save_checkpoint(tmp_path / "model.safetensors", small_net())
+    with pytest.raises(ValueError, match=files.FORMAT):
+        sk.load(tmp_path / "model.safetensors")
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+def test_bad_models_and_inputs():
+    x = torch.randn(2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"eval mode.* 2 is in training"):
+        sk.compile(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval().append(nn.Dropout()), x)
+    with pytest.raises(ValueError, match="one graph"):
+        sk.compile(Branches().eval(), x)
+    with pytest.raises(TypeError, match="got list at position 0"):
+        sk.compile(nn.ReLU().eval(), [1, 2])
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        sk.compile(lambda x: x, x)
+    engine = sk.compile(small_net(), x, autotune=False)
+    for bad, error, message in (
+        ((torch.randn(2, 3, 17, 16),), ValueError, "nx3x16x16, got 2x3x17x16"),
+        ((torch.randn(3, 16, 16),), ValueError, "got 3x16x16"),
+        ((x.double(),), TypeError, "must be float32, got float64"),
+        ((x.to("meta"),), ValueError, "on the CPU, got meta"),
+        ((1,), TypeError, "must be a tensor, got int"),
+        ((x, x), TypeError, "takes 1 inputs, got 2"),
+    ):
+        with pytest.raises(error, match=message):
+            engine(*bad)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        engine.__reduce__()
+
+
+def test_other_dtypes_run_in_pytorch():
+    model, x = small_net().double(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(sk.compile(model, x)(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_dynamo_backend_follows_weights_and_sizes(caplog):
+    model = small_net()
+    fast = torch.compile(model, backend="sparsekit", fullgraph=True)
+
+    def check(*size):
+        x = torch.randn(*size)
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+    with torch.no_grad():
+        check(2, 3, 16, 16)
+        model[0].weight.mul_(2)
+        model[1].running_mean.add_(1)
+        check(2, 3, 16, 16)
+        for size in ((5, 3, 16, 16), (7, 3, 16, 16), (6, 3, 20, 24), (1, 3, 16, 16)):
+            check(*size)
+    assert "in PyTorch" not in caplog.text
+    out = fast(torch.randn(2, 3, 16, 16))
+    assert out.requires_grad and "gradients" in caplog.text
+
+
+def test_dynamo_backend_takes_models_that_break_the_graph():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Branches(), nn.Conv2d(8, 8, 3)).eval()
+    fast, x = torch.compile(model, backend="sparsekit"), torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
