@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 RUN ?= default
 TORCH ?= 2.13.0
 
-.PHONY: run test setup bench bench-costs figures lint format test-torch test-asan clean
+.PHONY: run test setup bench bench-costs bench-peers figures lint format test-torch test-asan clean
 
 run: $(STAMP)
 	$(BIN)/python -m sparsekit.cli job --name $(RUN)
@@ -29,6 +29,14 @@ bench: $(STAMP)
 # README's table and picture.
 figures: $(STAMP)
 	$(BIN)/python -m benchmarks.figures
+
+# Other engines, each in an environment of its own; DeepSparse's licence is for evaluation. PEERS="--batch 1" for less.
+bench-peers: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[export]'
+	test -d .venv-onnx || ($(PYTHON) -m venv .venv-onnx && .venv-onnx/bin/pip install --quiet onnxruntime openvino)
+	test -d .venv-deepsparse || ($(PYTHON) -m venv .venv-deepsparse && \
+	  .venv-deepsparse/bin/pip install --quiet deepsparse==1.8.0 'numpy<2' 'onnx<1.15')
+	$(BIN)/python -m benchmarks.peers $(PEERS)
 
 bench-costs: $(STAMP)
 	$(BIN)/python -m benchmarks.costs

@@ -1,4 +1,4 @@
-"""The command line: prune, transfer, bench, explain, info, job."""
+"""The command line: prune, transfer, compile, bench, explain, info, job."""
 
 from __future__ import annotations
 
@@ -184,6 +184,37 @@ def explain(
         images = torch.randn(batch, model.conv1.in_channels, 28, 28)
     rows = explain_model(model, images, train=train)
     print(json_module.dumps([row._asdict() for row in rows]) if json else rows)
+
+
+@app.command("compile")
+def compile_model(
+    model: Annotated[str, typer.Argument(help="a checkpoint of ours, or torchvision:NAME for its pretrained weights")],
+    out: Annotated[Path, typer.Option(help="where the engine goes; sparsekit.load(OUT) reads it")],
+    batch: Annotated[int, typer.Option(help="images at a time, to tune for; any number runs")] = 16,
+    size: Annotated[
+        int, typer.Option(help="height and width of the images; 0: 28 for ours, 224 for torchvision's")
+    ] = 0,
+    autotune: Annotated[bool, typer.Option(help="measure what runs sparse instead of following the cost table")] = True,
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Make an inference engine of a model, in one file that runs without the model's code."""
+    from .engine import compile
+
+    if threads:
+        torch.set_num_threads(threads)
+    if model.startswith("torchvision:"):
+        from torchvision.models import get_model
+
+        network, channels, size = get_model(model.removeprefix("torchvision:"), weights="DEFAULT"), 3, size or 224
+    else:
+        network = _load(Path(model))
+        channels, size = network.conv1.in_channels, size or 28
+    images = torch.randn(batch, channels, size, size)
+    engine = compile(network.eval(), images, autotune=autotune)
+    engine.save(out)
+    rows = engine.explain(images)
+    print(json_module.dumps([row._asdict() for row in rows]) if json else f"{rows}\n{engine}\nsaved to {out}")
 
 
 @app.command()

@@ -32,7 +32,7 @@ def test_info():
 
 
 def test_every_command_has_help():
-    for command in ("prune", "transfer", "bench", "explain", "info", "job"):
+    for command in ("prune", "transfer", "compile", "bench", "explain", "info", "job"):
         assert "Usage" in run(command, "--help").stdout
 
 
@@ -45,6 +45,13 @@ def test_prune_transfer_explain(checkpoint, tmp_path):
     assert 0 <= figures["accuracy"] <= 1 and sk.io.load_checkpoint(out).masks
     rows = json.loads(run("explain", pruned, "--batch", 2, "--json").stdout)
     assert {row["backend"] for row in rows} <= {"sparse", "dense"} and len(rows) == 9
+
+
+def test_compile(checkpoint, tmp_path):
+    out = tmp_path / "engine"
+    printed = run("compile", checkpoint, "--out", out, "--batch", 2, "--no-autotune").stdout
+    assert f"saved to {out}" in printed and "BatchNorm" in printed
+    assert sk.load(out)(torch.randn(3, 1, 28, 28)).shape == (3, 10)
 
 
 def test_missing_files_end_without_a_traceback(monkeypatch, tmp_path):

@@ -1,0 +1,169 @@
+"""Engines side by side: `make bench-peers`. ResNet-50 at 224 x 224, uniform sparsity, conv1 and fc dense, float32.
+
+Every engine runs in a process of its own (benchmarks/peer_worker.py) on the same weights and images, all with two
+threads, in turns of random order; a figure is the median over rounds of a round's median. DeepSparse's licence allows
+evaluation: it lives in an environment of its own, and nothing but this benchmark knows of it. Outputs are compared.
+Figures go to benchmarks/results/peers.json; a peer that cannot be started is named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+import sparsekit as sk
+from benchmarks.peer_worker import PEERS
+from benchmarks.timing import median, spread
+from sparsekit.job import cpu_name, resnet50
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
+OWN_ENVIRONMENT = {"deepsparse": ".venv-deepsparse", "onnxruntime": ".venv-onnx", "openvino": ".venv-onnx"}
+DENSE = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
+RUNS = {1: 10, 16: 3, 64: 2}  # in a turn
+
+
+def export(level: float, folder: Path) -> str:
+    """Write a pruned, calibrated ResNet-50 as a state dict and as ONNX; the common beginning of their names."""
+    model = resnet50(level)
+    sk.pruning.recalibrate_batchnorm_(model, [torch.randn(8, 3, 224, 224) for _ in range(2)])
+    model = sk.densify_(model).eval()
+    name = str(folder / f"resnet50-{100 * level:g}")
+    torch.save(model.state_dict(), f"{name}.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (torch.randn(1, 3, 224, 224),), f"{name}.onnx", opset_version=13, input_names=["x"],
+            output_names=["y"], dynamic_axes={"x": {0: "n"}, "y": {0: "n"}}, dynamo=False,
+        )  # fmt: skip
+    return name
+
+
+class Peer:
+    """A worker that has loaded its model."""
+
+    def __init__(self, name: str, model: str, batch: int):
+        python = ROOT / OWN_ENVIRONMENT.get(name, ".venv") / "bin" / "python"
+        environment = {**os.environ, "OMP_NUM_THREADS": "2", "NM_DISABLE_ANALYTICS": "True"}
+        self._process = subprocess.Popen(
+            [str(python), str(ROOT / "benchmarks" / "peer_worker.py"), name, model, str(batch)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment,
+        )  # fmt: skip
+        self.output = self._answer()
+
+    def _answer(self) -> list[float]:
+        for line in self._process.stdout:
+            if line.startswith("["):
+                return json.loads(line)
+        raise RuntimeError(f"the worker ended with {self._process.wait()}")
+
+    def run(self, runs: int) -> list[float]:
+        self._process.stdin.write(f"{runs}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def start(names: list[str], model: str, batch: int) -> dict[str, Peer]:
+    """The peers that can be started, with outputs that agree."""
+    peers: dict[str, Peer] = {}
+    for name in names:
+        try:
+            peers[name] = Peer(name, model, batch)
+        except (OSError, RuntimeError) as error:
+            print(f"  {name} is left out: {error}")
+    expected = torch.tensor(peers["sparsekit"].output)
+    for name, peer in peers.items():
+        torch.testing.assert_close(torch.tensor(peer.output), expected, rtol=1e-2, atol=1e-3, msg=f"{name} differs")
+    return peers
+
+
+def measure(names: list[str], model: str, batch: int, rounds: int) -> dict:
+    """``{peer: {"milliseconds": an image, "spread": .., "p99": ..}}``."""
+    peers = start(names, model, batch)
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    every: dict[str, list[float]] = {name: [] for name in peers}
+    order = list(peers)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            time.sleep(0.2)  # for the threads of the one before to go to sleep
+            seconds = peers[name].run(RUNS.get(batch, 3))
+            times[name].append(median(seconds))
+            every[name] += seconds
+    for peer in peers.values():
+        peer.close()
+    return {
+        name: {
+            "milliseconds": 1e3 * median(t) / batch,
+            "spread": spread(t),
+            "p99": 1e3 * sorted(every[name])[int(0.99 * (len(every[name]) - 1))] / batch,
+        }
+        for name, t in times.items()
+    }
+
+
+def table(results: dict) -> str:
+    """Milliseconds an image in Markdown, and our time over DeepSparse's and the fastest dense engine's."""
+    names = list(dict.fromkeys(name for cell in results["cells"].values() for name in cell))
+    lines = [
+        f"ResNet-50 at 224 × 224, float32, 2 threads of an {results['cpu']}, torch {results['torch']}; uniform sparsity, "
+        f"conv1 and fc dense. Milliseconds an image, medians of {results['rounds']} alternating rounds. Over DeepSparse "
+        "below 1 means that sparsekit is faster. `make bench-peers` makes this table.",
+        "",
+        "| sparsity, batch | " + " | ".join(names) + " | over DeepSparse | faster than dense |",
+        "| --- |" + " ---: |" * (len(names) + 2),
+    ]
+    for key, cell in results["cells"].items():
+        ours = cell["sparsekit"]["milliseconds"]
+        row = [f"{cell[n]['milliseconds']:.1f} ± {100 * cell[n]['spread']:.0f} %" if n in cell else "" for n in names]
+        theirs = f"{ours / cell['deepsparse']['milliseconds']:.2f}" if "deepsparse" in cell else ""
+        dense = [cell[n]["milliseconds"] for n in DENSE if n in cell]
+        row += [theirs, f"{min(dense) / ours:.1f}×" if dense else ""]
+        lines.append(f"| {key} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98])
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    names = ["sparsekit", *(name for name in args.peers if name != "sparsekit")]
+    results = {"cpu": cpu_name(), "torch": torch.__version__, "rounds": args.rounds, "cells": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for level in args.sparsity:
+            model = export(level, Path(folder))
+            for batch in args.batch:
+                key = f"{100 * level:g} %, {batch}"
+                print(key)
+                cell = results["cells"][key] = measure(names, model, batch, args.rounds)
+                print("  " + ", ".join(f"{name} {row['milliseconds']:.2f}" for name, row in cell.items()), flush=True)
+                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    readme = ROOT / "README.md"
+    text = re.sub(
+        r"(<!-- peers -->\n).*?\n?(<!-- /peers -->)",
+        lambda match: f"{match.group(1)}{table(results)}\n{match.group(2)}",
+        readme.read_text(),
+        flags=re.DOTALL,
+    )
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
