@@ -254,15 +254,13 @@ void merge_rows(Walk& walk) {
 // Lane count and pitch of the tile. `lanes_wanted` bounds the tile; of the heights within it, the one that computes and
 // copies the fewest lanes per pixel wins, where `overhead` is the work per row of the weight and tile, in lanes.
 void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
-  const int64_t halo = walk.left + walk.right;
-  if (walk.grid_w + halo > lanes_wanted) {
-    int64_t pieces = ceil_div(walk.grid_w + halo, lanes_wanted);
-    // As many for every thread, where there are few.
-    if (walk.images * walk.grid_h == 1) pieces = round_up(pieces, torch::stable::get_num_threads());
-    walk.tile_w = std::min(walk.grid_w, round_up(ceil_div(walk.grid_w, pieces), 2 * kAlign));
-  } else {
-    walk.tile_w = walk.grid_w;
-  }
+  const int64_t halo = walk.left + walk.right, threads = torch::stable::get_num_threads();
+  int64_t pieces = ceil_div(walk.grid_w + halo, lanes_wanted), align = 2 * kAlign;
+  // A single long row: as many pieces for every thread.
+  if (walk.images * walk.grid_h == 1 && walk.grid_w >= threads * kStripLanes)
+    pieces = round_up(pieces, threads), align = kAlign;
+  walk.tile_w = walk.grid_w;
+  if (pieces > 1) walk.tile_w = std::min(walk.grid_w, round_up(ceil_div(walk.grid_w, pieces), align));
   walk.pitch = walk.tile_w + halo;
   if (walk.direct) {
     walk.tile_h = 1;
@@ -276,7 +274,10 @@ void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
     walk.pitch -= shared;
   walk.tile_h = 1;
   double best = 0;
-  for (int64_t h = 1; h <= walk.grid_h && (h == 1 || (h - 1) * walk.pitch + walk.tile_w <= lanes_wanted); ++h) {
+  // A single image: a part of it for every thread, unless parts would be too small for the registers.
+  const bool shared_image = walk.images * pieces == 1 && walk.grid_h * walk.pitch >= threads * kStripLanes;
+  const int64_t highest = shared_image ? ceil_div(walk.grid_h, threads) : walk.grid_h;
+  for (int64_t h = 1; h <= highest && (h == 1 || (h - 1) * walk.pitch + walk.tile_w <= lanes_wanted); ++h) {
     int64_t copied = 0;
     for (const Phase& p : walk.phases) copied += (h + p.up + p.down) * walk.pitch;
     const double computed = 16.0 * (round_up((h - 1) * walk.pitch + walk.tile_w, kAlign) + overhead);
