@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import torch
 
 from benchmarks import layers
+from benchmarks.readme import fill
 from sparsekit import bench
-from sparsekit.job import cpu_name, resnet50
+from sparsekit.engine.tuning import cpu_name
+from sparsekit.job import resnet50
 from sparsekit.transfer.report import speed_plot
 
 ROOT = Path(__file__).parent.parent
@@ -84,14 +85,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     measure(results, args.batch, lambda: RESULTS.write_text(json.dumps(results, indent=1) + "\n"))
-    readme = ROOT / "README.md"
-    text = re.sub(
-        r"(<!-- figures -->\n).*?\n?(<!-- /figures -->)",
-        lambda match: f"{match.group(1)}{table(results)}\n{match.group(2)}",
-        readme.read_text(),
-        flags=re.DOTALL,
-    )
-    readme.write_text(text)
+    fill("figures", table(results))
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs" / "speedup.png").write_bytes(speed_plot({kind: results[kind] for kind in RUNS}))
 

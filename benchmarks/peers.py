@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import re
 import subprocess
 import tempfile
 import time
@@ -23,8 +22,10 @@ import torch
 
 import sparsekit as sk
 from benchmarks.peer_worker import PEERS
+from benchmarks.readme import fill
 from benchmarks.timing import median, spread
-from sparsekit.job import cpu_name, resnet50
+from sparsekit.engine.tuning import cpu_name
+from sparsekit.job import resnet50
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
@@ -155,14 +156,7 @@ def main() -> None:
                 cell = results["cells"][key] = measure(names, model, batch, args.rounds)
                 print("  " + ", ".join(f"{name} {row['milliseconds']:.2f}" for name, row in cell.items()), flush=True)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    readme = ROOT / "README.md"
-    text = re.sub(
-        r"(<!-- peers -->\n).*?\n?(<!-- /peers -->)",
-        lambda match: f"{match.group(1)}{table(results)}\n{match.group(2)}",
-        readme.read_text(),
-        flags=re.DOTALL,
-    )
-    readme.write_text(text)
+    fill("peers", table(results))
 
 
 if __name__ == "__main__":

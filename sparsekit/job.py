@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.console import Console
 from . import _ops, bench, pruning
 from ._version import __version__
 from .convert import sparsify_, sparsity
+from .engine.tuning import cpu_name
 from .io import load_checkpoint, save_checkpoint, write_atomically
 from .transfer import full_finetune, linear_finetune, models, tasks, train
 
@@ -186,12 +186,3 @@ def _time_resnet50(kind: str, runs: int) -> dict:
     networks = {f"{100 * level:g} %": resnet50(level) for level in RESNET50_SPARSITIES}
     torch.manual_seed(0)
     return bench.measure(networks, torch.randn(16, 3, 224, 224), kind, runs=runs)
-
-
-def cpu_name() -> str:
-    """The CPU's model, as it calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

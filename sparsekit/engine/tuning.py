@@ -25,14 +25,18 @@ def path() -> Path:
     return Path(folder) / "tuning.json"
 
 
-def machine() -> str:
-    """What a measurement depends on besides the layer."""
+def cpu_name() -> str:
+    """The CPU's model, as it calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        cpu = platform.processor() or platform.machine()
-    return f"{cpu} | {_ops.backend()} | {torch.get_num_threads()} threads | torch {torch.__version__} | {__version__}"
+        return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """What a measurement depends on besides the layer."""
+    return f"{cpu_name()} | {_ops.backend()} | {torch.get_num_threads()} threads | torch {torch.__version__} | {__version__}"
 
 
 class Cache:
