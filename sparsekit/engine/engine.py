@@ -25,6 +25,8 @@ from .plan import Call, Const, Layer, Plan, Ref, lower, resolve
 # Below this fraction of zeros nobody measures whether sparse is faster.
 LOWEST_SPARSITY = 0.3
 RUNS = 5
+# Whether PyTorch has oneDNN's convolution with what follows fused, which inductor uses.
+FUSED_DENSE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 # Parts of the batch that autotuning tries: a part's activations may fit a cache where the batch's do not.
 PARTS = (1, 2, 4, 8)
 
@@ -144,7 +146,7 @@ class _Ready:
         if top != bottom or left != right:
             input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
         geometry = (layer.stride, (top, left), layer.dilation, layer.groups)
-        if not torch.backends.mkldnn.is_available() or self.weight.dtype != torch.float32 or not input.numel():
+        if not FUSED_DENSE or not input.numel():
             return self._finish(F.conv2d(input, self.weight, self.bias, *geometry), residual)
         return self._dense(input, residual, *geometry)
 

@@ -133,8 +133,11 @@ class Residuals(nn.Module):
         return F.relu(torch.add(t, u, alpha=2)), t  # t is needed outside: nothing may be fused into it
 
 
-@pytest.mark.parametrize("backend", ["sparse", "dense"])
-def test_residuals(backend):
+@pytest.mark.parametrize("backend", ["sparse", "dense", "dense without oneDNN"])
+def test_residuals(backend, monkeypatch):
+    if backend == "dense without oneDNN":
+        monkeypatch.setattr("sparsekit.engine.engine.FUSED_DENSE", False)
+        backend = "dense"
     if sk.backend() == "reference":
         backend = "dense"
     torch.manual_seed(0)
