@@ -42,7 +42,11 @@ def extension():
         "ext_modules": [
             CppExtension(
                 "sparsekit._C",
-                ["csrc/ops.cpp", "csrc/cpu/conv2d.cpp", "csrc/cpu/dispatch.cpp", "csrc/engine/layers.cpp"],
+                [
+                    "csrc/ops.cpp",
+                    *(f"csrc/cpu/{name}.cpp" for name in ("conv2d", "dispatch", "pool2d")),
+                    "csrc/engine/layers.cpp",
+                ],
                 include_dirs=[CSRC],
                 depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*.h")],
                 extra_compile_args=SHARED_FLAGS,

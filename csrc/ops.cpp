@@ -9,6 +9,7 @@
 
 #include "arguments.h"
 #include "cpu/conv2d.h"
+#include "cpu/pool2d.h"
 
 namespace sparsekit {
 namespace {
@@ -94,6 +95,25 @@ void bias_grad_op(Tensor out, Tensor grad_output) {
             static_cast<float*>(out.data_ptr()));
 }
 
+void max_pool2d_op(Tensor out, Tensor input, Ints kernel, Ints stride, Ints padding, Ints dilation) {
+  const Images x = images(input, "input"), y = images(out, "out");
+  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "kernel_size, stride, padding and dilation must have 2 elements");
+  for (int i = 0; i < 2; ++i)
+    STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
+                    "kernel_size, stride and dilation must be positive, padding not negative");
+  STD_TORCH_CHECK(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1],
+                  "padding must be at most half of kernel_size");
+  const Pool2dGeometry g{input.size(0), input.size(1), input.size(2), input.size(3), out.size(2),
+                         out.size(3),   kernel[0],     kernel[1],     stride[0],     stride[1],
+                         padding[0],    padding[1],    dilation[0],   dilation[1]};
+  STD_TORCH_CHECK(out.size(0) == g.batch && out.size(1) == g.channels,
+                  "out must have the images and channels of input");
+  STD_TORCH_CHECK(y.col == 1 ? x.channel == 1 || x.col == 1 : x.channel == 1 && y.channel == 1,
+                  "NCHW cannot be pooled into channels_last");
+  if (!empty(out)) max_pool2d(g, x, y);
+}
+
 // Calls f(position in the dense weight, position in values) for every non-zero.
 template <class F>
 void each_nonzero(const Tensor& weight, const Tensor& crow, const Tensor& col, const F& f) {
@@ -167,6 +187,8 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
       "linear_values_grad(Tensor(a!) out, Tensor grad_output, Tensor input, Tensor crow_indices, "
       "Tensor col_indices) -> ()");
   m.def("bias_grad(Tensor(a!) out, Tensor grad_output) -> ()");
+  m.def(
+      "max_pool2d(Tensor(a!) out, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
@@ -184,4 +206,5 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("linear_input_grad", TORCH_BOX(&sparsekit::linear_input_grad_op));
   m.impl("linear_values_grad", TORCH_BOX(&sparsekit::linear_values_grad_op));
   m.impl("bias_grad", TORCH_BOX(&sparsekit::bias_grad_op));
+  m.impl("max_pool2d", TORCH_BOX(&sparsekit::max_pool2d_op));
 }

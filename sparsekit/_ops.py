@@ -339,8 +339,6 @@ def max_pool2d(input, kernel_size, stride=(), padding=(0, 0), dilation=(1, 1), c
         sizes.append(out - 1 if ceil_mode and (out - 1) * s >= size + p else out)
     input = _dense_layout(input)
     out = input.new_empty(*input.shape[:2], *sizes)
-    if not is_channels_last(input):
-        input = input.contiguous()
     torch.ops.sparsekit_cpu.max_pool2d(out, input, kernel_size, stride, padding, dilation)
     return out
 

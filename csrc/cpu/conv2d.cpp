@@ -37,6 +37,10 @@ constexpr int64_t kTileFloats = 128 * 1024;  // of packed source that stay in th
 constexpr int64_t kStreamFloats = 3 << 20;   // of a target that is too large for the caches
 constexpr int64_t kBlockFloats = 7 * 1024;   // that a strip reads while they stay in the first-level cache
 
+// Of a single image, at least, unless tiles would be too small for the registers: threads that share an image then pack
+// a part of it each. Not the number of threads, on which results must not depend.
+constexpr int64_t kSingleTiles = 2;
+
 constexpr int64_t kWriteAhead = 4;  // channels, of a target that is not written in place
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -227,6 +231,10 @@ void add_tap(Walk& walk, Part& part, int64_t offset_h, int64_t offset_w, int64_t
   part.empty = false;
 }
 
+bool aligned(const float* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % (kAlign * sizeof(float)) == 0 && stride % kAlign == 0;
+}
+
 // Pointwise walks have no neighbourhood: let as many pixels as possible be one long row.
 void merge_rows(Walk& walk) {
   if (walk.phases.size() != 1 || walk.parts.size() != 1 || walk.left || walk.right) return;
@@ -246,19 +254,18 @@ void merge_rows(Walk& walk) {
   walk.source_h = walk.grid_h = walk.target_h;
   walk.source_w = walk.grid_w = walk.target_w;
   // Aligned rows need no packing: a kept weight is an offset into the source.
-  walk.direct = walk.source.col == 1 && walk.source.row % kAlign == 0 && walk.source.channel % kAlign == 0 &&
-                walk.grid_w % kAlign == 0 && reinterpret_cast<uintptr_t>(walk.source.data) % (4 * kAlign) == 0 &&
+  walk.direct = walk.source.col == 1 && walk.source.row % kAlign == 0 && walk.grid_w % kAlign == 0 &&
+                aligned(walk.source.data, walk.source.channel) &&
                 walk.source.channel * walk.source_channels < INT32_MAX;
 }
 
 // Lane count and pitch of the tile. `lanes_wanted` bounds the tile; of the heights within it, the one that computes and
 // copies the fewest lanes per pixel wins, where `overhead` is the work per row of the weight and tile, in lanes.
 void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
-  const int64_t halo = walk.left + walk.right, threads = torch::stable::get_num_threads();
+  const int64_t halo = walk.left + walk.right;
   int64_t pieces = ceil_div(walk.grid_w + halo, lanes_wanted), align = 2 * kAlign;
-  // A single long row: as many pieces for every thread.
-  if (walk.images * walk.grid_h == 1 && walk.grid_w >= threads * kStripLanes)
-    pieces = round_up(pieces, threads), align = kAlign;
+  if (walk.images * walk.grid_h == 1 && walk.grid_w >= kSingleTiles * kStripLanes)
+    pieces = round_up(pieces, kSingleTiles), align = kAlign;
   walk.tile_w = walk.grid_w;
   if (pieces > 1) walk.tile_w = std::min(walk.grid_w, round_up(ceil_div(walk.grid_w, pieces), align));
   walk.pitch = walk.tile_w + halo;
@@ -274,9 +281,8 @@ void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
     walk.pitch -= shared;
   walk.tile_h = 1;
   double best = 0;
-  // A single image: a part of it for every thread, unless parts would be too small for the registers.
-  const bool shared_image = walk.images * pieces == 1 && walk.grid_h * walk.pitch >= threads * kStripLanes;
-  const int64_t highest = shared_image ? ceil_div(walk.grid_h, threads) : walk.grid_h;
+  const bool single = walk.images * pieces == 1 && walk.grid_h * walk.pitch >= kSingleTiles * kStripLanes;
+  const int64_t highest = single ? ceil_div(walk.grid_h, kSingleTiles) : walk.grid_h;
   for (int64_t h = 1; h <= highest && (h == 1 || (h - 1) * walk.pitch + walk.tile_w <= lanes_wanted); ++h) {
     int64_t copied = 0;
     for (const Phase& p : walk.phases) copied += (h + p.up + p.down) * walk.pitch;
@@ -552,6 +558,7 @@ Soon source_of(const Walk& walk, const TileAt& tile, Channels channels) {
   const int64_t y = tile.y * walk.step_h, x = tile.x * walk.step_w;
   const int64_t rows = std::min(walk.source_h - y, tile.h * walk.step_h);
   const int64_t floats = std::min(walk.source_w - x, tile.w * walk.step_w);
+  if (rows <= 0 || floats <= 0) return {};  // taps alone reach the source
   const float* first = s.data + tile.image * s.image + channels.first * s.channel + y * s.row + x;
   if (floats == s.row) return {first, s.channel, channels.count, 0, 1, rows * floats};
   return {first, s.channel, channels.count, s.row, rows, floats};
@@ -654,10 +661,6 @@ int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t 
   return ceil_div(channels, ceil_div(channels, most));
 }
 
-bool aligned(const float* p, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(p) % (kAlign * sizeof(float)) == 0 && stride % kAlign == 0;
-}
-
 }  // namespace
 
 // A walk that is cut into tiles, with the weight packed for them: all that does not depend on where the images are.
@@ -667,7 +670,7 @@ class PreparedWalk {
     const int64_t channels = std::max<int64_t>(1, walk_.source_channels);
     const int64_t fits = kTileFloats / channels / kStripLanes * kStripLanes;
     choose_tile(walk_, walk_.direct ? kDirectLanes : std::clamp(fits, kStripLanes, kTileLanes), 16);
-    // Few tiles: cut the rows too, so that every thread has work; the price is packing a tile more than once.
+    // Few tiles: cut the rows too, so that every thread has work; the price is that every thread packs the tile.
     const int64_t wanted = 2 * torch::stable::get_num_threads();
     splits_ =
         std::clamp<int64_t>(wanted / std::max<int64_t>(1, walk_.tiles() * walk_.groups), 1, ceil_div(walk_.rows, 16));
@@ -716,7 +719,7 @@ class PreparedWalk {
         const int64_t channel = group * rows + first;
         if (epilogue.residual && !in_place) pack_target(residual, tile, channel, count, result + stride, stride);
         for (int64_t b = 0; b < blocks_; ++b) {
-          float* const at = scratch + (splits_ > 1 ? b * block_floats : 0);
+          float* const at = scratch + (splits_ > 1 && !walk.direct ? b * block_floats : 0);
           const bool again = splits_ > 1 && !walk.direct && packed == worker.task() / splits_;
           Tile source{again ? at : block_at(walk, tile, channels_of(walk, group, b, block_), at)};
           if (b + 1 < blocks_) {
@@ -874,18 +877,6 @@ void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images
       }
     });
   packed.unpack(weight, sum, grad);
-}
-
-void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out) {
-  parallel(g.batch * g.out_h, [&](int64_t begin, int64_t end) {
-    float* scratch = result_scratch.get(2 * (g.in_w + g.out_w * g.stride_w + g.kernel_w * g.dilation_w + 64));
-    for (int64_t task = begin; task < end; ++task) {
-      Images from = in, to = out;
-      from.data += task / g.out_h * in.image;
-      to.data += task / g.out_h * out.image;
-      kernels().max_pool_row(g, from, to, task % g.out_h, scratch);
-    }
-  });
 }
 
 void bias_grad(const Conv2dGeometry& g, const Images& dy, float* grad) {

@@ -43,7 +43,7 @@ class FixedConv2d {
 
   const Csr weight_;
   std::mutex mutex_;
-  std::vector<std::pair<Key, std::shared_ptr<const PreparedWalk>>> latest_;  // first
+  std::vector<std::pair<Key, std::shared_ptr<const PreparedWalk>>> latest_;  // latest first
 };
 
 // dx = the gradient of conv; weight_t is the weight of the transposed convolution.
@@ -51,9 +51,6 @@ void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Image
 
 // grad[j] = the gradient of non-zero j of weight, whose values are not read.
 void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad);
-
-// The largest pixel of every window; strides of in and out as for Kernels::max_pool_row.
-void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out);
 
 // grad[channel] = sum of dy over images and pixels.
 void bias_grad(const Conv2dGeometry& g, const Images& dy, float* grad);

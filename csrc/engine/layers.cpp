@@ -101,22 +101,6 @@ void run_linear_op(Tensor out, Tensor input, int64_t layer, std::optional<Tensor
       residual ? matrix(*residual, "residual") : Images{}, low, high);
 }
 
-void max_pool2d_op(Tensor out, Tensor input, Ints kernel, Ints stride, Ints padding, Ints dilation) {
-  const Images x = images(input, "input"), y = images(out, "out");
-  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "kernel_size, stride, padding and dilation must have 2 elements");
-  for (int i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
-                    "kernel_size, stride and dilation must be positive, padding not negative");
-  const Pool2dGeometry g{input.size(0), input.size(1), input.size(2), input.size(3), out.size(2),
-                         out.size(3),   kernel[0],     kernel[1],     stride[0],     stride[1],
-                         padding[0],    padding[1],    dilation[0],   dilation[1]};
-  STD_TORCH_CHECK(out.size(0) == g.batch && out.size(1) == g.channels,
-                  "out must have the images and channels of input");
-  STD_TORCH_CHECK(x.channel == 1 || (x.col == 1 && y.col == 1), "NCHW cannot be pooled into channels_last");
-  if (!empty(out)) max_pool2d(g, x, y);
-}
-
 }  // namespace
 }  // namespace sparsekit
 
@@ -129,8 +113,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
   m.def(
       "run_linear(Tensor(a!) out, Tensor input, int layer, Tensor? bias, Tensor? residual, float low, float high) "
       "-> ()");
-  m.def(
-      "max_pool2d(Tensor(a!) out, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
@@ -140,6 +122,5 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("add_layer", TORCH_BOX(&sparsekit::add_layer_op));
   m.impl("run_conv2d", TORCH_BOX(&sparsekit::run_conv2d_op));
-  m.impl("max_pool2d", TORCH_BOX(&sparsekit::max_pool2d_op));
   m.impl("run_linear", TORCH_BOX(&sparsekit::run_linear_op));
 }

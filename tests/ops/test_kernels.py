@@ -86,12 +86,15 @@ def test_compress_and_decompress_match_the_reference(channels_last):
 
 
 @needs_native
-def test_results_are_bit_identical_for_any_number_of_threads():
+@pytest.mark.parametrize(
+    "size, kernel, stride", [((5, 48, 19, 23), 3, (2, 1)), ((1, 48, 28, 28), 3, (1, 1)), ((1, 48, 28, 28), 1, (1, 1))]
+)
+def test_results_are_bit_identical_for_any_number_of_threads(size, kernel, stride):
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(5, 48, 19, 23, generator=g)
-    pattern = pattern_from_mask(torch.rand(37, 48, 3, 3, generator=g) > 0.8)
+    x = torch.randn(size, generator=g)
+    pattern = pattern_from_mask(torch.rand(37, 48, kernel, kernel, generator=g) > 0.8)
     values = torch.randn(pattern.nnz, generator=g)
-    geometry = ([3, 3], [2, 1], [1, 1, 1, 1], [1, 1], 1)
+    geometry = ([kernel] * 2, list(stride), [kernel // 2] * 4, [1, 1], 1)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 8):
