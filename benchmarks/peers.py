@@ -122,8 +122,9 @@ def table(results: dict) -> str:
     names = list(dict.fromkeys(name for cell in results["cells"].values() for name in cell))
     lines = [
         f"ResNet-50 at 224 × 224, float32, 2 threads of an {results['cpu']}, torch {results['torch']}; uniform sparsity, "
-        f"conv1 and fc dense. Milliseconds an image, medians of {results['rounds']} alternating rounds. Over DeepSparse "
-        "below 1 means that sparsekit is faster. `make bench-peers` makes this table.",
+        f"conv1 and fc dense. Milliseconds an image, medians of {results['rounds']} alternating rounds; dense is the "
+        "fastest of the dense engines in the table. Over DeepSparse below 1 means that sparsekit is faster. `make "
+        "bench-peers` makes this table.",
         "",
         "| sparsity, batch | " + " | ".join(names) + " | over DeepSparse | faster than dense |",
         "| --- |" + " ---: |" * (len(names) + 2),

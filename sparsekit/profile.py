@@ -102,7 +102,7 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple, train: bool = Fals
             sparse, dense = _measure(module, input, needs_grad, train)
         else:
             decision = dispatch.Decision("dense", "a plain layer; sparsify_ converts layers that hold zeros")
-            sparse, dense = math.nan, _seconds({"dense": _runner(module, input, needs_grad, train)})["dense"]
+            sparse, dense = math.nan, seconds_in_turns({"dense": _runner(module, input, needs_grad, train)})["dense"]
         shape = f"{'x'.join(map(str, weight.shape))} on {'x'.join(map(str, input.shape))}"
         reports.append(LayerReport(names[module], shape, sparsity, *decision, sparse, dense))
     return reports
@@ -195,14 +195,14 @@ def _measure(module: SparseModule, input: Tensor, needs_grad: bool, train: bool)
 
         return call
 
-    seconds = _seconds({backend: with_backend(backend) for backend in ("sparse", "dense")})
+    seconds = seconds_in_turns({backend: with_backend(backend) for backend in ("sparse", "dense")})
     return seconds["sparse"], seconds["dense"]
 
 
-def _seconds(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+def seconds_in_turns(functions: dict[str, Callable[[], object]], runs: int = RUNS) -> dict[str, float]:
     """Median seconds of each function, taken in turns after one warm-up."""
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for run in range(RUNS + 1):
+    for run in range(runs + 1):
         for name, function in functions.items():
             start = time.perf_counter()
             function()

@@ -21,8 +21,8 @@ def sparsekit_backend(graph: fx.GraphModule, example_inputs: list) -> Callable:
     """Dynamo's contract: a function of the graph's inputs that returns what the graph returns.
 
     Parameters and buffers are inputs of the graph; their values become an engine's weights, and when they have changed
-    the engine is built anew. A graph that records gradients, or that cannot become an engine, runs in PyTorch as it is,
-    and the reason is logged.
+    the engine is built anew (what is written through ``parameter.data`` goes unnoticed, as by autograd). A graph that
+    records gradients, or that cannot become an engine, runs in PyTorch as it is, and the reason is logged.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in example_inputs if isinstance(t, Tensor)):
         return _in_pytorch(graph, "gradients are recorded; call it under torch.no_grad() or torch.inference_mode()")
@@ -121,14 +121,13 @@ class _Engines:
         for engine in self._engines:
             if engine.accepts(*others):
                 return engine(*others)
-        if not self._plain:
-            try:
-                engine = Engine(
-                    lower(capture(_Bound(self._graph, {i: tensors[i] for i in self._fixed}, len(tensors)), others))
-                )
-                self._engines = [engine, *self._engines[: MOST_ENGINES - 1]]
-                return engine(*others)
-            except ValueError as error:
-                self._plain = True
-                _in_pytorch(self._graph, str(error))
-        return self._graph(*tensors)
+        if self._plain:
+            return self._graph(*tensors)
+        bound = _Bound(self._graph, {i: tensors[i] for i in self._fixed}, len(tensors))
+        try:
+            engine = Engine(lower(capture(bound, others)))
+        except ValueError as error:
+            self._plain = True
+            return _in_pytorch(self._graph, str(error))(*tensors)
+        self._engines = [engine, *self._engines[: MOST_ENGINES - 1]]
+        return engine(*others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from typing import NamedTuple
 
@@ -35,14 +36,15 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
 
     Args:
         model: any module; sparse layers become dense weights that hold zeros. It is not changed.
-        inputs: tensors whose first dimension, if it is more than one of rank 2 or higher, is the batch.
+        inputs: tensors; the first dimension of those with two or more is the batch.
 
     Raises:
         ValueError: the model cannot be traced, say because its control flow depends on data, or it writes its buffers.
     """
     model = densify_(copy.deepcopy(model))
     # A dimension of 1 would be taken for a constant.
-    examples = tuple(torch.cat([t, t]) if t.dim() >= 2 and t.shape[0] == 1 else t for t in inputs)
+    single = all(t.shape[0] == 1 for t in inputs if t.dim() >= 2)
+    examples = tuple(torch.cat([t, t]) if single and t.dim() >= 2 else t for t in inputs)
     dynamic = tuple({0: torch.export.Dim.AUTO} if t.dim() >= 2 else {} for t in examples)
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -73,8 +75,6 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
 
 def _for_signature(model: nn.Module, dynamic: tuple):
     """torch.export wants one entry for a ``*args`` parameter, a tuple."""
-    import inspect
-
     parameters = list(inspect.signature(model.forward).parameters.values())
     if parameters and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL:
         return (dynamic,)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
 import threading
-import time
 import weakref
 from collections.abc import Callable
 
@@ -17,14 +15,13 @@ from torch import Tensor, nn
 from .. import _ops, dispatch
 from ..dispatch import Shape
 from ..formats import pattern_from_mask
-from ..profile import Explanation, LayerReport
+from ..profile import Explanation, LayerReport, seconds_in_turns
 from . import files, tuning
 from .capture import capture
 from .plan import Call, Const, Layer, Plan, Ref, lower, resolve
 
 # Below this fraction of zeros nobody measures whether sparse is faster.
 LOWEST_SPARSITY = 0.3
-RUNS = 5
 # Whether PyTorch has oneDNN's convolution with what follows fused, which inductor uses.
 FUSED_DENSE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 # Parts of the batch that autotuning tries: a part's activations may fit a cache where the batch's do not.
@@ -307,13 +304,15 @@ class Engine(nn.Module):
             return
         ready.pack()
         key = f"{ready.shape_on(input).key}-{ready.nnz}-{residual is not None}"
-        ready.seconds = cache.get(key, lambda: _alternate(*self._both(ready, input, residual)))
+        ready.seconds = cache.get(key, lambda: self._time(ready, input, residual, "sparse", "dense"))
         ready.backend = "sparse" if ready.seconds[0] < ready.seconds[1] else "dense"
         ready.reason = "measured"
 
     @staticmethod
-    def _both(ready: _Ready, input: Tensor, residual: Tensor | None):
-        return (lambda: ready.run(input, residual, "sparse")), (lambda: ready.run(input, residual, "dense"))
+    def _time(ready: _Ready, input: Tensor, residual: Tensor | None, *backends: str) -> tuple[float, ...]:
+        """Seconds of a layer on each of ``backends``."""
+        runs = {backend: lambda backend=backend: ready.run(input, residual, backend) for backend in backends}
+        return tuple(seconds_in_turns(runs).values())
 
     def _tune_part(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
         batch = len(inputs[0])
@@ -328,7 +327,8 @@ class Engine(nn.Module):
 
             return run
 
-        seconds = cache.get(key, lambda: _alternate(*(run_in(part) for part in parts), runs=3))
+        runs = {str(part): run_in(part) for part in parts}
+        seconds = cache.get(key, lambda: tuple(seconds_in_turns(runs, runs=3).values()))
         self.part = parts[min(range(len(parts)), key=lambda i: seconds[i])]
 
     def explain(self, *inputs: Tensor) -> Explanation:
@@ -346,9 +346,9 @@ class Engine(nn.Module):
             runs_sparse = _can_run_sparse(input)
             if runs_sparse:
                 ready.pack()
-                sparse, dense = _alternate(*self._both(ready, input, residual))
+                sparse, dense = self._time(ready, input, residual, "sparse", "dense")
             else:
-                sparse, (dense,) = math.nan, _alternate(self._both(ready, input, residual)[1])
+                sparse, (dense,) = math.nan, self._time(ready, input, residual, "dense")
             shape = f"{'x'.join(map(str, ready.weight.shape))} on {'x'.join(map(str, input.shape))}"
             why = ready.reason + (f"; with {', '.join(ready.layer.fused)}" if ready.layer.fused else "")
             expected = self._expected(ready, input) if runs_sparse else (math.nan, math.nan)
@@ -417,15 +417,3 @@ def _function(target: str) -> Callable:
 
 def _can_run_sparse(input: Tensor) -> bool:
     return _ops.backend() != "reference" and input.numel() > 0
-
-
-def _alternate(*functions: Callable[[], object], runs: int = RUNS) -> tuple[float, ...]:
-    """Median seconds of each, in alternating runs after a warm-up."""
-    times: list[list[float]] = [[] for _ in functions]
-    for run in range(runs + 1):
-        for function, seconds in zip(functions, times):
-            start = time.perf_counter()
-            function()
-            if run:
-                seconds.append(time.perf_counter() - start)
-    return tuple(statistics.median(t) for t in times)

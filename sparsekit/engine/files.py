@@ -83,8 +83,9 @@ def read(path: str | os.PathLike) -> tuple[Plan, dict]:
             header = json.loads(metadata["json"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         plan = _plan(header, tensors)
-        return plan, header["choices"]
-    except (SafetensorError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        torch.utils._pytree.treespec_loads(plan.output_spec)
+        return plan, _checked(header["choices"], plan)
+    except (SafetensorError, NotImplementedError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(f"path must be an engine's file, got {path}: {error}") from error
 
 
@@ -147,6 +148,17 @@ def _check_names(plan: Plan) -> None:
             raise ValueError(f"slot {step.out} does not exist")
         written.add(step.out)
     check(plan.outputs)
+
+
+def _checked(choices: dict, plan: Plan) -> dict:
+    """Choices that cover every layer of the plan."""
+    if choices["decided"]:
+        for i, step in enumerate(plan.steps):
+            if isinstance(step, Layer) and choices["layers"][str(i)][0] not in ("sparse", "dense"):
+                raise ValueError(f"layer {step.name} runs {choices['layers'][str(i)][0]!r}")
+    if not (choices["part"] is None or choices["part"] > 0):
+        raise ValueError(f"part is {choices['part']}")
+    return {key: choices[key] for key in ("decided", "part", "layers", "machine")}
 
 
 _SPECIAL = {

@@ -338,6 +338,9 @@ def first(header, kind):
         (lambda h, t, m: first(h, "call").update(target="aten.relu_.default"), "more than compute"),
         (lambda h, t, m: next(v for k, v in t.items() if k.endswith("col_indices")).fill_(10**6), "col_indices"),
         (lambda h, t, m: t.pop(next(k for k in t if k.endswith("values"))), "values"),
+        (lambda h, t, m: h.update(output_spec="[9, {}]"), "engine's file"),
+        (lambda h, t, m: h["choices"].update(part=-1), "part is -1"),
+        (lambda h, t, m: h["choices"].pop("layers"), "layers"),
     ],
 )
 def test_damaged_files(tmp_path, change, message):
