@@ -44,7 +44,7 @@ def extension():
                 "sparsekit._C",
                 [
                     "csrc/ops.cpp",
-                    *(f"csrc/cpu/{name}.cpp" for name in ("conv2d", "dispatch", "pool2d")),
+                    *(f"csrc/cpu/{name}.cpp" for name in ("conv2d", "dispatch", "pool2d", "walk")),
                     "csrc/engine/layers.cpp",
                 ],
                 include_dirs=[CSRC],

@@ -1,0 +1,148 @@
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/walk.h"
+
+namespace sparsekit {
+
+// The weight as the microkernels read it: per group, block of channels and split of the rows, slots of (offset, value).
+class PackedWeight {
+ public:
+  // For spmm (with values), or for sddmm (without; slots are filled up to a multiple of 4 with offsets of no meaning).
+  PackedWeight(const Walk& walk, const Part& part, const Csr& csr, int64_t block_channels, int64_t splits,
+               bool with_values)
+      : rows_(walk.rows),
+        groups_(walk.groups),
+        blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
+        block_channels_(block_channels),
+        splits_(splits),
+        taps_(part.taps.size()) {
+    const int64_t lists = walk.groups * blocks_;
+    begin_.resize(lists * walk.rows + 1);
+    order_.resize(lists * walk.rows);
+    slot_.resize(lists * walk.rows);
+    length_.resize(lists * walk.rows);
+    std::vector<int32_t> offset_of(walk.source_channels * taps_);
+    for (int64_t c = 0; c < walk.source_channels; ++c)
+      for (int64_t t = 0; t < taps_; ++t) {
+        const Tap& tap = part.taps[t];
+        if (tap.phase < 0) {
+          offset_of[c * taps_ + t] = -1;
+          continue;
+        }
+        const Phase& p = walk.phases[tap.phase];
+        offset_of[c * taps_ + t] =
+            c % block_channels * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch + walk.left + tap.dx;
+      }
+    count(csr, offset_of);
+    sort(with_values ? 1 : 4);
+    offsets_.resize(size());
+    if (with_values) values_.resize(size() + 4);  // read four at a time
+    fill(csr, offset_of);
+  }
+
+  int64_t blocks() const { return blocks_; }
+  int64_t size() const { return begin_.back(); }
+  int64_t first_row(int64_t split) const { return rows_ * split / splits_; }
+
+  // The rows [first_row(split), first_row(split + 1)) of a group, over one block of channels.
+  Rows rows(int64_t group, int64_t block, int64_t split) const {
+    const int64_t start = (group * blocks_ + block) * rows_ + first_row(split);
+    return {begin_.data() + start, order_.data() + start, offsets_.data(), values_.data(),
+            first_row(split + 1) - first_row(split)};
+  }
+
+  // Move sums that are in packed order to the order of the CSR.
+  void unpack(const Csr& csr, const float* packed, float* grad) const {
+    parallel(csr.rows, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        float* to = grad + csr.crow[r];
+        for (int64_t b = 0; b < blocks_; ++b) {
+          const int64_t i = list(r, b);
+          to = std::copy_n(packed + begin_[slot_[i]], length_[i], to);
+        }
+      }
+    });
+  }
+
+ private:
+  int64_t list(int64_t row, int64_t block) const { return (row / rows_ * blocks_ + block) * rows_ + row % rows_; }
+
+  // f(list, first, end) for the non-zeros of a row in every block.
+  template <class F>
+  void each_segment(const Csr& csr, int64_t row, const F& f) const {
+    int64_t j = csr.crow[row];
+    const int64_t end = csr.crow[row + 1];
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const int64_t stop = (b + 1) * block_channels_ * taps_;
+      const int64_t first = j;
+      if (b + 1 == blocks_) {
+        j = end;
+      } else {
+        while (j < end && csr.col[j] < stop) ++j;
+      }
+      f(list(row, b), first, j);
+    }
+  }
+
+  void count(const Csr& csr, const std::vector<int32_t>& offset_of) {
+    const bool all_taps = std::find(offset_of.begin(), offset_of.end(), -1) == offset_of.end();
+    parallel(csr.rows, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
+          int64_t n = end - j;
+          if (!all_taps)
+            for (n = 0; j < end; ++j) n += offset_of[csr.col[j]] >= 0;
+          length_[list] = n;
+        });
+    });
+  }
+
+  void sort(int64_t multiple) {
+    int32_t total = 0;
+    for (int64_t l = 0; l < groups_ * blocks_; ++l)
+      for (int64_t split = 0; split < splits_; ++split) {
+        const int64_t start = l * rows_ + first_row(split), rows = first_row(split + 1) - first_row(split);
+        int32_t* order = order_.data() + start;
+        const int32_t* length = length_.data() + start;
+        // A counting sort, longest first.
+        int32_t longest = 0;
+        for (int64_t r = 0; r < rows; ++r) longest = std::max(longest, length[r]);
+        std::vector<int32_t> position(longest + 2);
+        for (int64_t r = 0; r < rows; ++r) ++position[longest - length[r] + 1];
+        for (int32_t n = 0; n < longest; ++n) position[n + 1] += position[n];
+        for (int64_t r = 0; r < rows; ++r) order[position[longest - length[r]]++] = r;
+        for (int64_t s = 0; s < rows; ++s) {
+          begin_[start + s] = total;
+          total += round_up(length[order[s]], multiple);
+        }
+        for (int64_t s = 0; s < rows; ++s) slot_[start + order[s]] = start + s;
+      }
+    begin_.back() = total;
+  }
+
+  void fill(const Csr& csr, const std::vector<int32_t>& offset_of) {
+    parallel(csr.rows, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
+          int64_t to = begin_[slot_[list]];
+          for (; j < end; ++j) {
+            const int32_t offset = offset_of[csr.col[j]];
+            if (offset < 0) continue;
+            offsets_[to] = offset;
+            if (!values_.empty()) values_[to] = csr.values[csr.permutation ? csr.permutation[j] : j];
+            ++to;
+          }
+        });
+    });
+  }
+
+  int64_t rows_, groups_, blocks_, block_channels_, splits_, taps_;
+  std::vector<int32_t> begin_, order_, slot_, length_;
+  std::vector<uint32_t> offsets_;
+  std::vector<float> values_;
+};
+
+}  // namespace sparsekit

@@ -1,0 +1,318 @@
+#include "cpu/walk.h"
+
+#include <algorithm>
+
+namespace sparsekit {
+namespace {
+
+// Chosen by measurement (benchmarks/layers.py) for 32 KB of first-level and 1 MB of second-level cache; 48 KB and 2 MB
+// would gain nothing by other sizes.
+constexpr int64_t kBlockFloats = 7 * 1024;  // that a strip reads while they stay in the first-level cache
+
+// Of a single image, at least, unless tiles would be too small for the registers: threads that share an image then pack
+// a part of it each. Not the number of threads, on which results must not depend.
+constexpr int64_t kSingleTiles = 2;
+
+constexpr int64_t kWriteAhead = 4;  // channels, of a target that is not written in place
+
+int64_t floor_div(int64_t n, int64_t by) { return n >= 0 ? n / by : -ceil_div(-n, by); }
+
+int64_t add_phase(Walk& walk, int64_t offset_h, int64_t offset_w) {
+  for (size_t i = 0; i < walk.phases.size(); ++i)
+    if (walk.phases[i].offset_h == offset_h && walk.phases[i].offset_w == offset_w) return i;
+  walk.phases.push_back({offset_h, offset_w, 0, 0, 0});
+  return walk.phases.size() - 1;
+}
+
+void add_tap(Walk& walk, Part& part, int64_t offset_h, int64_t offset_w, int64_t dy, int64_t dx) {
+  const int64_t phase = add_phase(walk, offset_h, offset_w);
+  walk.phases[phase].up = std::max(walk.phases[phase].up, -dy);
+  walk.phases[phase].down = std::max(walk.phases[phase].down, dy);
+  walk.left = std::max(walk.left, -dx);
+  walk.right = std::max(walk.right, dx);
+  part.taps.push_back({phase, dy, dx});
+  part.empty = false;
+}
+
+}  // namespace
+
+TileAt tile_at(const Walk& walk, int64_t index) {
+  const int64_t column = index % walk.tiles_w(), rest = index / walk.tiles_w();
+  const int64_t row = rest % walk.tiles_h();
+  const int64_t y = row * walk.tile_h, x = column * walk.tile_w;
+  return {rest / walk.tiles_h(), y, x, std::min(walk.tile_h, walk.grid_h - y), std::min(walk.tile_w, walk.grid_w - x)};
+}
+
+bool aligned(const float* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % (kAlign * sizeof(float)) == 0 && stride % kAlign == 0;
+}
+
+void merge_rows(Walk& walk) {
+  if (walk.phases.size() != 1 || walk.parts.size() != 1 || walk.left || walk.right) return;
+  if (walk.phases[0].up || walk.phases[0].down) return;
+  if (walk.step_h != 1 || walk.step_w != 1 || walk.source_h != walk.target_h || walk.source_w != walk.target_w) return;
+  auto dense_rows = [&](const Images& t) { return t.row == walk.target_w * t.col; };
+  if (!dense_rows(walk.source) || !dense_rows(walk.target)) return;
+  walk.target_w *= walk.target_h;
+  walk.target_h = walk.images;
+  walk.images = 1;
+  walk.source.row = walk.source.image;
+  walk.target.row = walk.target.image;
+  if (dense_rows(walk.source) && dense_rows(walk.target)) {
+    walk.target_w *= walk.target_h;
+    walk.target_h = 1;
+  }
+  walk.source_h = walk.grid_h = walk.target_h;
+  walk.source_w = walk.grid_w = walk.target_w;
+  // Aligned rows need no packing: a kept weight is an offset into the source.
+  walk.direct = walk.source.col == 1 && walk.source.row % kAlign == 0 && walk.grid_w % kAlign == 0 &&
+                aligned(walk.source.data, walk.source.channel) &&
+                walk.source.channel * walk.source_channels < INT32_MAX;
+}
+
+void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
+  const int64_t halo = walk.left + walk.right;
+  int64_t pieces = ceil_div(walk.grid_w + halo, lanes_wanted), align = 2 * kAlign;
+  if (walk.images * walk.grid_h == 1 && walk.grid_w >= kSingleTiles * kStripLanes)
+    pieces = round_up(pieces, kSingleTiles), align = kAlign;
+  walk.tile_w = walk.grid_w;
+  if (pieces > 1) walk.tile_w = std::min(walk.grid_w, round_up(ceil_div(walk.grid_w, pieces), align));
+  walk.pitch = walk.tile_w + halo;
+  if (walk.direct) {
+    walk.tile_h = 1;
+    walk.phases[0].base = 0;
+    walk.channel_stride = walk.source.channel;
+    return;
+  }
+  // The zeros to the right of a row can be those to the left of the next, if the source has nothing there.
+  const int64_t shared = std::min(walk.left, walk.right);
+  if (walk.tile_w == walk.grid_w && ceil_div(walk.source_w, walk.step_w) <= walk.grid_w + walk.right - shared)
+    walk.pitch -= shared;
+  walk.tile_h = 1;
+  double best = 0;
+  const bool single = walk.images * pieces == 1 && walk.grid_h * walk.pitch >= kSingleTiles * kStripLanes;
+  const int64_t highest = single ? ceil_div(walk.grid_h, kSingleTiles) : walk.grid_h;
+  for (int64_t h = 1; h <= highest && (h == 1 || (h - 1) * walk.pitch + walk.tile_w <= lanes_wanted); ++h) {
+    int64_t copied = 0;
+    for (const Phase& p : walk.phases) copied += (h + p.up + p.down) * walk.pitch;
+    const double computed = 16.0 * (round_up((h - 1) * walk.pitch + walk.tile_w, kAlign) + overhead);
+    const double cost = (computed + copied) * ceil_div(walk.grid_h, h);
+    if (h == 1 || cost < best) best = cost, walk.tile_h = h;
+  }
+  // Rows that begin with a cache line, where they need no more registers: a third of the taps of a 3 x 3 are then
+  // aligned.
+  const int64_t rows_between = (walk.tile_h - 1) * walk.pitch, whole = (walk.tile_h - 1) * round_up(walk.pitch, kAlign);
+  if (halo > 0 && ceil_div(whole + walk.tile_w, kAlign) == ceil_div(rows_between + walk.tile_w, kAlign))
+    walk.pitch = round_up(walk.pitch, kAlign);
+  place_phases(walk);
+}
+
+void place_phases(Walk& walk) {
+  const int64_t halo = walk.left + walk.right;
+  int64_t base = 0;
+  for (Phase& p : walk.phases) {
+    p.base = base;
+    const int64_t lanes = round_up((walk.tile_h - 1) * walk.pitch + walk.tile_w, kAlign);
+    base += round_up((p.up + p.down) * walk.pitch + halo + lanes, kAlign);
+  }
+  // Where a strip is a part of the tile: an odd number of lines, so that its channels spread over all sets of the
+  // cache.
+  const bool several_strips = base > 4 * kAlign;
+  walk.channel_stride = std::max(kAlign, several_strips && base / kAlign % 2 == 0 ? base + kAlign : base);
+}
+
+int64_t strip_floats(const Walk& walk, int64_t lanes) {
+  int64_t floats = 0;
+  for (const Phase& p : walk.phases) floats += std::min(lanes, walk.tile_h * walk.pitch) + (p.up + p.down) * walk.pitch;
+  return std::max<int64_t>(1, std::min(floats, walk.channel_stride));
+}
+
+Walk forward_walk(const Conv2dGeometry& g, const Images& x, const Images& y) {
+  Walk walk{x, g.in_h, g.in_w, g.stride_h, g.stride_w, y, g.out_h, g.out_w, 1, 1, g.batch, g.groups};
+  walk.source_channels = g.in_channels / g.groups;
+  walk.rows = g.out_channels / g.groups;
+  walk.grid_h = g.out_h;
+  walk.grid_w = g.out_w;
+  Part part{0, 0};
+  for (int64_t ky = 0; ky < g.kernel_h; ++ky)
+    for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+      const int64_t h = ky * g.dilation_h - g.pad_top, w = kx * g.dilation_w - g.pad_left;
+      const int64_t dy = floor_div(h, g.stride_h), dx = floor_div(w, g.stride_w);
+      add_tap(walk, part, h - dy * g.stride_h, w - dx * g.stride_w, dy, dx);
+    }
+  walk.parts.push_back(std::move(part));
+  return walk;
+}
+
+Walk input_grad_walk(const Conv2dGeometry& g, const Images& dy, const Images& dx) {
+  Walk walk{dy, g.out_h, g.out_w, 1, 1, dx, g.in_h, g.in_w, g.stride_h, g.stride_w, g.batch, g.groups};
+  walk.source_channels = g.out_channels / g.groups;
+  walk.rows = g.in_channels / g.groups;
+  walk.grid_h = ceil_div(g.in_h, g.stride_h);
+  walk.grid_w = ceil_div(g.in_w, g.stride_w);
+  for (int64_t a = 0; a < std::min(g.stride_h, g.in_h); ++a)
+    for (int64_t b = 0; b < std::min(g.stride_w, g.in_w); ++b) {
+      Part part{a, b};
+      for (int64_t ky = 0; ky < g.kernel_h; ++ky)
+        for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
+          const int64_t h = a + g.pad_top - ky * g.dilation_h, w = b + g.pad_left - kx * g.dilation_w;
+          if (h % g.stride_h || w % g.stride_w) {
+            part.taps.push_back({-1, 0, 0});
+          } else {
+            add_tap(walk, part, 0, 0, h / g.stride_h, w / g.stride_w);
+          }
+        }
+      walk.parts.push_back(std::move(part));
+    }
+  return walk;
+}
+
+Channels channels_of(const Walk& walk, int64_t group, int64_t block, int64_t block_channels) {
+  const int64_t begin = block * block_channels;
+  return {group * walk.source_channels + begin, std::min(block_channels, walk.source_channels - begin)};
+}
+
+void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float* block) {
+  const Kernels& k = kernels();
+  const Images& s = walk.source;
+  const int64_t count = channels.count;
+  for (const Phase& p : walk.phases) {
+    // The rows [top, bottom) and columns [from, to) of the packed phase that exist in the source.
+    const int64_t x0 = tile.x - walk.left, y0 = tile.y - p.up, rows = walk.tile_h + p.up + p.down;
+    const int64_t width = ceil_div(walk.source_w - p.offset_w, walk.step_w);
+    const int64_t height = ceil_div(walk.source_h - p.offset_h, walk.step_h);
+    const int64_t from = std::clamp<int64_t>(-x0, 0, walk.pitch),
+                  to = std::clamp<int64_t>(width - x0, from, walk.pitch);
+    const int64_t top = from < to ? std::clamp<int64_t>(-y0, 0, rows) : rows;
+    const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
+    const int64_t col = walk.step_w * s.col, row = walk.step_h * s.row;
+    const float* first = s.data + tile.image * s.image + channels.first * s.channel +
+                         ((y0 + top) * walk.step_h + p.offset_h) * s.row +
+                         ((x0 + from) * walk.step_w + p.offset_w) * s.col;
+    float* phase = block + p.base;
+    // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
+    const bool columns_move = walk.tile_w < walk.grid_w;
+    if (top > 0 || bottom < rows || columns_move)
+      for (int64_t c = 0; c < count; ++c) {
+        float* packed = phase + c * walk.channel_stride;
+        std::fill(packed, packed + top * walk.pitch, 0.0f);
+        std::fill(packed + bottom * walk.pitch, packed + rows * walk.pitch, 0.0f);
+        if (columns_move && (from > 0 || to < walk.pitch))
+          for (int64_t r = top; r < bottom; ++r) {
+            std::fill(packed + r * walk.pitch, packed + r * walk.pitch + from, 0.0f);
+            std::fill(packed + r * walk.pitch + to, packed + (r + 1) * walk.pitch, 0.0f);
+          }
+      }
+    float* packed = phase + top * walk.pitch + from;
+    if (s.channel == 1) {
+      for (int64_t r = 0; r < bottom - top; ++r)
+        k.transpose(packed + r * walk.pitch, walk.channel_stride, first + r * row, col, to - from, count);
+    } else if (bottom - top == 1) {
+      k.gather(packed, walk.channel_stride, first, s.channel, col, count, to - from);
+    } else {
+      for (int64_t c = 0; c < count; ++c)
+        k.gather(packed + c * walk.channel_stride, walk.pitch, first + c * s.channel, row, col, bottom - top,
+                 to - from);
+    }
+  }
+}
+
+Soon source_of(const Walk& walk, const TileAt& tile, Channels channels) {
+  const Images& s = walk.source;
+  if (s.col != 1) return {};
+  const int64_t y = tile.y * walk.step_h, x = tile.x * walk.step_w;
+  const int64_t rows = std::min(walk.source_h - y, tile.h * walk.step_h);
+  const int64_t floats = std::min(walk.source_w - x, tile.w * walk.step_w);
+  if (rows <= 0 || floats <= 0) return {};  // taps alone reach the source
+  const float* first = s.data + tile.image * s.image + channels.first * s.channel + y * s.row + x;
+  if (floats == s.row) return {first, s.channel, channels.count, 0, 1, rows * floats};
+  return {first, s.channel, channels.count, s.row, rows, floats};
+}
+
+const float* block_at(const Walk& walk, const TileAt& tile, Channels channels, float* scratch) {
+  if (walk.direct) return source_of(walk, tile, channels).data;
+  pack_source(walk, tile, channels, scratch);
+  return scratch;
+}
+
+bool writes_in_place(const Walk& walk) {
+  return walk.target_step_h == 1 && walk.target_step_w == 1 && walk.target.col == 1 &&
+         (walk.tile_h == 1 || walk.target.row == walk.pitch);
+}
+
+float* target_at(const Walk& walk, const TileAt& tile, int64_t channel) {
+  const Images& t = walk.target;
+  return t.data + tile.image * t.image + channel * t.channel + tile.y * walk.target_step_h * t.row +
+         tile.x * walk.target_step_w * t.col;
+}
+
+void write_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count,
+                  const std::vector<Lanes>& lanes) {
+  const Kernels& k = kernels();
+  const Images& t = walk.target;
+  float* const corner = target_at(walk, tile, channel);
+  const int64_t step_h = walk.target_step_h, step_w = walk.target_step_w;
+  struct Piece {
+    int64_t at, h, w;  // where a part begins in a channel of the target, and how much of it there is
+  };
+  std::vector<Piece> pieces;
+  for (const Part& p : walk.parts)
+    pieces.push_back({p.offset_h * t.row + p.offset_w * t.col,
+                      std::min(tile.h, ceil_div(walk.target_h - p.offset_h, step_h) - tile.y),
+                      std::min(tile.w, ceil_div(walk.target_w - p.offset_w, step_w) - tile.x)});
+  if (t.channel == 1) {
+    for (size_t i = 0; i < pieces.size(); ++i)
+      for (int64_t r = 0; r < pieces[i].h; ++r)
+        k.transpose(corner + pieces[i].at + r * step_h * t.row, step_w * t.col, lanes[i].data + r * walk.pitch,
+                    lanes[i].stride, count, pieces[i].w);
+    return;
+  }
+  const bool pairs = step_w == 2 && t.col == 1 && walk.target_w > 1;
+  const int64_t rows = std::min(walk.target_h - tile.y * step_h, tile.h * step_h), row_floats = tile.w * step_w * t.col;
+  for (int64_t c = 0; c < count; ++c) {
+    const float* ahead = corner + (c + kWriteAhead) * t.channel;
+    if (c + kWriteAhead < count)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t f = 0; f < row_floats; f += kAlign) __builtin_prefetch(ahead + r * t.row + f, 1);
+    for (size_t i = 0; i < pieces.size(); ++i) {
+      const auto [at, h, w] = pieces[i];
+      float* to = corner + c * t.channel + at;
+      const float* from = lanes[i].data + c * lanes[i].stride;
+      if (pairs) {
+        ++i;
+        k.interleave(to, step_h * t.row, from, lanes[i].data + c * lanes[i].stride, walk.pitch, walk.pitch, h,
+                     w + pieces[i].w);
+      } else {
+        k.scatter(to, step_h * t.row, step_w * t.col, from, walk.pitch, h, w);
+      }
+    }
+  }
+}
+
+void pack_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count, float* lanes, int64_t stride) {
+  const Kernels& k = kernels();
+  const Images& t = walk.target;
+  const float* from = target_at(walk, tile, channel);
+  if (t.channel == 1) {
+    for (int64_t r = 0; r < tile.h; ++r)
+      k.transpose(lanes + r * walk.pitch, stride, from + r * t.row, t.col, tile.w, count);
+  } else {
+    for (int64_t c = 0; c < count; ++c)
+      k.gather(lanes + c * stride, walk.pitch, from + c * t.channel, t.row, t.col, tile.h, tile.w);
+  }
+  if (walk.tile_w < walk.grid_w && tile.h > 1)
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t r = 0; r + 1 < tile.h; ++r)
+        std::fill(lanes + c * stride + r * walk.pitch + tile.w, lanes + c * stride + (r + 1) * walk.pitch, 0.0f);
+}
+
+int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t row_nnz) {
+  const int64_t fits = kBlockFloats / strip_floats(walk, lanes);
+  const double per_channel = double(csr.nnz) / std::max<int64_t>(1, csr.rows * walk.source_channels);
+  const int64_t enough = per_channel > 0 ? int64_t(row_nnz / per_channel) + 1 : walk.source_channels;
+  const int64_t channels = std::max<int64_t>(1, walk.source_channels);
+  const int64_t most = std::clamp<int64_t>(std::max(fits, enough), 1, channels);
+  return ceil_div(channels, ceil_div(channels, most));
+}
+
+}  // namespace sparsekit
