@@ -45,10 +45,10 @@ def extension():
                 [
                     "csrc/ops.cpp",
                     *(f"csrc/cpu/{name}.cpp" for name in ("conv2d", "dispatch", "pool2d", "walk")),
-                    "csrc/engine/layers.cpp",
+                    *(f"csrc/engine/{name}.cpp" for name in ("layers", "program", "programs")),
                 ],
                 include_dirs=[CSRC],
-                depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*.h")],
+                depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*.h"), *glob("csrc/engine/*.h")],
                 extra_compile_args=SHARED_FLAGS,
                 extra_link_args=["-Wl,--strip-debug"],
                 py_limited_api=True,

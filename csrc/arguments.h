@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <vector>
 
 #include "checks.h"
@@ -59,24 +60,50 @@ inline const float* vector_data(const Tensor& t, const char* name, int64_t size)
   return static_cast<const float*>(t.data_ptr());
 }
 
-inline Conv2dGeometry geometry(const Tensor& x, const Tensor& y, const Ints& kernel, const Ints& stride,
+// Of a batch of images: [batch, channels, h, w].
+using ImageSize = std::array<int64_t, 4>;
+
+inline ImageSize image_size(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, name, " must have 4 dimensions, has ", t.dim());
+  return {t.size(0), t.size(1), t.size(2), t.size(3)};
+}
+
+inline Conv2dGeometry geometry(const ImageSize& x, const ImageSize& y, const Ints& kernel, const Ints& stride,
                                const Ints& padding, const Ints& dilation, int64_t groups) {
-  STD_TORCH_CHECK(x.dim() == 4 && y.dim() == 4, "input and output must have 4 dimensions");
   STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 4 && dilation.size() == 2,
                   "kernel_size, stride and dilation must have 2 elements, padding 4");
   for (int i = 0; i < 2; ++i)
     STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0,
                     "kernel_size, stride and dilation must be positive");
   for (int64_t p : padding) STD_TORCH_CHECK(p >= 0, "padding must not be negative, got ", p);
-  const Conv2dGeometry g{x.size(0), x.size(1), x.size(2), x.size(3),  y.size(1),  y.size(2),   y.size(3),   kernel[0],
+  const Conv2dGeometry g{x[0],      x[1],      x[2],      x[3],       y[1],       y[2],        y[3],        kernel[0],
                          kernel[1], stride[0], stride[1], padding[0], padding[2], dilation[0], dilation[1], groups};
   STD_TORCH_CHECK(groups > 0 && g.in_channels % groups == 0 && g.out_channels % groups == 0, "groups = ", groups,
                   " must divide ", g.in_channels, " and ", g.out_channels, " channels");
   const int64_t h = (g.in_h + padding[0] + padding[1] - dilation[0] * (kernel[0] - 1) - 1) / stride[0] + 1;
   const int64_t w = (g.in_w + padding[2] + padding[3] - dilation[1] * (kernel[1] - 1) - 1) / stride[1] + 1;
-  STD_TORCH_CHECK(y.size(0) == g.batch && h == g.out_h && w == g.out_w && h > 0 && w > 0,
+  STD_TORCH_CHECK(y[0] == g.batch && h == g.out_h && w == g.out_w && h > 0 && w > 0,
                   "input and output do not fit the geometry");
   return g;
+}
+
+inline Conv2dGeometry geometry(const Tensor& x, const Tensor& y, const Ints& kernel, const Ints& stride,
+                               const Ints& padding, const Ints& dilation, int64_t groups) {
+  return geometry(image_size(x, "input"), image_size(y, "output"), kernel, stride, padding, dilation, groups);
+}
+
+inline Pool2dGeometry pool_geometry(const ImageSize& x, const ImageSize& y, const Ints& kernel, const Ints& stride,
+                                    const Ints& padding, const Ints& dilation) {
+  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+                  "kernel_size, stride, padding and dilation must have 2 elements");
+  for (int i = 0; i < 2; ++i)
+    STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
+                    "kernel_size, stride and dilation must be positive, padding not negative");
+  STD_TORCH_CHECK(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1],
+                  "padding must be at most half of kernel_size");
+  STD_TORCH_CHECK(y[0] == x[0] && y[1] == x[1], "out must have the images and channels of input");
+  return {x[0],      x[1],      x[2],      x[3],       y[2],       y[3],        kernel[0],
+          kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};
 }
 
 inline Conv2dGeometry linear_geometry(const Tensor& x, const Tensor& y) {

@@ -97,18 +97,8 @@ void bias_grad_op(Tensor out, Tensor grad_output) {
 
 void max_pool2d_op(Tensor out, Tensor input, Ints kernel, Ints stride, Ints padding, Ints dilation) {
   const Images x = images(input, "input"), y = images(out, "out");
-  STD_TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
-                  "kernel_size, stride, padding and dilation must have 2 elements");
-  for (int i = 0; i < 2; ++i)
-    STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
-                    "kernel_size, stride and dilation must be positive, padding not negative");
-  STD_TORCH_CHECK(2 * padding[0] <= kernel[0] && 2 * padding[1] <= kernel[1],
-                  "padding must be at most half of kernel_size");
-  const Pool2dGeometry g{input.size(0), input.size(1), input.size(2), input.size(3), out.size(2),
-                         out.size(3),   kernel[0],     kernel[1],     stride[0],     stride[1],
-                         padding[0],    padding[1],    dilation[0],   dilation[1]};
-  STD_TORCH_CHECK(out.size(0) == g.batch && out.size(1) == g.channels,
-                  "out must have the images and channels of input");
+  const Pool2dGeometry g =
+      pool_geometry(image_size(input, "input"), image_size(out, "out"), kernel, stride, padding, dilation);
   STD_TORCH_CHECK(y.col == 1 ? x.channel == 1 || x.col == 1 : x.channel == 1 && y.channel == 1,
                   "NCHW cannot be pooled into channels_last");
   if (!empty(out)) max_pool2d(g, x, y);

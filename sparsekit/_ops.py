@@ -329,18 +329,23 @@ def remove_layer(layer: int) -> None:
 
 def max_pool2d(input, kernel_size, stride=(), padding=(0, 0), dilation=(1, 1), ceil_mode=False):
     """``F.max_pool2d`` of float32 images, channels_last or NCHW in, NCHW out; no gradient."""
-    kernel_size, padding, dilation = ((*v, *v)[:2] for v in (kernel_size, padding, dilation))
-    stride = (*stride, *stride)[:2] or kernel_size
+    geometry = _pool_geometry(kernel_size, stride, padding, dilation)
     sizes = []
-    for size, k, s, p, d in zip(input.shape[2:], kernel_size, stride, padding, dilation):
+    for size, k, s, p, d in zip(input.shape[2:], *geometry):
         span = size + 2 * p - d * (k - 1) - 1
         out = (-(-span // s) if ceil_mode else span // s) + 1
         # The last window must start inside of the image or of its left padding.
         sizes.append(out - 1 if ceil_mode and (out - 1) * s >= size + p else out)
     input = _dense_layout(input)
     out = input.new_empty(*input.shape[:2], *sizes)
-    torch.ops.sparsekit_cpu.max_pool2d(out, input, kernel_size, stride, padding, dilation)
+    torch.ops.sparsekit_cpu.max_pool2d(out, input, *geometry)
     return out
+
+
+def _pool_geometry(kernel_size, stride, padding, dilation):
+    """Pairs of kernel_size, stride, padding and dilation, from what ``F.max_pool2d`` takes."""
+    kernel_size, padding, dilation = ((*v, *v)[:2] for v in (kernel_size, padding, dilation))
+    return kernel_size, (*stride, *stride)[:2] or kernel_size, padding, dilation
 
 
 def run_conv2d(input, layer, out_channels, bias, residual, low, high, kernel_size, stride, padding, dilation, groups):
@@ -363,6 +368,60 @@ def run_linear(input, layer, out_features, bias, residual, low, high):
         residual = residual.reshape(out.shape).contiguous()
     torch.ops.sparsekit_cpu.run_linear(out, rows, layer, bias, residual, low, high)
     return out.view(*input.shape[:-1], out_features)
+
+
+# --- programs: chains of layers that run without PyTorch in between; tensors are numbers, inputs -1, -2, ... ----------
+
+_NO_TENSOR = 2**63 - 1
+
+
+def add_program(tensors: Sequence[int], inputs: Sequence[int], outputs: Sequence[int]) -> int:
+    """A number for a new program; each list holds (channels, height, width) after (channels, height, width)."""
+    return torch.ops.sparsekit_cpu.add_program(tensors, inputs, outputs)
+
+
+def remove_program(program: int) -> None:
+    """Forget a program; a call that is running it ends as if nothing had happened."""
+    torch.ops.sparsekit_cpu.remove_program(program)
+
+
+def program_load(program: int, input: int, out: int) -> None:
+    """Add: copy an input to a tensor."""
+    torch.ops.sparsekit_cpu.program_load(program, input, out)
+
+
+def program_conv2d(program, input, out, residual, values, crow, col, bias, low, high, *geometry) -> None:
+    """Add: ``out = clamp(conv2d(input) + bias + residual, low, high)``; bias and residual may be None."""
+    residual = _NO_TENSOR if residual is None else residual
+    torch.ops.sparsekit_cpu.program_conv2d(program, input, out, residual, values, crow, col, bias, low, high, *geometry)
+
+
+def program_max_pool2d(
+    program, input, out, kernel_size, stride=(), padding=(0, 0), dilation=(1, 1), ceil_mode=False
+) -> None:
+    """Add: ``out = F.max_pool2d(input)``."""
+    geometry = _pool_geometry(kernel_size, stride, padding, dilation)
+    torch.ops.sparsekit_cpu.program_max_pool2d(program, input, out, *geometry)
+
+
+def program_mean(program: int, input: int, output: int) -> None:
+    """Add: the mean of every channel, ``[channels, 1, 1]``, to output ``output``."""
+    torch.ops.sparsekit_cpu.program_mean(program, input, output)
+
+
+def program_store(program: int, input: int, output: int) -> None:
+    """Add: copy a tensor to output ``output``."""
+    torch.ops.sparsekit_cpu.program_store(program, input, output)
+
+
+def finish_program(program: int) -> None:
+    """Lay out memory and pack the weights; nothing can be added after it."""
+    torch.ops.sparsekit_cpu.finish_program(program)
+
+
+def run_program(outputs: Sequence[Tensor], inputs: Sequence[Tensor], program: int) -> None:
+    """Run it on images ``[n, channels, h, w]``, NCHW or channels_last."""
+    torch.ops.sparsekit_cpu.run_program(outputs, [_dense_layout(input) for input in inputs], program)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------

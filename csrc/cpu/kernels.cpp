@@ -56,6 +56,7 @@ void spmm_strip(const float* tile, Ahead ahead, const Rows& rows, const Results&
   float* const out = results.data + first_lane;
   const float* const start = results.start ? results.start + first_lane : nullptr;
   const bool read_elsewhere = start && start != out;
+  const int32_t* const mask = results.mask ? results.mask + first_lane : nullptr;
   constexpr float kInfinity = __builtin_inff();
   const bool clamped = results.low > -kInfinity || results.high < kInfinity;
   const Vec low = broadcast(results.low), high = broadcast(results.high);
@@ -95,6 +96,7 @@ void spmm_strip(const float* tile, Ahead ahead, const Rows& rows, const Results&
     for (int v = 0; v < N; ++v) {
       for (int s = 1; s < kSums; ++s) sum[0][v] = add(sum[0][v], sum[s][v]);
       if (clamped) sum[0][v] = min(high, max(low, sum[0][v]));
+      if (mask) sum[0][v] = keep(sum[0][v], mask + v * kLanes);
       if (results.stream && tail == kLanes) {
         stream_store(to + v * kLanes, sum[0][v]);
       } else if (v == N - 1) {

@@ -40,8 +40,9 @@ struct Results {
   const float* bias;   // [rows]
   const float* start;  // what the sums start from, besides the bias; may be `data` itself
   int64_t start_stride;
-  bool stream;      // write past the caches; wants rows aligned to 64 bytes
-  float low, high;  // bounds that results are clamped to; infinite where there are none
+  const int32_t* mask;  // [lanes], 0 where a zero is written instead, else -1; null: nowhere
+  bool stream;          // write past the caches; wants rows aligned to 64 bytes
+  float low, high;      // bounds that results are clamped to; infinite where there are none
 };
 
 struct Kernels {

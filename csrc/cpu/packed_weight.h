@@ -11,19 +11,22 @@ namespace sparsekit {
 class PackedWeight {
  public:
   // For spmm (with values), or for sddmm (without; slots are filled up to a multiple of 4 with offsets of no meaning).
+  // together: one list for the rows of all groups, over a source that holds all channels.
   PackedWeight(const Walk& walk, const Part& part, const Csr& csr, int64_t block_channels, int64_t splits,
-               bool with_values)
-      : rows_(walk.rows),
-        groups_(walk.groups),
+               bool with_values, bool together = false)
+      : rows_(together ? walk.rows * walk.groups : walk.rows),
+        groups_(together ? 1 : walk.groups),
         blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
         block_channels_(block_channels),
         splits_(splits),
-        taps_(part.taps.size()) {
-    const int64_t lists = walk.groups * blocks_;
-    begin_.resize(lists * walk.rows + 1);
-    order_.resize(lists * walk.rows);
-    slot_.resize(lists * walk.rows);
-    length_.resize(lists * walk.rows);
+        taps_(part.taps.size()),
+        group_rows_(walk.rows),
+        group_floats_(together ? walk.source_channels * walk.channel_stride : 0) {
+    const int64_t lists = groups_ * blocks_;
+    begin_.resize(lists * rows_ + 1);
+    order_.resize(lists * rows_);
+    slot_.resize(lists * rows_);
+    length_.resize(lists * rows_);
     std::vector<int32_t> offset_of(walk.source_channels * taps_);
     for (int64_t c = 0; c < walk.source_channels; ++c)
       for (int64_t t = 0; t < taps_; ++t) {
@@ -131,7 +134,7 @@ class PackedWeight {
           for (; j < end; ++j) {
             const int32_t offset = offset_of[csr.col[j]];
             if (offset < 0) continue;
-            offsets_[to] = offset;
+            offsets_[to] = offset + r / group_rows_ * group_floats_;
             if (!values_.empty()) values_[to] = csr.values[csr.permutation ? csr.permutation[j] : j];
             ++to;
           }
@@ -140,6 +143,7 @@ class PackedWeight {
   }
 
   int64_t rows_, groups_, blocks_, block_channels_, splits_, taps_;
+  int64_t group_rows_, group_floats_;  // between the groups of one list
   std::vector<int32_t> begin_, order_, slot_, length_;
   std::vector<uint32_t> offsets_;
   std::vector<float> values_;

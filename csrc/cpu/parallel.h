@@ -30,19 +30,20 @@ void parallel(int64_t count, const F& f) {
 // not equally fast. What a task computes must not depend on who runs it.
 class Queue {
  public:
-  explicit Queue(int64_t count)
+  // run: tasks that a thread takes at once; 0 lets the queue choose.
+  explicit Queue(int64_t count, int64_t run = 0)
       : count_(count),
         threads_(std::max<int64_t>(1, std::min<int64_t>(count, torch::stable::get_num_threads()))),
-        run_(std::max<int64_t>(1, count / (8 * threads_))),
+        run_(run ? run : std::max<int64_t>(1, count / (8 * threads_))),
         shares_(threads_) {
     for (int64_t i = 0; i < threads_; ++i) shares_[i].taken = first_of(i);
   }
 
-  // One thread's view of the queue: the task at hand, and the one that this thread will have after it.
+  // One thread's view of the queue: the task at hand, and, if it looks ahead, the one that it will have after it.
   class Worker {
    public:
-    Worker(Queue& queue, int64_t thread) : queue_(queue), thread_(thread) {
-      next_ = after();
+    Worker(Queue& queue, int64_t thread, bool ahead = true) : queue_(queue), thread_(thread), ahead_(ahead) {
+      if (ahead_) next_ = after();
       advance();
     }
     bool done() const { return task_ < 0; }
@@ -50,8 +51,8 @@ class Queue {
     int64_t task() const { return task_; }
     int64_t next() const { return next_; }
     void advance() {
-      task_ = next_;
-      if (task_ >= 0) next_ = after();
+      task_ = ahead_ ? next_ : after();
+      if (ahead_ && task_ >= 0) next_ = after();
     }
 
    private:
@@ -62,6 +63,7 @@ class Queue {
 
     Queue& queue_;
     const int64_t thread_;
+    const bool ahead_;
     int64_t at_ = 0, end_ = 0, task_ = -1, next_ = -1;
   };
 

@@ -36,6 +36,10 @@ inline Vec max_or_nan(Vec a, Vec b) {
   const __mmask16 take = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
   return _mm512_mask_mov_ps(b, take, a);
 }
+// v where mask is -1, 0 where it is 0.
+inline Vec keep(Vec v, const int32_t* mask) {
+  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_loadu_si512(mask)));
+}
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Four weights in every 128-bit quarter; lane<i> of it is a broadcast that needs no load.
@@ -66,6 +70,9 @@ inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec max_or_nan(Vec a, Vec b) {
   return _mm256_blendv_ps(b, a, _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
+inline Vec keep(Vec v, const int32_t* mask) {
+  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_loadu_si256((const __m256i*)mask)));
 }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
@@ -100,6 +107,10 @@ inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max_or_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+inline Vec keep(Vec v, const int32_t* mask) {
+  for (int i = 0; i < kLanes; ++i) v[i] = mask[i] ? v[i] : 0;
+  return v;
+}
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec load4(const float* p) { return load(p); }

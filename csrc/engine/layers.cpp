@@ -6,11 +6,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <memory>
-#include <mutex>
-#include <unordered_map>
 
 #include "arguments.h"
 #include "cpu/conv2d.h"
+#include "engine/registry.h"
 
 namespace sparsekit {
 namespace {
@@ -30,35 +29,8 @@ struct Layer {
   FixedConv2d conv;
 };
 
-class Layers {
- public:
-  int64_t add(std::shared_ptr<Layer> layer) {
-    const std::lock_guard lock(mutex_);
-    layers_.emplace(++last_, std::move(layer));
-    return last_;
-  }
-
-  std::shared_ptr<Layer> at(int64_t number) {
-    const std::lock_guard lock(mutex_);
-    const auto found = layers_.find(number);
-    STD_TORCH_CHECK(found != layers_.end(), "there is no layer ", number);
-    return found->second;
-  }
-
-  void remove(int64_t number) {
-    const std::lock_guard lock(mutex_);
-    layers_.erase(number);
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<Layer>> layers_;
-  int64_t last_ = 0;
-};
-
-// Never destroyed: Python may let go of a layer after static destructors have run.
-Layers& layers() {
-  static Layers* const all = new Layers;
+Registry<Layer>& layers() {
+  static auto* const all = new Registry<Layer>("layer");
   return *all;
 }
 

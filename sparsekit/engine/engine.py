@@ -18,7 +18,8 @@ from ..formats import pattern_from_mask
 from ..profile import Explanation, LayerReport, seconds_in_turns
 from . import files, tuning
 from .capture import capture
-from .plan import Call, Const, Layer, Plan, Ref, lower, resolve
+from .chains import Chain, find
+from .plan import Call, Const, Layer, Plan, Ref, last_uses, lower, resolve
 
 # Below this fraction of zeros nobody measures whether sparse is faster.
 LOWEST_SPARSITY = 0.3
@@ -74,7 +75,10 @@ def load(path: str | os.PathLike) -> Engine:
     """
     plan, choices = files.read(path)
     engine = Engine(plan)
-    engine._set_choices(choices)
+    try:
+        engine._set_choices(choices)
+    except RuntimeError as error:
+        raise ValueError(f"path must be an engine's file, got {path}: {error}") from error
     return engine
 
 
@@ -108,15 +112,22 @@ class _Ready:
         self.seconds: tuple[float, float] | None = None  # measured: sparse, dense
         self.backend, self.reason = "dense", ""
 
+    def compressed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight's values, crow_indices and col_indices."""
+        pattern = pattern_from_mask(self.weight != 0, self.layer.groups)
+        return _ops.compress(self.weight, pattern), pattern.crow_indices, pattern.col_indices
+
     def pack(self) -> None:
         """Hand the weight to the sparse kernels, once."""
+        if self.number is None:
+            self.number = _ops.add_layer(*self.compressed(), self.weight[0].numel())
+            self._forget = weakref.finalize(self, _ops.remove_layer, self.number)
+
+    def unpack(self) -> None:
+        """Free what only :meth:`run` needs."""
         if self.number is not None:
-            return
-        pattern = pattern_from_mask(self.weight != 0, self.layer.groups)
-        values = _ops.compress(self.weight, pattern)
-        columns = self.weight[0].numel()
-        self.number = _ops.add_layer(values, pattern.crow_indices, pattern.col_indices, columns)
-        weakref.finalize(self, _ops.remove_layer, self.number)
+            self._forget()
+        self.number = self.reordered = None
 
     def shape_on(self, input: Tensor) -> Shape:
         layer, weight = self.layer, self.weight
@@ -134,6 +145,7 @@ class _Ready:
     def run(self, input: Tensor, residual: Tensor | None, backend: str) -> Tensor:
         layer = self.layer
         if backend == "sparse" and input.numel():
+            self.pack()
             geometry = (self.weight.shape[2:], layer.stride, layer.padding, layer.dilation, layer.groups)
             shared = (input, self.number, len(self.weight), self.bias, residual, layer.low, layer.high)
             return _ops.run_linear(*shared) if layer.kind == "linear" else _ops.run_conv2d(*shared, *geometry)
@@ -190,7 +202,7 @@ class Engine(nn.Module):
         self.eval()
         self._layers = {i: _Ready(s, plan.tensors) for i, s in enumerate(plan.steps) if isinstance(s, Layer)}
         self._functions = [None if isinstance(s, Layer) else _function(s.target) for s in plan.steps]
-        self._unused = plan.last_uses()
+        self._set_chains([])
         self._spec = torch.utils._pytree.treespec_loads(plan.output_spec)
         self._decided, self._lock = False, threading.Lock()
 
@@ -243,19 +255,52 @@ class Engine(nn.Module):
                 return tensors[v.name]
             return [value(item) for item in v] if isinstance(v, list) else v
 
-        for number, step in enumerate(self.plan.steps):
-            if isinstance(step, Call):
-                out = self._functions[number](*map(value, step.args), **{k: value(v) for k, v in step.kwargs.items()})
+        for item, unused in self._schedule if observe is None else self._steps:
+            if isinstance(item, Chain):
+                for slot, out in zip(item.outputs, item.run([slots[slot] for slot in item.inputs])):
+                    slots[slot] = out
+            elif isinstance(step := self.plan.steps[item], Call):
+                slots[step.out] = self._functions[item](
+                    *map(value, step.args), **{k: value(v) for k, v in step.kwargs.items()}
+                )
             else:
-                ready = self._layers[number]
+                ready = self._layers[item]
                 residual = None if step.residual is None else slots[step.residual.slot]
                 if observe is not None:
                     observe(ready, slots[step.input.slot], residual)
-                out = ready.run(slots[step.input.slot], residual, ready.backend)
-            slots[step.out] = out
-            for slot in self._unused[number]:
+                slots[step.out] = ready.run(slots[step.input.slot], residual, ready.backend)
+            for slot in unused:
                 slots[slot] = None
         return [value(v) for v in self.plan.outputs]
+
+    def _set_chains(self, chains: list[Chain]) -> None:
+        """What a call runs: steps, by number, and chains, each with the slots that nobody reads after it."""
+        last = {chain.numbers[-1]: chain for chain in chains}
+        inside = {number for chain in chains for number in chain.numbers}
+        steps = range(len(self.plan.steps))
+        items = [last.get(number, number) for number in steps if number in last or number not in inside]
+
+        def with_unused(items: list) -> list[tuple]:
+            uses = [(item.inputs, item.outputs) if isinstance(item, Chain) else self.plan.uses(item) for item in items]
+            return list(zip(items, last_uses(uses, self.plan.outputs)))
+
+        self._steps = with_unused(list(steps))  # all of them, one by one
+        self._schedule = with_unused(items) if chains else self._steps
+
+    def _make_chains(self) -> None:
+        """Join layers that run sparse to chains."""
+
+        def weight_of(number: int) -> tuple:
+            ready = self._layers[number]
+            return *ready.compressed(), ready.bias, list(ready.weight.shape[2:])
+
+        sparse = {number for number, ready in self._layers.items() if ready.backend == "sparse"}
+        chains = [Chain(self.plan, numbers, weight_of) for numbers in find(self.plan, sparse)]
+        self._set_chains(chains)
+        for chain in chains:
+            for number in chain.numbers:
+                if number in self._layers:
+                    self._layers[number].unpack()
 
     def decide_(self, *inputs: Tensor) -> Engine:
         """Choose what runs sparse by the cost table (:mod:`sparsekit.dispatch`), for inputs like these. Returns self."""
@@ -266,13 +311,12 @@ class Engine(nn.Module):
                 return
             sparse, dense = self._expected(ready, input)
             ready.backend, ready.reason = ("sparse" if sparse < dense else "dense"), "cost table"
-            if ready.backend == "sparse":
-                ready.pack()
 
         self._check_inputs(inputs)
         with torch.no_grad():
             self.part = None
             self._run(inputs, choose)
+            self._make_chains()
         self._decided = True
         return self
 
@@ -295,6 +339,7 @@ class Engine(nn.Module):
         self.decide_(*inputs)
         with torch.no_grad(), tuning.Cache() as cache:
             self._run(inputs, lambda *call: self._measure(cache, *call))
+            self._make_chains()
             if self.plan.batched and len(inputs[0]) > 1:
                 self._tune_part(inputs, cache)
         return self
@@ -302,7 +347,6 @@ class Engine(nn.Module):
     def _measure(self, cache: tuning.Cache, ready: _Ready, input: Tensor, residual: Tensor | None) -> None:
         if ready.sparsity < LOWEST_SPARSITY or not _can_run_sparse(input):
             return
-        ready.pack()
         key = f"{ready.shape_on(input).key}-{ready.nnz}-{residual is not None}"
         ready.seconds = cache.get(key, lambda: self._time(ready, input, residual, "sparse", "dense"))
         ready.backend = "sparse" if ready.seconds[0] < ready.seconds[1] else "dense"
@@ -345,7 +389,6 @@ class Engine(nn.Module):
         def report(ready: _Ready, input: Tensor, residual: Tensor | None) -> None:
             runs_sparse = _can_run_sparse(input)
             if runs_sparse:
-                ready.pack()
                 sparse, dense = self._time(ready, input, residual, "sparse", "dense")
             else:
                 sparse, (dense,) = math.nan, self._time(ready, input, residual, "dense")
@@ -382,8 +425,7 @@ class Engine(nn.Module):
         for i, ready in self._layers.items():
             ready.backend, ready.reason, seconds = choices["layers"][str(i)]
             ready.seconds = None if seconds is None else tuple(seconds)
-            if ready.backend == "sparse":
-                ready.pack()
+        self._make_chains()
         self._decided = True
 
     def extra_repr(self) -> str:

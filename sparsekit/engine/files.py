@@ -56,6 +56,7 @@ def write(path: str | os.PathLike, plan: Plan, choices: dict) -> None:
         "output_spec": plan.output_spec,
         "slots": plan.slots,
         "batched": plan.batched,
+        "sizes": plan.sizes,
         "shapes": shapes,
         "choices": choices,
     }
@@ -110,9 +111,9 @@ def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
                 raise ValueError(f"there are no layers of kind {step.kind!r}")
         steps.append(step)
     inputs = [(dtype, list(shape)) for dtype, shape in header["inputs"]]
-    plan = Plan(
-        steps, tensors, inputs, _decode(header["outputs"]), header["output_spec"], header["slots"], header["batched"]
-    )
+    sizes = {int(slot): [int(n) for n in size] for slot, size in header["sizes"].items()}
+    outputs = _decode(header["outputs"])
+    plan = Plan(steps, tensors, inputs, outputs, header["output_spec"], header["slots"], header["batched"], sizes)
     _check_names(plan)
     return plan
 

@@ -85,6 +85,7 @@ class Plan:
         inputs: per input its dtype's name and its shape, None where any size will do; input i is in slot i.
         outputs: flat, nested by ``output_spec``; slots or constants.
         batched: whether images do not meet: the plan may be run on parts of the batch.
+        sizes: per slot that holds a float32 tensor whose first dimension is the batch: its other dimensions.
     """
 
     steps: list[Call | Layer]
@@ -94,20 +95,23 @@ class Plan:
     output_spec: str
     slots: int
     batched: bool
+    sizes: dict[int, list[int]] = field(default_factory=dict)
 
-    def last_uses(self) -> list[list[int]]:
-        """Per step, the slots that nobody reads after it."""
-        last: dict[int, int] = {}
-        for number, step in enumerate(self.steps):
-            last[step.out] = number
-            for ref in refs(step):
-                last[ref.slot] = number
-        for output in refs(self.outputs):
-            last.pop(output.slot, None)
-        uses: list[list[int]] = [[] for _ in self.steps]
-        for slot, number in last.items():
-            uses[number].append(slot)
-        return uses
+    def uses(self, number: int) -> tuple[list[int], list[int]]:
+        """The slots that a step reads and writes."""
+        step = self.steps[number]
+        return [ref.slot for ref in refs(step)], [step.out]
+
+
+def last_uses(uses: list[tuple[list[int], list[int]]], outputs: list) -> list[list[int]]:
+    """Per item of a schedule that reads and writes slots, those that neither a later item nor ``outputs`` read."""
+    last = {slot: number for number, (reads, writes) in enumerate(uses) for slot in (*writes, *reads)}
+    for output in refs(outputs):
+        last.pop(output.slot, None)
+    unused: list[list[int]] = [[] for _ in uses]
+    for slot, number in last.items():
+        unused[number].append(slot)
+    return unused
 
 
 def refs(value) -> list[Ref]:
@@ -182,7 +186,21 @@ class _Lowering:
             torch.utils._pytree.treespec_dumps(self.captured.output_spec),
             len(self.slot),
             _is_batched(self.captured),
+            self._sizes(),
         )
+
+    def _sizes(self) -> dict[int, list[int]]:
+        first = self.captured.inputs[0].meta["val"] if self.captured.inputs else None
+        if not isinstance(first, Tensor) or first.dim() == 0:
+            return {}
+        batch, sizes = str(first.shape[0]), {}
+        for node, slot in self.slot.items():
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() > 1:
+                rest = list(value.shape[1:])
+                if str(value.shape[0]) == batch and all(isinstance(size, int) for size in rest):
+                    sizes[slot] = rest
+        return sizes
 
     def _constant(self, node) -> Tensor | None:
         return self.constants.get(node.name) if isinstance(node, fx.Node) else None

@@ -1,0 +1,366 @@
+#include "engine/program.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <thread>
+
+#include "cpu/packed_weight.h"
+#include "cpu/parallel.h"
+#include "cpu/walk.h"
+
+namespace sparsekit {
+namespace {
+
+// Chosen by measurement (benchmarks/peers.py).
+constexpr int64_t kStripVectors = 4, kMostStripVectors = 5;  // registers of lanes that spmm holds
+constexpr int64_t kFewestTasks = 8;    // of a layer, by splitting its rows, for threads that share an image
+constexpr int64_t kRowNnz = 10;        // non-zeros of a row in a block of channels, at least
+constexpr int64_t kCopyChannels = 32;  // that a task copies
+
+}  // namespace
+
+struct Program::Conv {
+  Walk walk;
+  Csr weight;
+  int64_t in, out, residual;
+  Epilogue epilogue;
+  std::vector<float> bias;
+  bool direct = false;  // reads the tensor itself
+  int64_t packed = 0;   // else: where the packed source is in an image's memory
+  int64_t block = 0, blocks = 0, strips = 0, splits = 0;
+  std::unique_ptr<PackedWeight> kernel;
+};
+
+// What an image's tensors are in, zero where no tensor has pixels.
+class Program::Memory {
+ public:
+  explicit Memory(int64_t floats) { std::memset(scratch_.get(floats), 0, floats * sizeof(float)); }
+  float* data() { return scratch_.get(0); }
+
+ private:
+  Scratch scratch_;
+};
+
+Program::Program(std::vector<Size> tensors, std::vector<Size> inputs, std::vector<Size> outputs)
+    : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
+  for (const Size& size : tensors) tensors_.push_back({size, layout_of(size.h, size.w)});
+}
+
+Program::~Program() = default;
+
+int64_t Program::layout_of(int64_t h, int64_t w) {
+  for (size_t i = 0; i < layouts_.size(); ++i)
+    if (layouts_[i].h == h && layouts_[i].w == w) return i;
+  layouts_.push_back({h, w});
+  return layouts_.size() - 1;
+}
+
+void Program::add_layer(Layer layer) {
+  for (int64_t tensor : layer.reads)
+    if (tensor >= 0) tensors_.at(tensor).last = layers_.size();
+  layers_.push_back(std::move(layer));
+}
+
+float* Program::data(const Frame& frame, int64_t tensor) const { return frame.memory + tensors_[tensor].at; }
+
+Images Program::images(const Frame& frame, int64_t tensor) const {
+  if (tensor < 0) {
+    Images images = (*frame.inputs)[-1 - tensor];
+    images.data += frame.image * images.image;
+    return images;
+  }
+  const Layout& layout = layouts_[tensors_[tensor].layout];
+  return {data(frame, tensor), 0, layout.channel, layout.pitch, 1};
+}
+
+void Program::add_load(int64_t in, int64_t out) {
+  add_layer({{in}, out, kNone, [=, this] {
+               const Layout& layout = layouts_[tensors_[out].layout];
+               const Size& size = tensors_[out].size;
+               // The walk of a pointwise convolution, of which only the copying is done.
+               Walk walk = forward_walk(
+                   {1, size.channels, size.h, size.w, 1, size.h, size.w, 1, 1, 1, 1, 0, 0, 1, 1, 1}, {}, {});
+               walk.tile_h = size.h;
+               walk.tile_w = size.w;
+               walk.pitch = layout.pitch;
+               walk.channel_stride = layout.channel;
+               walk.phases[0].base = 0;
+               steps_.push_back({ceil_div(size.channels, kCopyChannels), [=, this](const Frame& frame, int64_t task) {
+                                   Walk at = walk;
+                                   at.source = images(frame, in);
+                                   const int64_t first = task * kCopyChannels;
+                                   const int64_t count = std::min(kCopyChannels, size.channels - first);
+                                   pack_source(at, {0, 0, 0, size.h, size.w}, {first, count},
+                                               data(frame, out) + first * layout.channel);
+                                 }});
+             }});
+}
+
+void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in, int64_t out, int64_t residual,
+                         const Epilogue& epilogue) {
+  auto conv = std::make_unique<Conv>(Conv{forward_walk(g, {}, {}), weight, in, out, residual, epilogue});
+  if (epilogue.bias) conv->bias.assign(epilogue.bias, epilogue.bias + g.out_channels);
+  const Walk& walk = conv->walk;
+  conv->direct = in >= 0 && walk.step_h == 1 && walk.step_w == 1 && g.in_h == g.out_h && g.in_w == g.out_w;
+  Layout& layout = layouts_[tensors_.at(out).layout];
+  // Zeros to the right of a row serve as those to the left of the next, if the source has no pixels there.
+  const int64_t most = std::max(walk.left, walk.right), both = walk.left + walk.right;
+  const bool shared = ceil_div(g.in_w, walk.step_w) <= g.out_w + most - walk.left;
+  layout.side = std::max(layout.side, shared ? most : both);
+  if (conv->direct) {
+    layout.up = std::max(layout.up, walk.phases[0].up);
+    layout.down = std::max(layout.down, walk.phases[0].down);
+  }
+  std::vector<int64_t> reads{in};
+  if (residual != kNone) reads.push_back(residual);
+  Conv* const made = conv.get();
+  convs_.push_back(std::move(conv));
+  add_layer({reads, out, residual, [=, this] { add_conv_steps(*made); }});
+}
+
+void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
+  add_layer({{in}, out, kNone, [=, this] {
+               steps_.push_back({g.out_h, [=, this](const Frame& frame, int64_t y) {
+                                   thread_local Scratch scratch;
+                                   float* const floats = scratch.get(
+                                       2 * (g.in_w + g.out_w * g.stride_w + g.kernel_w * g.dilation_w + 64));
+                                   kernels().max_pool_row(g, images(frame, in), images(frame, out), y, floats);
+                                 }});
+             }});
+}
+
+void Program::add_mean(int64_t in, int64_t output) {
+  add_layer({{in}, kNone, kNone, [=, this] {
+               const Size& size = tensors_.at(in).size;
+               const Layout& layout = layouts_[tensors_[in].layout];
+               steps_.push_back(
+                   {ceil_div(size.channels, kCopyChannels), [=, this, &layout](const Frame& frame, int64_t task) {
+                      const Images& out = (*frame.outputs)[output];
+                      const int64_t end = std::min(size.channels, (task + 1) * kCopyChannels);
+                      for (int64_t c = task * kCopyChannels; c < end; ++c) {
+                        const float* from = data(frame, in) + c * layout.channel;
+                        float sums[kAlign] = {};  // lanes without a pixel are zero
+                        for (int64_t i = 0; i < layout.lanes; i += kAlign)
+                          for (int64_t k = 0; k < kAlign; ++k) sums[k] += from[i + k];
+                        double total = 0;
+                        for (float sum : sums) total += sum;
+                        out.data[frame.image * out.image + c * out.channel] = total / (size.h * size.w);
+                      }
+                    }});
+             }});
+}
+
+void Program::add_store(int64_t in, int64_t output) {
+  add_layer({{in}, kNone, kNone, [=, this] {
+               const Size& size = tensors_.at(in).size;
+               const Layout& layout = layouts_[tensors_[in].layout];
+               steps_.push_back(
+                   {ceil_div(size.channels, kCopyChannels), [=, this, &layout](const Frame& frame, int64_t task) {
+                      const Images& out = (*frame.outputs)[output];
+                      const int64_t end = std::min(size.channels, (task + 1) * kCopyChannels);
+                      for (int64_t c = task * kCopyChannels; c < end; ++c)
+                        kernels().scatter(out.data + frame.image * out.image + c * out.channel, out.row, out.col,
+                                          data(frame, in) + c * layout.channel, layout.pitch, size.h, size.w);
+                    }});
+             }});
+}
+
+void Program::set_layouts() {
+  for (Layout& layout : layouts_) {
+    layout.pitch = layout.w + layout.side;
+    layout.lead = round_up(layout.up * layout.pitch + layout.side, kAlign);
+    layout.lanes = round_up((layout.h - 1) * layout.pitch + layout.w, kAlign);
+    // What lies behind a plane serves the next as what lies before it.
+    layout.channel = layout.lanes + std::max(layout.lead, round_up(layout.down * layout.pitch + layout.side, kAlign));
+    // An odd number of lines: the planes of a strip spread over all sets of a cache.
+    if (layout.channel / kAlign % 2 == 0) layout.channel += kAlign;
+    if (layout.lanes == layout.h * layout.w) continue;
+    layout.mask.resize(layout.lanes);
+    for (int64_t i = 0; i < layout.lanes; ++i)
+      layout.mask[i] = i % layout.pitch < layout.w && i / layout.pitch < layout.h ? -1 : 0;
+  }
+}
+
+int64_t Program::reserve(int64_t floats) {
+  floats_ += round_up(floats, kAlign);
+  return floats_ - round_up(floats, kAlign);
+}
+
+// Tensors share memory with those of their own layout only, so that zeros around images stay zero.
+void Program::place_tensors() {
+  struct Place {
+    int64_t layout, channels = 0, at = 0;
+    bool busy = false;
+  };
+  std::vector<Place> places;
+  std::vector<int64_t> place_of(tensors_.size(), kNone);
+  // The free place of the layout that suits best: the smallest that is large enough, else the largest.
+  auto choose = [&](const Tensor& tensor) -> int64_t {
+    const int64_t wanted = tensor.size.channels;
+    int64_t best = kNone;
+    auto worse = [&](int64_t a, int64_t b) { return a >= wanted ? b >= wanted && b < a : b > a; };
+    for (size_t i = 0; i < places.size(); ++i) {
+      if (places[i].busy || places[i].layout != tensor.layout) continue;
+      if (best == kNone || worse(places[best].channels, places[i].channels)) best = i;
+    }
+    if (best != kNone) return best;
+    places.push_back({tensor.layout});
+    return places.size() - 1;
+  };
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer& layer = layers_[i];
+    auto dies = [&](int64_t tensor) { return tensor >= 0 && tensor != kNone && tensors_[tensor].last <= int64_t(i); };
+    if (layer.writes != kNone) {
+      const Tensor& tensor = tensors_[layer.writes];
+      const int64_t place = dies(layer.in_place) ? place_of[layer.in_place] : choose(tensor);
+      places[place].channels = std::max(places[place].channels, tensor.size.channels);
+      places[place].busy = true;
+      place_of[layer.writes] = place;
+    }
+    for (int64_t tensor : layer.reads)
+      if (dies(tensor) && !(layer.writes != kNone && place_of[tensor] == place_of[layer.writes]))
+        places[place_of[tensor]].busy = false;
+    if (dies(layer.writes)) places[place_of[layer.writes]].busy = false;
+  }
+  for (Place& place : places) {
+    const Layout& layout = layouts_[place.layout];
+    place.at = reserve(layout.lead + place.channels * layout.channel) + layout.lead;
+  }
+  for (size_t i = 0; i < tensors_.size(); ++i)
+    if (place_of[i] != kNone) tensors_[i].at = places[place_of[i]].at;
+}
+
+void Program::finish() {
+  set_layouts();
+  place_tensors();
+  for (const Layer& layer : layers_) layer.add_steps();
+}
+
+void Program::add_conv_steps(Conv& conv) {
+  Walk& walk = conv.walk;
+  const Layout& layout = layouts_[tensors_[conv.out].layout];
+  walk.tile_h = walk.grid_h;
+  walk.tile_w = walk.grid_w;
+  walk.pitch = layout.pitch;
+  const int64_t channels = walk.groups * walk.source_channels;
+  if (conv.direct) {
+    walk.phases[0].base = 0;
+    walk.channel_stride = layout.channel;
+  } else {
+    place_phases(walk);
+    conv.packed = reserve(channels * walk.channel_stride + walk.pitch);
+    steps_.push_back({ceil_div(channels, kCopyChannels), [&conv, channels, this](const Frame& frame, int64_t task) {
+                        Walk at = conv.walk;
+                        at.source = images(frame, conv.in);
+                        const int64_t first = task * kCopyChannels, count = std::min(kCopyChannels, channels - first);
+                        pack_source(at, {0, 0, 0, at.grid_h, at.grid_w}, {first, count},
+                                    frame.memory + conv.packed + first * at.channel_stride);
+                      }});
+  }
+  const int64_t vectors = layout.lanes / kAlign;
+  conv.strips = std::max(ceil_div(vectors, kMostStripVectors), (vectors + kStripVectors / 2) / kStripVectors);
+  const int64_t rows = walk.groups * walk.rows;
+  conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.strips), 1, ceil_div(rows, 64));
+  conv.block = walk.groups > 1 ? channels : block_channels(walk, conv.weight, kStripLanes, kRowNnz);
+  conv.blocks = ceil_div(channels, conv.block);
+  conv.kernel = std::make_unique<PackedWeight>(walk, walk.parts[0], conv.weight, conv.block, conv.splits, true, true);
+  conv.weight = {};
+  steps_.push_back({conv.strips * conv.splits, [&conv, this](const Frame& frame, int64_t task) {
+                      run_conv(conv, frame, task / conv.splits, task % conv.splits);
+                    }});
+}
+
+void Program::run_conv(const Conv& conv, const Frame& frame, int64_t strip, int64_t split) const {
+  const Walk& walk = conv.walk;
+  const Layout& layout = layouts_[tensors_[conv.out].layout];
+  const int64_t vectors = layout.lanes / kAlign;
+  const int64_t begin = vectors * strip / conv.strips * kAlign, end = vectors * (strip + 1) / conv.strips * kAlign;
+  const float* source =
+      conv.direct ? data(frame, conv.in) - walk.phases[0].up * walk.pitch - walk.left : frame.memory + conv.packed;
+  const int64_t row = conv.kernel->first_row(split);
+  Results out{data(frame, conv.out) + row * layout.channel + begin, layout.channel};
+  out.mask = layout.mask.empty() ? nullptr : layout.mask.data() + begin;
+  for (int64_t b = 0; b < conv.blocks; ++b) {
+    const bool last = b + 1 == conv.blocks;
+    out.bias = b == 0 && !conv.bias.empty() ? conv.bias.data() + row : nullptr;
+    out.start = b > 0 ? out.data : nullptr;
+    if (b == 0 && conv.residual != kNone) out.start = data(frame, conv.residual) + row * layout.channel + begin;
+    out.start_stride = layout.channel;
+    out.low = last ? conv.epilogue.low : -kInfinity;
+    out.high = last ? conv.epilogue.high : kInfinity;
+    kernels().spmm({source + b * conv.block * walk.channel_stride + begin, {}}, conv.kernel->rows(0, b, split), out,
+                   end - begin);
+  }
+}
+
+// An image that all threads work on: each takes tasks of a layer until there are none, then waits for the others'. Who
+// waits has taken part in no unfinished task, so it does not matter how many threads there are in truth.
+class Program::Together {
+ public:
+  explicit Together(const std::vector<Step>& steps) : steps_(steps) {
+    for (const Step& step : steps) turns_.emplace_back(step.tasks);
+  }
+
+  void run(const Frame& frame) {
+    parallel(torch::stable::get_num_threads(), [&](int64_t thread, int64_t) {
+      for (size_t i = 0; i < steps_.size(); ++i) {
+        Turn& turn = turns_[i];
+        for (Queue::Worker task(turn.queue, thread, false); !task.done(); task.advance()) {
+          steps_[i].run(frame, task.task());
+          turn.done.fetch_add(1, std::memory_order_release);
+        }
+        for (int64_t tries = 0; turn.done.load(std::memory_order_acquire) < steps_[i].tasks; ++tries)
+          if (tries > 1000) std::this_thread::yield();
+      }
+    });
+  }
+
+ private:
+  struct Turn {
+    explicit Turn(int64_t tasks) : queue(tasks, 1) {}
+    Queue queue;
+    std::atomic<int64_t> done = 0;
+  };
+  const std::vector<Step>& steps_;
+  std::deque<Turn> turns_;
+};
+
+std::unique_ptr<Program::Memory> Program::take_memory() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!free_.empty()) {
+      auto memory = std::move(free_.back());
+      free_.pop_back();
+      return memory;
+    }
+  }
+  return std::make_unique<Memory>(floats_);
+}
+
+void Program::give_back(std::unique_ptr<Memory> memory) {
+  const std::lock_guard lock(mutex_);
+  free_.push_back(std::move(memory));
+}
+
+void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images) {
+  const int64_t threads = torch::stable::get_num_threads(), alone = images / threads * threads;
+  Queue queue(alone, 1);
+  parallel(std::min(threads, alone), [&](int64_t thread, int64_t) {
+    auto memory = take_memory();
+    for (Queue::Worker image(queue, thread, false); !image.done(); image.advance())
+      for (const Step& step : steps_)
+        for (int64_t task = 0; task < step.tasks; ++task)
+          step.run({memory->data(), &inputs, &outputs, image.task()}, task);
+    give_back(std::move(memory));
+  });
+  for (int64_t image = alone; image < images; ++image) {
+    auto memory = take_memory();
+    Together(steps_).run({memory->data(), &inputs, &outputs, image});
+    give_back(std::move(memory));
+  }
+}
+
+}  // namespace sparsekit

@@ -1,0 +1,111 @@
+// A chain of layers of an engine that runs image by image, in one layout, with nothing of PyTorch in between.
+//
+// All channels of a tensor are planes of `pitch` floats a row, so far apart that the zeros around an image are there
+// for every tap of the layers that read it: a kept weight is one offset into the tensor, and no layer copies its input
+// (those with a stride do). Tensors of one height and width share the layout, hence a layer's output is at the same
+// place of its plane as what it came from. A thread runs an image through all layers, in memory that stays in its
+// caches; images that are left over when all are shared out are computed by all threads together, layer by layer.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "cpu/conv2d.h"
+#include "ops.h"
+
+namespace sparsekit {
+
+class Program {
+ public:
+  struct Size {
+    int64_t channels, h, w;
+    bool operator==(const Size&) const = default;
+  };
+
+  static constexpr int64_t kNone = INT64_MAX;  // no tensor
+
+  // Tensors are numbered from 0, inputs -1, -2, ... Layers run in the order in which they are added; a tensor is
+  // written once, before it is read.
+  Program(std::vector<Size> tensors, std::vector<Size> inputs, std::vector<Size> outputs);
+  ~Program();
+
+  void add_load(int64_t in, int64_t out);
+  // The weight is read until finish().
+  void add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in, int64_t out, int64_t residual,
+                  const Epilogue& epilogue);
+  void add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out);
+  // The mean over the pixels of every channel, to an output of one pixel.
+  void add_mean(int64_t in, int64_t output);
+  void add_store(int64_t in, int64_t output);
+  void finish();
+
+  // Several threads may call it at once.
+  void run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images);
+
+  const Size& size(int64_t tensor) const { return tensor < 0 ? inputs_.at(-1 - tensor) : tensors_.at(tensor).size; }
+  const std::vector<Size>& inputs() const { return inputs_; }
+  const std::vector<Size>& outputs() const { return outputs_; }
+
+ private:
+  // What the tensors of one height and width have in common.
+  struct Layout {
+    int64_t h, w;
+    int64_t side = 0, up = 0, down = 0;        // zeros that taps reach to the left and right, above and below
+    int64_t pitch = 0, lead = 0, channel = 0;  // floats: of a row, before the first pixel, of a plane
+    int64_t lanes = 0;                         // floats from the first pixel on that are computed: whole registers
+    std::vector<int32_t> mask;                 // [lanes], 0 where there is no pixel; empty where all are
+  };
+  struct Tensor {
+    Size size;
+    int64_t layout;
+    int64_t last = -1;  // layer that reads it
+    int64_t at = 0;     // its first pixel in an image's memory
+  };
+  struct Conv;
+  struct Layer {
+    std::vector<int64_t> reads;
+    int64_t writes;                   // or kNone
+    int64_t in_place = kNone;         // tensor whose memory the written one may take over
+    std::function<void()> add_steps;  // once memory is laid out
+  };
+  // One image on its way.
+  struct Frame {
+    float* memory;
+    const std::vector<Images>* inputs;
+    const std::vector<Images>* outputs;
+    int64_t image;
+  };
+  struct Step {
+    int64_t tasks;
+    std::function<void(const Frame&, int64_t task)> run;
+  };
+  class Memory;
+  class Together;
+
+  int64_t layout_of(int64_t h, int64_t w);
+  void add_layer(Layer layer);
+  void set_layouts();
+  void place_tensors();
+  int64_t reserve(int64_t floats);
+  float* data(const Frame& frame, int64_t tensor) const;
+  Images images(const Frame& frame, int64_t tensor) const;
+  void add_conv_steps(Conv& conv);
+  void run_conv(const Conv& conv, const Frame& frame, int64_t strip, int64_t split) const;
+  std::unique_ptr<Memory> take_memory();
+  void give_back(std::unique_ptr<Memory> memory);
+
+  std::vector<Size> inputs_, outputs_;
+  std::vector<Layout> layouts_;
+  std::vector<Tensor> tensors_;
+  std::vector<std::unique_ptr<Conv>> convs_;
+  std::vector<Layer> layers_;
+  std::vector<Step> steps_;
+  int64_t floats_ = 0;  // of an image's memory
+
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Memory>> free_;  // memory that no image has at hand
+};
+
+}  // namespace sparsekit

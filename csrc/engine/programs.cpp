@@ -1,0 +1,201 @@
+// Programs of an inference engine under numbers that Python holds: built layer by layer, finished, then run.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <vector>
+
+#include "arguments.h"
+#include "engine/program.h"
+#include "engine/registry.h"
+
+namespace sparsekit {
+namespace {
+
+// A program, and what building it must not get wrong.
+struct Building {
+  Building(std::vector<Program::Size> tensors, std::vector<Program::Size> inputs, std::vector<Program::Size> outputs)
+      : program(tensors, inputs, outputs), written(tensors.size()) {}
+
+  Program program;
+  std::vector<bool> written;    // per tensor
+  std::vector<Tensor> weights;  // that the program will read
+  bool finished = false;
+};
+
+Registry<Building>& programs() {
+  static auto* const all = new Registry<Building>("program");
+  return *all;
+}
+
+std::vector<Program::Size> sizes(const Ints& list, const char* name) {
+  STD_TORCH_CHECK(list.size() % 3 == 0, name, " must be triples of channels, height and width");
+  std::vector<Program::Size> sizes;
+  for (size_t i = 0; i < list.size(); i += 3) {
+    STD_TORCH_CHECK(list[i] > 0 && list[i + 1] > 0 && list[i + 2] > 0, name, " must be positive");
+    sizes.push_back({list[i], list[i + 1], list[i + 2]});
+  }
+  return sizes;
+}
+
+int64_t add_program_op(Ints tensors, Ints inputs, Ints outputs) {
+  return programs().add(
+      std::make_shared<Building>(sizes(tensors, "tensors"), sizes(inputs, "inputs"), sizes(outputs, "outputs")));
+}
+
+void remove_program_op(int64_t number) { programs().remove(number); }
+
+// The program, if it may still be added to.
+std::shared_ptr<Building> open(int64_t number) {
+  auto building = programs().at(number);
+  STD_TORCH_CHECK(!building->finished, "program ", number, " is finished");
+  return building;
+}
+
+void check_read(const Building& b, int64_t tensor, const Program::Size& size) {
+  const int64_t inputs = b.program.inputs().size(), tensors = b.written.size();
+  STD_TORCH_CHECK(tensor >= -inputs && tensor < tensors, "there is no tensor ", tensor);
+  STD_TORCH_CHECK(tensor < 0 || b.written[tensor], "tensor ", tensor, " is read before it is written");
+  STD_TORCH_CHECK(b.program.size(tensor) == size, "tensor ", tensor, " does not have the size that its reader wants");
+}
+
+void check_write(Building& b, int64_t tensor, const Program::Size& size) {
+  STD_TORCH_CHECK(tensor >= 0 && tensor < int64_t(b.written.size()), "there is no tensor ", tensor);
+  STD_TORCH_CHECK(!b.written[tensor], "tensor ", tensor, " is written twice");
+  STD_TORCH_CHECK(b.program.size(tensor) == size, "tensor ", tensor, " does not have the size that its layer makes");
+  b.written[tensor] = true;
+}
+
+void check_output(const Building& b, int64_t output, const Program::Size& size) {
+  STD_TORCH_CHECK(output >= 0 && output < int64_t(b.program.outputs().size()), "there is no output ", output);
+  STD_TORCH_CHECK(b.program.outputs()[output] == size, "output ", output, " does not have the size of what it gets");
+}
+
+void program_load_op(int64_t number, int64_t input, int64_t out) {
+  const auto b = open(number);
+  STD_TORCH_CHECK(input < 0, "input must be an input of the program");
+  check_write(*b, out, b->program.size(out));
+  check_read(*b, input, b->program.size(out));
+  b->program.add_load(input, out);
+}
+
+void program_conv2d_op(int64_t number, int64_t input, int64_t out, int64_t residual, Tensor values, Tensor crow,
+                       Tensor col, std::optional<Tensor> bias, double low, double high, Ints kernel, Ints stride,
+                       Ints padding, Ints dilation, int64_t groups) {
+  const auto b = open(number);
+  const Program::Size from = b->program.size(input), to = b->program.size(out);
+  const Conv2dGeometry g = geometry({1, from.channels, from.h, from.w}, {1, to.channels, to.h, to.w}, kernel, stride,
+                                    padding, dilation, groups);
+  const Csr weight = csr(crow, col, vector_data(values, "values", col.size(0)),
+                         g.in_channels / groups * g.kernel_h * g.kernel_w, nullptr);
+  STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
+  check_read(*b, input, from);
+  if (residual != Program::kNone) {
+    STD_TORCH_CHECK(residual >= 0, "residual must be a tensor of the program");
+    check_read(*b, residual, to);
+  }
+  check_write(*b, out, to);
+  b->weights.insert(b->weights.end(), {values, crow, col});
+  b->program.add_conv2d(g, weight, input, out, residual,
+                        {bias ? vector_data(*bias, "bias", g.out_channels) : nullptr, nullptr, static_cast<float>(low),
+                         static_cast<float>(high)});
+}
+
+void program_max_pool2d_op(int64_t number, int64_t input, int64_t out, Ints kernel, Ints stride, Ints padding,
+                           Ints dilation) {
+  const auto b = open(number);
+  const Program::Size from = b->program.size(input), to = b->program.size(out);
+  const Pool2dGeometry g = pool_geometry({1, from.channels, from.h, from.w}, {1, to.channels, to.h, to.w}, kernel,
+                                         stride, padding, dilation);
+  check_read(*b, input, from);
+  check_write(*b, out, to);
+  b->program.add_max_pool2d(g, input, out);
+}
+
+void program_mean_op(int64_t number, int64_t input, int64_t output) {
+  const auto b = open(number);
+  STD_TORCH_CHECK(input >= 0, "input must be a tensor of the program");
+  const Program::Size from = b->program.size(input);
+  check_read(*b, input, from);
+  check_output(*b, output, {from.channels, 1, 1});
+  b->program.add_mean(input, output);
+}
+
+void program_store_op(int64_t number, int64_t input, int64_t output) {
+  const auto b = open(number);
+  STD_TORCH_CHECK(input >= 0, "input must be a tensor of the program");
+  const Program::Size from = b->program.size(input);
+  check_read(*b, input, from);
+  check_output(*b, output, from);
+  b->program.add_store(input, output);
+}
+
+void finish_program_op(int64_t number) {
+  const auto b = open(number);
+  b->finished = true;
+  b->program.finish();
+  b->weights.clear();
+}
+
+std::vector<Images> checked(const std::vector<Tensor>& tensors, const std::vector<Program::Size>& sizes, int64_t batch,
+                            const char* name) {
+  STD_TORCH_CHECK(tensors.size() == sizes.size(), "the program has ", sizes.size(), " ", name, ", not ",
+                  tensors.size());
+  std::vector<Images> all;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const Tensor& t = tensors[i];
+    all.push_back(images(t, name));
+    STD_TORCH_CHECK(
+        t.size(0) == batch && t.size(1) == sizes[i].channels && t.size(2) == sizes[i].h && t.size(3) == sizes[i].w,
+        name, " ", i, " does not have the program's size");
+    STD_TORCH_CHECK(all.back().col == 1 || all.back().channel == 1 || t.size(3) == 1, name, " ", i,
+                    " must be NCHW or channels_last");
+  }
+  return all;
+}
+
+void run_program_op(std::vector<Tensor> outputs, std::vector<Tensor> inputs, int64_t number) {
+  const auto b = programs().at(number);
+  STD_TORCH_CHECK(b->finished, "program ", number, " is not finished");
+  STD_TORCH_CHECK(!inputs.empty() && inputs[0].dim() == 4, "inputs must have 4 dimensions");
+  const int64_t batch = inputs[0].size(0);
+  const auto from = checked(inputs, b->program.inputs(), batch, "inputs");
+  const auto to = checked(outputs, b->program.outputs(), batch, "outputs");
+  b->program.run(from, to, batch);
+}
+
+}  // namespace
+}  // namespace sparsekit
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
+  m.def("add_program(int[] tensors, int[] inputs, int[] outputs) -> int");
+  m.def("remove_program(int program) -> ()");
+  m.def("program_load(int program, int input, int out) -> ()");
+  m.def(
+      "program_conv2d(int program, int input, int out, int residual, Tensor values, Tensor crow_indices, Tensor "
+      "col_indices, Tensor? bias, float low, float high, int[] kernel_size, int[] stride, int[] padding, int[] "
+      "dilation, int groups) -> ()");
+  m.def(
+      "program_max_pool2d(int program, int input, int out, int[] kernel_size, int[] stride, int[] padding, int[] "
+      "dilation) -> ()");
+  m.def("program_mean(int program, int input, int output) -> ()");
+  m.def("program_store(int program, int input, int output) -> ()");
+  m.def("finish_program(int program) -> ()");
+  m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
+  m.impl("add_program", TORCH_BOX(&sparsekit::add_program_op));
+  m.impl("remove_program", TORCH_BOX(&sparsekit::remove_program_op));
+  m.impl("program_load", TORCH_BOX(&sparsekit::program_load_op));
+  m.impl("program_max_pool2d", TORCH_BOX(&sparsekit::program_max_pool2d_op));
+  m.impl("program_mean", TORCH_BOX(&sparsekit::program_mean_op));
+  m.impl("program_store", TORCH_BOX(&sparsekit::program_store_op));
+  m.impl("finish_program", TORCH_BOX(&sparsekit::finish_program_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
+  m.impl("program_conv2d", TORCH_BOX(&sparsekit::program_conv2d_op));
+  m.impl("run_program", TORCH_BOX(&sparsekit::run_program_op));
+}
