@@ -46,64 +46,74 @@ class Ahead {
   int64_t row_ = 0, float_ = 0, left_ = 0, per_step_ = 0;
 };
 
+// A strip of N registers, `tail` lanes in the last. What is constant is copied to locals: stores of registers may alias
+// anything, as far as the compiler knows.
 template <int N>
-void spmm_strip(const float* tile, Ahead ahead, const Rows& rows, const Results& results, int64_t first_lane,
-                int64_t tail) {
+void spmm_strip(const float* const tile, Ahead ahead, const Rows& rows, const Results& results, int64_t first_lane,
+                const int64_t tail) {
   // Independent sums, so that FMAs do not wait for each other: eight for two units of a latency of four cycles.
   constexpr int kSums = N >= 6 || (N >= 5 && kRegisters < 32) ? 1 : N >= 2 ? 2 : 4;
-  const uint32_t* offsets = rows.offsets;
-  const float* values = rows.values;
+  constexpr float kInfinity = __builtin_inff();
+  const int64_t count = rows.count, stride = results.stride, start_stride = results.start_stride;
+  const int32_t* const order = rows.order;
+  const int32_t* const begin = rows.begin;
+  const uint32_t* offsets = rows.offsets + begin[0];
+  const float* values = rows.values + begin[0];
   float* const out = results.data + first_lane;
   const float* const start = results.start ? results.start + first_lane : nullptr;
-  const bool read_elsewhere = start && start != out;
+  const float* const bias = results.bias;
   const int32_t* const mask = results.mask ? results.mask + first_lane : nullptr;
-  constexpr float kInfinity = __builtin_inff();
+  const bool read_elsewhere = start && start != out, whole = tail == kLanes;
+  const bool stream = results.stream && whole, prefetch = !results.stream;
   const bool clamped = results.low > -kInfinity || results.high < kInfinity;
   const Vec low = broadcast(results.low), high = broadcast(results.high);
-  for (int64_t r = 0; r < rows.count; ++r) {
-    const int64_t row = rows.order[r];
-    float* to = out + row * results.stride;
-    const float* from = start ? start + row * results.start_stride : nullptr;
-    const int64_t soon = rows.order[r + kPrefetchSlots < rows.count ? r + kPrefetchSlots : r];
-    Vec sum[kSums][N];
+  for (int64_t r = 0; r < count; ++r) {
+    const int64_t row = order[r], soon = order[r + kPrefetchSlots < count ? r + kPrefetchSlots : r];
     ahead.step();
-    for (int v = 0; v < N; ++v) {
-      if (!results.stream) __builtin_prefetch(out + soon * results.stride + v * kLanes, 1);
-      if (read_elsewhere) __builtin_prefetch(start + soon * results.start_stride + v * kLanes);
-      for (int s = 0; s < kSums; ++s) sum[s][v] = zero();
-      if (start) sum[0][v] = v == N - 1 ? load(from + v * kLanes, tail) : load(from + v * kLanes);
-      if (results.bias) sum[0][v] = add(sum[0][v], broadcast(results.bias[row]));
+    if (prefetch)
+      for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + v * kLanes, 1);
+    if (read_elsewhere)
+      for (int v = 0; v < N; ++v) __builtin_prefetch(start + soon * start_stride + v * kLanes);
+    Vec sum[kSums][N];
+    for (int s = 0; s < kSums; ++s)
+      for (int v = 0; v < N; ++v) sum[s][v] = zero();
+    if (start) {
+      const float* const from = start + row * start_stride;
+      for (int v = 0; v < N - 1; ++v) sum[0][v] = load(from + v * kLanes);
+      sum[0][N - 1] = whole ? load(from + (N - 1) * kLanes) : load(from + (N - 1) * kLanes, tail);
     }
-    int64_t j = rows.begin[r];
-    const int64_t end = rows.begin[r + 1];
-    for (; j + 4 <= end; j += 4) {
-      const Vec w = load4(values + j);
-      const float* x0 = tile + offsets[j];
-      const float* x1 = tile + offsets[j + 1];
-      const float* x2 = tile + offsets[j + 2];
-      const float* x3 = tile + offsets[j + 3];
+    if (bias)
+      for (int v = 0; v < N; ++v) sum[kSums - 1][v] = add(sum[kSums - 1][v], broadcast(bias[row]));
+    int64_t left = begin[r + 1] - begin[r];
+    for (; left >= 4; left -= 4, offsets += 4, values += 4) {
+      const Vec w = load4(values);
+      const float* const x0 = tile + offsets[0];
+      const float* const x1 = tile + offsets[1];
+      const float* const x2 = tile + offsets[2];
+      const float* const x3 = tile + offsets[3];
       const Vec w0 = lane<0>(w), w1 = lane<1>(w), w2 = lane<2>(w), w3 = lane<3>(w);
       for (int v = 0; v < N; ++v) sum[0][v] = fma(w0, load(x0 + v * kLanes), sum[0][v]);
       for (int v = 0; v < N; ++v) sum[1 % kSums][v] = fma(w1, load(x1 + v * kLanes), sum[1 % kSums][v]);
       for (int v = 0; v < N; ++v) sum[2 % kSums][v] = fma(w2, load(x2 + v * kLanes), sum[2 % kSums][v]);
       for (int v = 0; v < N; ++v) sum[3 % kSums][v] = fma(w3, load(x3 + v * kLanes), sum[3 % kSums][v]);
     }
-    for (; j < end; ++j) {
-      const Vec w = broadcast(values[j]);
-      const float* x = tile + offsets[j];
+    for (; left > 0; --left, ++offsets, ++values) {
+      const Vec w = broadcast(*values);
+      const float* const x = tile + *offsets;
       for (int v = 0; v < N; ++v) sum[0][v] = fma(w, load(x + v * kLanes), sum[0][v]);
     }
-    for (int v = 0; v < N; ++v) {
-      for (int s = 1; s < kSums; ++s) sum[0][v] = add(sum[0][v], sum[s][v]);
-      if (clamped) sum[0][v] = min(high, max(low, sum[0][v]));
-      if (mask) sum[0][v] = keep(sum[0][v], mask + v * kLanes);
-      if (results.stream && tail == kLanes) {
-        stream_store(to + v * kLanes, sum[0][v]);
-      } else if (v == N - 1) {
-        tail == kLanes ? store(to + v * kLanes, sum[0][v]) : store(to + v * kLanes, sum[0][v], tail);
-      } else {
-        store(to + v * kLanes, sum[0][v]);
-      }
+    for (int s = 1; s < kSums; ++s)
+      for (int v = 0; v < N; ++v) sum[0][v] = add(sum[0][v], sum[s][v]);
+    if (clamped)
+      for (int v = 0; v < N; ++v) sum[0][v] = min(high, max(low, sum[0][v]));
+    if (mask)
+      for (int v = 0; v < N; ++v) sum[0][v] = keep(sum[0][v], mask + v * kLanes);
+    float* const to = out + row * stride;
+    if (stream) {
+      for (int v = 0; v < N; ++v) stream_store(to + v * kLanes, sum[0][v]);
+    } else {
+      for (int v = 0; v < N - 1; ++v) store(to + v * kLanes, sum[0][v]);
+      whole ? store(to + (N - 1) * kLanes, sum[0][N - 1]) : store(to + (N - 1) * kLanes, sum[0][N - 1], tail);
     }
   }
 }
