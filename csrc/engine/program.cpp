@@ -16,8 +16,8 @@ namespace {
 
 // Chosen by measurement (benchmarks/peers.py).
 constexpr int64_t kStripVectors = 4, kMostStripVectors = 5;  // registers of lanes that spmm holds
-constexpr int64_t kFewestTasks = 8;    // of a layer, by splitting its rows, for threads that share an image
-constexpr int64_t kRowNnz = 10;        // non-zeros of a row in a block of channels, at least
+constexpr int64_t kFewestTasks = 4;    // of a layer, by splitting its rows, for threads that share an image
+constexpr int64_t kRowNnz = 13;        // non-zeros of a row in a block of channels, at least
 constexpr int64_t kCopyChannels = 32;  // that a task copies
 
 }  // namespace
