@@ -54,7 +54,7 @@ void spmm_strip(const float* const tile, Ahead ahead, const Rows& rows, const Re
   // Independent sums, so that FMAs do not wait for each other: eight for two units of a latency of four cycles.
   constexpr int kSums = N >= 6 || (N >= 5 && kRegisters < 32) ? 1 : N >= 2 ? 2 : 4;
   constexpr float kInfinity = __builtin_inff();
-  const int64_t count = rows.count, stride = results.stride, start_stride = results.start_stride;
+  const int64_t count = rows.count, pairs = rows.pairs, stride = results.stride, start_stride = results.start_stride;
   const int32_t* const order = rows.order;
   const int32_t* const begin = rows.begin;
   const uint32_t* offsets = rows.offsets + begin[0];
@@ -84,7 +84,30 @@ void spmm_strip(const float* const tile, Ahead ahead, const Rows& rows, const Re
     }
     if (bias)
       for (int v = 0; v < N; ++v) sum[kSums - 1][v] = add(sum[kSums - 1][v], broadcast(bias[row]));
-    int64_t left = begin[r + 1] - begin[r];
+    if (pairs) {
+#if defined(__AVX512F__)
+      Vec from_left[N], from_right[N];
+      for (int v = 0; v < N; ++v) from_left[v] = from_right[v] = zero();
+      for (int64_t i = 0; i < pairs; ++i, offsets += 2, values += 2) {
+        const Vec w0 = broadcast(values[0]), w1 = broadcast(values[1]);
+        const float* const x0 = tile + offsets[0];
+        const float* const x1 = tile + offsets[1];
+        for (int v = 0; v < N; ++v) from_left[v] = fma(w0, load(x0 + v * kLanes), from_left[v]);
+        for (int v = 0; v < N; ++v) from_right[v] = fma(w1, load(x1 + v * kLanes), from_right[v]);
+      }
+      for (int v = 0; v < N; ++v) {
+        sum[0][v] = add(sum[0][v], shift_in_last(v ? from_left[v - 1] : zero(), from_left[v]));
+        sum[kSums - 1][v] = add(sum[kSums - 1][v], shift_in_first(from_right[v], v + 1 < N ? from_right[v + 1] : zero()));
+      }
+#else
+      for (int64_t i = 0; i < 2 * pairs; ++i, ++offsets, ++values) {
+        const Vec w = broadcast(*values);
+        const float* const x = tile + *offsets + (i % 2 ? 1 : -1);
+        for (int v = 0; v < N; ++v) sum[0][v] = fma(w, load(x + v * kLanes), sum[0][v]);
+      }
+#endif
+    }
+    int64_t left = begin[r + 1] - begin[r] - 2 * pairs;
     for (; left >= 4; left -= 4, offsets += 4, values += 4) {
       const Vec w = load4(values);
       const float* const x0 = tile + offsets[0];

@@ -18,6 +18,9 @@ struct Rows {
   const uint32_t* offsets;  // [nnz], in floats, into the tile
   const float* values;      // [nnz]
   int64_t count;
+  // Every slot begins with so many pairs of non-zeros that belong one lane to the left and to the right of their
+  // offsets; for spmm over rows of lanes that are whole registers and end with a zero.
+  int64_t pairs = 0;
 };
 
 // Source memory that will be wanted soon: runs of `floats`, `rows` of them in each of `channels` channels. The

@@ -7,19 +7,28 @@
 
 namespace sparsekit {
 
+// Lets a microkernel add taps one column beside its lanes by shifting their sums (Rows::pairs), so that it loads whole
+// lines: rows of lanes must be whole registers, with zeros at their ends.
+struct Shifting {
+  bool on = false;
+  int64_t zeros = 0;  // offset in the source of as many zeros as there are lanes
+};
+
 // The weight as the microkernels read it: per group, block of channels and split of the rows, slots of (offset, value).
 class PackedWeight {
  public:
   // For spmm (with values), or for sddmm (without; slots are filled up to a multiple of 4 with offsets of no meaning).
   // together: one list for the rows of all groups, over a source that holds all channels.
   PackedWeight(const Walk& walk, const Part& part, const Csr& csr, int64_t block_channels, int64_t splits,
-               bool with_values, bool together = false)
+               bool with_values, bool together = false, Shifting shifting = {})
       : rows_(together ? walk.rows * walk.groups : walk.rows),
         groups_(together ? 1 : walk.groups),
         blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
         block_channels_(block_channels),
         splits_(splits),
         taps_(part.taps.size()),
+        shifting_(shifting),
+        block_floats_(block_channels * walk.channel_stride),
         group_rows_(walk.rows),
         group_floats_(together ? walk.source_channels * walk.channel_stride : 0) {
     const int64_t lists = groups_ * blocks_;
@@ -27,6 +36,10 @@ class PackedWeight {
     order_.resize(lists * rows_);
     slot_.resize(lists * rows_);
     length_.resize(lists * rows_);
+    if (shifting_.on) {
+      for (const Tap& tap : part.taps) beside_.push_back(tap.phase < 0 ? 0 : tap.dx);
+      pairs_.resize(lists * splits_);
+    }
     std::vector<int32_t> offset_of(walk.source_channels * taps_);
     for (int64_t c = 0; c < walk.source_channels; ++c)
       for (int64_t t = 0; t < taps_; ++t) {
@@ -37,9 +50,11 @@ class PackedWeight {
         }
         const Phase& p = walk.phases[tap.phase];
         offset_of[c * taps_ + t] =
-            c % block_channels * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch + walk.left + tap.dx;
+            c % block_channels * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch + walk.left + tap.dx +
+            tap.elsewhere;
       }
     count(csr, offset_of);
+    if (shifting_.on) pair(csr);
     sort(with_values ? 1 : 4);
     offsets_.resize(size());
     if (with_values) values_.resize(size() + 4);  // read four at a time
@@ -53,8 +68,10 @@ class PackedWeight {
   // The rows [first_row(split), first_row(split + 1)) of a group, over one block of channels.
   Rows rows(int64_t group, int64_t block, int64_t split) const {
     const int64_t start = (group * blocks_ + block) * rows_ + first_row(split);
-    return {begin_.data() + start, order_.data() + start, offsets_.data(), values_.data(),
-            first_row(split + 1) - first_row(split)};
+    return {begin_.data() + start,   order_.data() + start,
+            offsets_.data(),         values_.data(),
+            first_row(split + 1) - first_row(split),
+            shifting_.on ? pairs_[(group * blocks_ + block) * splits_ + split] : 0};
   }
 
   // Move sums that are in packed order to the order of the CSR.
@@ -103,6 +120,41 @@ class PackedWeight {
     });
   }
 
+  // Taps of a row segment at one column to the left and to the right.
+  struct Beside {
+    int32_t left = 0, right = 0;
+  };
+
+  Beside beside(const Csr& csr, int64_t j, int64_t end) const {
+    Beside count;
+    for (; j < end; ++j) {
+      const int64_t dx = beside_[csr.col[j] % taps_];
+      count.left += dx == -1;
+      count.right += dx == 1;
+    }
+    return count;
+  }
+
+  // As many pairs of a left and a right tap as a row has on average; rows that have fewer get zeros, what they have more
+  // of is loaded where it is. A constant number, for the branch predictor.
+  void pair(const Csr& csr) {
+    std::vector<Beside> counts(length_.size());
+    parallel(csr.rows, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) { counts[list] = beside(csr, j, end); });
+    });
+    for (int64_t l = 0; l < groups_ * blocks_; ++l)
+      for (int64_t split = 0; split < splits_; ++split) {
+        int64_t taps = 0;
+        const int64_t first = l * rows_ + first_row(split), last = l * rows_ + first_row(split + 1);
+        for (int64_t r = first; r < last; ++r) taps += counts[r].left + counts[r].right;
+        const int32_t pairs = taps / (2 * std::max<int64_t>(1, last - first));
+        pairs_[l * splits_ + split] = pairs;
+        for (int64_t r = first; r < last; ++r)
+          length_[r] += 2 * pairs - std::min(counts[r].left, pairs) - std::min(counts[r].right, pairs);
+      }
+  }
+
   void sort(int64_t multiple) {
     int32_t total = 0;
     for (int64_t l = 0; l < groups_ * blocks_; ++l)
@@ -131,6 +183,7 @@ class PackedWeight {
       for (int64_t r = first; r < last; ++r)
         each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
           int64_t to = begin_[slot_[list]];
+          if (shifting_.on) return fill_pairs(csr, offset_of, r, list, j, end, to);
           for (; j < end; ++j) {
             const int32_t offset = offset_of[csr.col[j]];
             if (offset < 0) continue;
@@ -142,7 +195,31 @@ class PackedWeight {
     });
   }
 
+  // Left and right taps take turns, at the offsets of the column between them; then the others.
+  void fill_pairs(const Csr& csr, const std::vector<int32_t>& offset_of, int64_t row, int64_t list, int64_t j,
+                  int64_t end, int64_t to) {
+    const int64_t block = list / rows_ % blocks_, in_list = list % rows_;
+    int64_t split = 0;
+    while (first_row(split + 1) <= in_list) ++split;
+    const int64_t pairs = pairs_[list / rows_ * splits_ + split];
+    const uint32_t zeros = shifting_.zeros - block * block_floats_;
+    for (int64_t i = 0; i < 2 * pairs; ++i) offsets_[to + i] = zeros, values_[to + i] = 0;
+    int64_t left = 0, right = 0, rest = to + 2 * pairs;
+    for (; j < end; ++j) {
+      const int64_t dx = beside_[csr.col[j] % taps_];
+      const int64_t at = dx == -1 && left < pairs   ? to + 2 * left++
+                         : dx == 1 && right < pairs ? to + 2 * right++ + 1
+                                                    : rest++;
+      offsets_[at] = offset_of[csr.col[j]] + row / group_rows_ * group_floats_ - (at < to + 2 * pairs ? dx : 0);
+      values_[at] = csr.values[csr.permutation ? csr.permutation[j] : j];
+    }
+  }
+
   int64_t rows_, groups_, blocks_, block_channels_, splits_, taps_;
+  Shifting shifting_;
+  int64_t block_floats_;
+  std::vector<int64_t> beside_;  // per tap, its column
+  std::vector<int32_t> pairs_;   // per group, block and split
   int64_t group_rows_, group_floats_;  // between the groups of one list
   std::vector<int32_t> begin_, order_, slot_, length_;
   std::vector<uint32_t> offsets_;

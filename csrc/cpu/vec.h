@@ -36,6 +36,13 @@ inline Vec max_or_nan(Vec a, Vec b) {
   const __mmask16 take = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
   return _mm512_mask_mov_ps(b, take, a);
 }
+// The registers a and b are neighbours: b with the last lane of a before it, a with the first lane of b behind it.
+inline Vec shift_in_last(Vec a, Vec b) {
+  return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b), _mm512_castps_si512(a), kLanes - 1));
+}
+inline Vec shift_in_first(Vec a, Vec b) {
+  return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b), _mm512_castps_si512(a), 1));
+}
 // v where mask is -1, 0 where it is 0.
 inline Vec keep(Vec v, const int32_t* mask) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_loadu_si512(mask)));

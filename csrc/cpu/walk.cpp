@@ -5,10 +5,6 @@
 namespace sparsekit {
 namespace {
 
-// Chosen by measurement (benchmarks/layers.py) for 32 KB of first-level and 1 MB of second-level cache; 48 KB and 2 MB
-// would gain nothing by other sizes.
-constexpr int64_t kBlockFloats = 7 * 1024;  // that a strip reads while they stay in the first-level cache
-
 // Of a single image, at least, unless tiles would be too small for the registers: threads that share an image then pack
 // a part of it each. Not the number of threads, on which results must not depend.
 constexpr int64_t kSingleTiles = 2;
@@ -306,8 +302,8 @@ void pack_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t 
         std::fill(lanes + c * stride + r * walk.pitch + tile.w, lanes + c * stride + (r + 1) * walk.pitch, 0.0f);
 }
 
-int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t row_nnz) {
-  const int64_t fits = kBlockFloats / strip_floats(walk, lanes);
+int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t row_nnz, int64_t floats) {
+  const int64_t fits = floats / strip_floats(walk, lanes);
   const double per_channel = double(csr.nnz) / std::max<int64_t>(1, csr.rows * walk.source_channels);
   const int64_t enough = per_channel > 0 ? int64_t(row_nnz / per_channel) + 1 : walk.source_channels;
   const int64_t channels = std::max<int64_t>(1, walk.source_channels);

@@ -16,10 +16,13 @@ namespace sparsekit {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kAlign = 16;       // floats in a cache line, and in the widest register
+// Chosen by measurement (benchmarks/layers.py) for 32 KB of first-level cache; 48 KB would gain nothing by more.
+constexpr int64_t kBlockFloats = 7 * 1024;  // that a strip reads while they stay there
 constexpr int64_t kStripLanes = 64;  // that spmm holds in registers; sddmm holds twice as many
 
 struct Tap {
   int64_t phase, dy, dx;  // phase < 0: the tap does not touch this part
+  int64_t elsewhere = 0;  // floats from the packed block to the copy of it that the tap reads
 };
 
 // The source pixels (y * step_h + offset_h, x * step_w + offset_w), and the rows that taps reach above and below.
@@ -120,6 +123,6 @@ void write_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t
 void pack_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count, float* lanes, int64_t stride);
 
 // Channels per block: what a strip reads of it fits the first-level cache, unless rows would have too few non-zeros.
-int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t row_nnz);
+int64_t block_channels(const Walk& walk, const Csr& csr, int64_t lanes, int64_t row_nnz, int64_t floats = kBlockFloats);
 
 }  // namespace sparsekit

@@ -1,6 +1,6 @@
 #include "engine/program.h"
 
-#include <torch/headeronly/util/Exception.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -18,7 +18,19 @@ namespace {
 constexpr int64_t kStripVectors = 4, kMostStripVectors = 5;  // registers of lanes that spmm holds
 constexpr int64_t kFewestTasks = 4;    // of a layer, by splitting its rows, for threads that share an image
 constexpr int64_t kRowNnz = 13;        // non-zeros of a row in a block of channels, at least
+constexpr double kMostWaste = 1.15;    // of lanes, that aligned rows may cost
 constexpr int64_t kCopyChannels = 32;  // that a task copies
+
+// That a strip reads while they stay in the first-level cache, of which results and weights need a part.
+int64_t first_level_floats() {
+  constexpr int64_t kLeast = 32 << 10;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  static const int64_t bytes = std::max<int64_t>(kLeast, sysconf(_SC_LEVEL1_DCACHE_SIZE));
+#else
+  static const int64_t bytes = kLeast;
+#endif
+  return bytes / sizeof(float) * 7 / 8;
+}
 
 }  // namespace
 
@@ -30,6 +42,7 @@ struct Program::Conv {
   std::vector<float> bias;
   bool direct = false;  // reads the tensor itself
   int64_t packed = 0;   // else: where the packed source is in an image's memory
+  int64_t unit = 1;  // registers of lanes that no strip divides
   int64_t block = 0, blocks = 0, strips = 0, splits = 0;
   std::unique_ptr<PackedWeight> kernel;
 };
@@ -171,6 +184,14 @@ void Program::add_store(int64_t in, int64_t output) {
 void Program::set_layouts() {
   for (Layout& layout : layouts_) {
     layout.pitch = layout.w + layout.side;
+    // Rows of whole lines, or of half a line more, let the taps of a 3 x 3 be loaded by whole lines.
+    for (const int64_t unit : {kAlign, kAlign / 2}) {
+      const int64_t whole = round_up(layout.pitch, unit);
+      if (!layout.side || whole > kMostStripVectors * kAlign || whole > kMostWaste * layout.pitch) continue;
+      layout.pitch = whole;
+      layout.shifting = true;
+      break;
+    }
     layout.lead = round_up(layout.up * layout.pitch + layout.side, kAlign);
     layout.lanes = round_up((layout.h - 1) * layout.pitch + layout.w, kAlign);
     // What lies behind a plane serves the next as what lies before it.
@@ -236,6 +257,9 @@ void Program::place_tensors() {
 void Program::finish() {
   set_layouts();
   place_tensors();
+  int64_t most = 0;
+  for (const Layout& layout : layouts_) most = std::max(most, layout.lanes);
+  zeros_ = reserve(most);
   for (const Layer& layer : layers_) layer.add_steps();
 }
 
@@ -262,11 +286,30 @@ void Program::add_conv_steps(Conv& conv) {
   }
   const int64_t vectors = layout.lanes / kAlign;
   conv.strips = std::max(ceil_div(vectors, kMostStripVectors), (vectors + kStripVectors / 2) / kStripVectors);
+  Shifting shifting;
+  if (conv.direct && layout.shifting && (walk.left || walk.right)) {
+    // Strips of whole rows.
+    conv.unit = layout.pitch % kAlign ? 2 * layout.pitch / kAlign : layout.pitch / kAlign;
+    conv.strips = ceil_div(vectors, std::max<int64_t>(1, kStripVectors / conv.unit) * conv.unit);
+    const int64_t source = tensors_[conv.in].at - walk.phases[0].up * walk.pitch - walk.left;
+    shifting = {true, zeros_ - source};
+    if (layout.pitch % kAlign) {
+      // Every other row begins in the middle of a line: these are read from a copy that lies half a line off.
+      const int64_t floats = layout.lead + channels * layout.channel, from = tensors_[conv.in].at - layout.lead;
+      const int64_t to = reserve(floats + kAlign) + kAlign / 2;
+      for (Tap& tap : walk.parts[0].taps)
+        if (tap.dy % 2) tap.elsewhere = to - from;
+      steps_.push_back({1, [=](const Frame& frame, int64_t) {
+                          std::memcpy(frame.memory + to, frame.memory + from, floats * sizeof(float));
+                        }});
+    }
+  }
   const int64_t rows = walk.groups * walk.rows;
   conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.strips), 1, ceil_div(rows, 64));
-  conv.block = walk.groups > 1 ? channels : block_channels(walk, conv.weight, kStripLanes, kRowNnz);
+  conv.block = walk.groups > 1 ? channels : block_channels(walk, conv.weight, kStripLanes, kRowNnz, first_level_floats());
   conv.blocks = ceil_div(channels, conv.block);
-  conv.kernel = std::make_unique<PackedWeight>(walk, walk.parts[0], conv.weight, conv.block, conv.splits, true, true);
+  conv.kernel = std::make_unique<PackedWeight>(walk, walk.parts[0], conv.weight, conv.block, conv.splits, true, true,
+                                               shifting);
   conv.weight = {};
   steps_.push_back({conv.strips * conv.splits, [&conv, this](const Frame& frame, int64_t task) {
                       run_conv(conv, frame, task / conv.splits, task % conv.splits);
@@ -276,8 +319,9 @@ void Program::add_conv_steps(Conv& conv) {
 void Program::run_conv(const Conv& conv, const Frame& frame, int64_t strip, int64_t split) const {
   const Walk& walk = conv.walk;
   const Layout& layout = layouts_[tensors_[conv.out].layout];
-  const int64_t vectors = layout.lanes / kAlign;
-  const int64_t begin = vectors * strip / conv.strips * kAlign, end = vectors * (strip + 1) / conv.strips * kAlign;
+  const int64_t units = ceil_div(layout.lanes / kAlign, conv.unit), lanes = conv.unit * kAlign;
+  const int64_t begin = units * strip / conv.strips * lanes;
+  const int64_t end = std::min(layout.lanes, units * (strip + 1) / conv.strips * lanes);
   const float* source =
       conv.direct ? data(frame, conv.in) - walk.phases[0].up * walk.pitch - walk.left : frame.memory + conv.packed;
   const int64_t row = conv.kernel->first_row(split);

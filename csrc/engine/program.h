@@ -55,6 +55,7 @@ class Program {
     int64_t side = 0, up = 0, down = 0;        // zeros that taps reach to the left and right, above and below
     int64_t pitch = 0, lead = 0, channel = 0;  // floats: of a row, before the first pixel, of a plane
     int64_t lanes = 0;                         // floats from the first pixel on that are computed: whole registers
+    bool shifting = false;                     // PackedWeight may use it
     std::vector<int32_t> mask;                 // [lanes], 0 where there is no pixel; empty where all are
   };
   struct Tensor {
@@ -103,6 +104,7 @@ class Program {
   std::vector<Layer> layers_;
   std::vector<Step> steps_;
   int64_t floats_ = 0;  // of an image's memory
+  int64_t zeros_ = 0;   // where in it as many zeros are as a plane has lanes
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Memory>> free_;  // memory that no image has at hand
