@@ -19,7 +19,7 @@ constexpr int64_t kStripVectors = 4, kMostStripVectors = 5;  // registers of lan
 constexpr int64_t kFewestTasks = 4;    // of a layer, by splitting its rows, for threads that share an image
 constexpr int64_t kRowNnz = 13;        // non-zeros of a row in a block of channels, at least
 constexpr double kMostWaste = 1.15;    // of lanes, that aligned rows may cost
-constexpr int64_t kCopyChannels = 32;  // that a task copies
+constexpr int64_t kCopyChannels = 32;  // that a thread copies at once
 
 // That a strip reads while they stay in the first-level cache, of which results and weights need a part.
 int64_t first_level_floats() {
@@ -90,26 +90,28 @@ Images Program::images(const Frame& frame, int64_t tensor) const {
 }
 
 void Program::add_load(int64_t in, int64_t out) {
-  add_layer({{in}, out, kNone, [=, this] {
-               const Layout& layout = layouts_[tensors_[out].layout];
-               const Size& size = tensors_[out].size;
-               // The walk of a pointwise convolution, of which only the copying is done.
-               Walk walk = forward_walk(
-                   {1, size.channels, size.h, size.w, 1, size.h, size.w, 1, 1, 1, 1, 0, 0, 1, 1, 1}, {}, {});
-               walk.tile_h = size.h;
-               walk.tile_w = size.w;
-               walk.pitch = layout.pitch;
-               walk.channel_stride = layout.channel;
-               walk.phases[0].base = 0;
-               steps_.push_back({ceil_div(size.channels, kCopyChannels), [=, this](const Frame& frame, int64_t task) {
-                                   Walk at = walk;
-                                   at.source = images(frame, in);
-                                   const int64_t first = task * kCopyChannels;
-                                   const int64_t count = std::min(kCopyChannels, size.channels - first);
-                                   pack_source(at, {0, 0, 0, size.h, size.w}, {first, count},
-                                               data(frame, out) + first * layout.channel);
-                                 }});
-             }});
+  auto add_steps = [=, this] {
+    const Layout& layout = layouts_[tensors_[out].layout];
+    const Size& size = tensors_[out].size;
+    // The walk of a pointwise convolution, of which only the copying is done.
+    Walk walk =
+        forward_walk({1, size.channels, size.h, size.w, 1, size.h, size.w, 1, 1, 1, 1, 0, 0, 1, 1, 1}, {}, {});
+    walk.tile_h = size.h;
+    walk.tile_w = size.w;
+    walk.pitch = layout.pitch;
+    walk.channel_stride = layout.channel;
+    walk.phases[0].base = 0;
+    steps_.push_back({size.channels, kCopyChannels, [=, this](const Frame& frame, int64_t first, int64_t last) {
+                        copy(walk, frame, in, first, last, data(frame, out));
+                      }});
+  };
+  add_layer({{in}, out, kNone, add_steps});
+}
+
+// Channels [first, last) of `in` into the packed block of a walk.
+void Program::copy(Walk walk, const Frame& frame, int64_t in, int64_t first, int64_t last, float* block) const {
+  walk.source = images(frame, in);
+  pack_source(walk, {0, 0, 0, walk.grid_h, walk.grid_w}, {first, last - first}, block + first * walk.channel_stride);
 }
 
 void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in, int64_t out, int64_t residual,
@@ -135,50 +137,51 @@ void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in,
 }
 
 void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
-  add_layer({{in}, out, kNone, [=, this] {
-               steps_.push_back({g.out_h, [=, this](const Frame& frame, int64_t y) {
-                                   thread_local Scratch scratch;
-                                   float* const floats = scratch.get(
-                                       2 * (g.in_w + g.out_w * g.stride_w + g.kernel_w * g.dilation_w + 64));
-                                   kernels().max_pool_row(g, images(frame, in), images(frame, out), y, floats);
-                                 }});
-             }});
+  auto add_steps = [=, this] {
+    steps_.push_back({g.out_h, 1, [=, this](const Frame& frame, int64_t first, int64_t last) {
+                        thread_local Scratch scratch;
+                        const int64_t row = g.in_w + g.out_w * g.stride_w + g.kernel_w * g.dilation_w + 64;
+                        for (int64_t y = first; y < last; ++y)
+                          kernels().max_pool_row(g, images(frame, in), images(frame, out), y, scratch.get(2 * row));
+                      }});
+  };
+  add_layer({{in}, out, kNone, add_steps});
 }
 
 void Program::add_mean(int64_t in, int64_t output) {
-  add_layer({{in}, kNone, kNone, [=, this] {
-               const Size& size = tensors_.at(in).size;
-               const Layout& layout = layouts_[tensors_[in].layout];
-               steps_.push_back(
-                   {ceil_div(size.channels, kCopyChannels), [=, this, &layout](const Frame& frame, int64_t task) {
-                      const Images& out = (*frame.outputs)[output];
-                      const int64_t end = std::min(size.channels, (task + 1) * kCopyChannels);
-                      for (int64_t c = task * kCopyChannels; c < end; ++c) {
-                        const float* from = data(frame, in) + c * layout.channel;
-                        float sums[kAlign] = {};  // lanes without a pixel are zero
-                        for (int64_t i = 0; i < layout.lanes; i += kAlign)
-                          for (int64_t k = 0; k < kAlign; ++k) sums[k] += from[i + k];
-                        double total = 0;
-                        for (float sum : sums) total += sum;
-                        out.data[frame.image * out.image + c * out.channel] = total / (size.h * size.w);
-                      }
-                    }});
-             }});
+  auto add_steps = [=, this] {
+    const Size& size = tensors_.at(in).size;
+    const Layout& layout = layouts_[tensors_[in].layout];
+    steps_.push_back(
+        {size.channels, kCopyChannels, [=, this, &layout](const Frame& frame, int64_t first, int64_t last) {
+           const Images& out = (*frame.outputs)[output];
+           for (int64_t c = first; c < last; ++c) {
+             const float* from = data(frame, in) + c * layout.channel;
+             float sums[kAlign] = {};  // lanes without a pixel are zero
+             for (int64_t i = 0; i < layout.lanes; i += kAlign)
+               for (int64_t k = 0; k < kAlign; ++k) sums[k] += from[i + k];
+             double total = 0;
+             for (float sum : sums) total += sum;
+             out.data[frame.image * out.image + c * out.channel] = total / (size.h * size.w);
+           }
+         }});
+  };
+  add_layer({{in}, kNone, kNone, add_steps});
 }
 
 void Program::add_store(int64_t in, int64_t output) {
-  add_layer({{in}, kNone, kNone, [=, this] {
-               const Size& size = tensors_.at(in).size;
-               const Layout& layout = layouts_[tensors_[in].layout];
-               steps_.push_back(
-                   {ceil_div(size.channels, kCopyChannels), [=, this, &layout](const Frame& frame, int64_t task) {
-                      const Images& out = (*frame.outputs)[output];
-                      const int64_t end = std::min(size.channels, (task + 1) * kCopyChannels);
-                      for (int64_t c = task * kCopyChannels; c < end; ++c)
-                        kernels().scatter(out.data + frame.image * out.image + c * out.channel, out.row, out.col,
-                                          data(frame, in) + c * layout.channel, layout.pitch, size.h, size.w);
-                    }});
-             }});
+  auto add_steps = [=, this] {
+    const Size& size = tensors_.at(in).size;
+    const Layout& layout = layouts_[tensors_[in].layout];
+    steps_.push_back(
+        {size.channels, kCopyChannels, [=, this, &layout](const Frame& frame, int64_t first, int64_t last) {
+           const Images& out = (*frame.outputs)[output];
+           for (int64_t c = first; c < last; ++c)
+             kernels().scatter(out.data + frame.image * out.image + c * out.channel, out.row, out.col,
+                               data(frame, in) + c * layout.channel, layout.pitch, size.h, size.w);
+         }});
+  };
+  add_layer({{in}, kNone, kNone, add_steps});
 }
 
 void Program::set_layouts() {
@@ -276,12 +279,8 @@ void Program::add_conv_steps(Conv& conv) {
   } else {
     place_phases(walk);
     conv.packed = reserve(channels * walk.channel_stride + walk.pitch);
-    steps_.push_back({ceil_div(channels, kCopyChannels), [&conv, channels, this](const Frame& frame, int64_t task) {
-                        Walk at = conv.walk;
-                        at.source = images(frame, conv.in);
-                        const int64_t first = task * kCopyChannels, count = std::min(kCopyChannels, channels - first);
-                        pack_source(at, {0, 0, 0, at.grid_h, at.grid_w}, {first, count},
-                                    frame.memory + conv.packed + first * at.channel_stride);
+    steps_.push_back({channels, kCopyChannels, [&conv, this](const Frame& frame, int64_t first, int64_t last) {
+                        copy(conv.walk, frame, conv.in, first, last, frame.memory + conv.packed);
                       }});
   }
   const int64_t vectors = layout.lanes / kAlign;
@@ -299,7 +298,7 @@ void Program::add_conv_steps(Conv& conv) {
       const int64_t to = reserve(floats + kAlign) + kAlign / 2;
       for (Tap& tap : walk.parts[0].taps)
         if (tap.dy % 2) tap.elsewhere = to - from;
-      steps_.push_back({1, [=](const Frame& frame, int64_t) {
+      steps_.push_back({1, 1, [=](const Frame& frame, int64_t, int64_t) {
                           std::memcpy(frame.memory + to, frame.memory + from, floats * sizeof(float));
                         }});
     }
@@ -311,12 +310,16 @@ void Program::add_conv_steps(Conv& conv) {
   conv.kernel = std::make_unique<PackedWeight>(walk, walk.parts[0], conv.weight, conv.block, conv.splits, true, true,
                                                shifting);
   conv.weight = {};
-  steps_.push_back({conv.strips * conv.splits, [&conv, this](const Frame& frame, int64_t task) {
-                      run_conv(conv, frame, task / conv.splits, task % conv.splits);
+  // A strip's splits of the rows follow each other.
+  steps_.push_back({conv.strips * conv.splits, 1, [&conv, this](const Frame& frame, int64_t first, int64_t last) {
+                      for (int64_t at = first, end; at < last; at = end) {
+                        end = std::min(last, (at / conv.splits + 1) * conv.splits);
+                        run_conv(conv, frame, at / conv.splits, at % conv.splits, end - at);
+                      }
                     }});
 }
 
-void Program::run_conv(const Conv& conv, const Frame& frame, int64_t strip, int64_t split) const {
+void Program::run_conv(const Conv& conv, const Frame& frame, int64_t strip, int64_t split, int64_t splits) const {
   const Walk& walk = conv.walk;
   const Layout& layout = layouts_[tensors_[conv.out].layout];
   const int64_t units = ceil_div(layout.lanes / kAlign, conv.unit), lanes = conv.unit * kAlign;
@@ -324,19 +327,21 @@ void Program::run_conv(const Conv& conv, const Frame& frame, int64_t strip, int6
   const int64_t end = std::min(layout.lanes, units * (strip + 1) / conv.strips * lanes);
   const float* source =
       conv.direct ? data(frame, conv.in) - walk.phases[0].up * walk.pitch - walk.left : frame.memory + conv.packed;
-  const int64_t row = conv.kernel->first_row(split);
-  Results out{data(frame, conv.out) + row * layout.channel + begin, layout.channel};
+  Results out{nullptr, layout.channel};
+  out.start_stride = layout.channel;
   out.mask = layout.mask.empty() ? nullptr : layout.mask.data() + begin;
   for (int64_t b = 0; b < conv.blocks; ++b) {
     const bool last = b + 1 == conv.blocks;
-    out.bias = b == 0 && !conv.bias.empty() ? conv.bias.data() + row : nullptr;
-    out.start = b > 0 ? out.data : nullptr;
-    if (b == 0 && conv.residual != kNone) out.start = data(frame, conv.residual) + row * layout.channel + begin;
-    out.start_stride = layout.channel;
     out.low = last ? conv.epilogue.low : -kInfinity;
     out.high = last ? conv.epilogue.high : kInfinity;
-    kernels().spmm({source + b * conv.block * walk.channel_stride + begin, {}}, conv.kernel->rows(0, b, split), out,
-                   end - begin);
+    for (int64_t part = split; part < split + splits; ++part) {
+      const int64_t row = conv.kernel->first_row(part), at = row * layout.channel + begin;
+      out.data = data(frame, conv.out) + at;
+      out.bias = b == 0 && !conv.bias.empty() ? conv.bias.data() + row : nullptr;
+      out.start = b > 0 ? out.data : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
+      kernels().spmm({source + b * conv.block * walk.channel_stride + begin, {}}, conv.kernel->rows(0, b, part), out,
+                     end - begin);
+    }
   }
 }
 
@@ -345,18 +350,20 @@ void Program::run_conv(const Conv& conv, const Frame& frame, int64_t strip, int6
 class Program::Together {
  public:
   explicit Together(const std::vector<Step>& steps) : steps_(steps) {
-    for (const Step& step : steps) turns_.emplace_back(step.tasks);
+    for (const Step& step : steps) turns_.emplace_back(ceil_div(step.items, step.chunk));
   }
 
   void run(const Frame& frame) {
     parallel(torch::stable::get_num_threads(), [&](int64_t thread, int64_t) {
       for (size_t i = 0; i < steps_.size(); ++i) {
         Turn& turn = turns_[i];
+        const Step& step = steps_[i];
         for (Queue::Worker task(turn.queue, thread, false); !task.done(); task.advance()) {
-          steps_[i].run(frame, task.task());
+          const int64_t first = task.task() * step.chunk;
+          step.run(frame, first, std::min(step.items, first + step.chunk));
           turn.done.fetch_add(1, std::memory_order_release);
         }
-        for (int64_t tries = 0; turn.done.load(std::memory_order_acquire) < steps_[i].tasks; ++tries)
+        for (int64_t tries = 0; turn.done.load(std::memory_order_acquire) < turn.tasks; ++tries)
           if (tries > 1000) std::this_thread::yield();
       }
     });
@@ -364,7 +371,8 @@ class Program::Together {
 
  private:
   struct Turn {
-    explicit Turn(int64_t tasks) : queue(tasks, 1) {}
+    explicit Turn(int64_t tasks) : tasks(tasks), queue(tasks, 1) {}
+    const int64_t tasks;
     Queue queue;
     std::atomic<int64_t> done = 0;
   };
@@ -395,9 +403,7 @@ void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& 
   parallel(std::min(threads, alone), [&](int64_t thread, int64_t) {
     auto memory = take_memory();
     for (Queue::Worker image(queue, thread, false); !image.done(); image.advance())
-      for (const Step& step : steps_)
-        for (int64_t task = 0; task < step.tasks; ++task)
-          step.run({memory->data(), &inputs, &outputs, image.task()}, task);
+      for (const Step& step : steps_) step.run({memory->data(), &inputs, &outputs, image.task()}, 0, step.items);
     give_back(std::move(memory));
   });
   for (int64_t image = alone; image < images; ++image) {

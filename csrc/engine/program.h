@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/conv2d.h"
+#include "cpu/walk.h"
 #include "ops.h"
 
 namespace sparsekit {
@@ -78,9 +79,10 @@ class Program {
     const std::vector<Images>* outputs;
     int64_t image;
   };
+  // Work on items [first, last) of some number; threads that share an image take `chunk` at a time.
   struct Step {
-    int64_t tasks;
-    std::function<void(const Frame&, int64_t task)> run;
+    int64_t items, chunk;
+    std::function<void(const Frame&, int64_t first, int64_t last)> run;
   };
   class Memory;
   class Together;
@@ -93,7 +95,8 @@ class Program {
   float* data(const Frame& frame, int64_t tensor) const;
   Images images(const Frame& frame, int64_t tensor) const;
   void add_conv_steps(Conv& conv);
-  void run_conv(const Conv& conv, const Frame& frame, int64_t strip, int64_t split) const;
+  void copy(Walk walk, const Frame& frame, int64_t in, int64_t first, int64_t last, float* block) const;
+  void run_conv(const Conv& conv, const Frame& frame, int64_t strip, int64_t split, int64_t splits) const;
   std::unique_ptr<Memory> take_memory();
   void give_back(std::unique_ptr<Memory> memory);
 
