@@ -348,6 +348,28 @@ void interleave(float* to, int64_t to_row, const float* even, const float* odd, 
   }
 }
 
+void split(float* even, float* odd, int64_t to_row, const float* from, int64_t from_row, int64_t rows,
+           int64_t even_cols, int64_t odd_cols) {
+  for (int64_t r = 0; r < rows; ++r, even += to_row, odd += to_row, from += from_row) {
+    int64_t c = 0;
+#if defined(__AVX512F__)
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    auto left = [](int64_t n) { return n < 0 ? 0 : n < kLanes ? n : kLanes; };
+    const int64_t floats = 2 * even_cols - 1 > 2 * odd_cols ? 2 * even_cols - 1 : 2 * odd_cols;
+    for (; 2 * c < floats; c += kLanes) {
+      const Vec low = load(from + 2 * c, left(floats - 2 * c));
+      const Vec high = load(from + 2 * c + kLanes, left(floats - 2 * c - kLanes));
+      store(even + c, _mm512_permutex2var_ps(low, evens, high), left(even_cols - c));
+      store(odd + c, _mm512_permutex2var_ps(low, odds, high), left(odd_cols - c));
+    }
+#else
+    for (; c < even_cols; ++c) even[c] = from[2 * c];
+    for (c = 0; c < odd_cols; ++c) odd[c] = from[2 * c + 1];
+#endif
+  }
+}
+
 void gather(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows,
             int64_t cols) {
   for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
@@ -499,6 +521,6 @@ void max_pool_row(const Pool2dGeometry& g, const Images& in, const Images& out, 
 }  // namespace
 
 extern const Kernels kernels = {
-    SPARSEKIT_STRING(SPARSEKIT_ISA), spmm, sddmm, gather, scatter, interleave, max_pool_row, transpose};
+    SPARSEKIT_STRING(SPARSEKIT_ISA), spmm, sddmm, gather, scatter, interleave, split, max_pool_row, transpose};
 
 }  // namespace sparsekit::SPARSEKIT_ISA

@@ -71,6 +71,11 @@ struct Kernels {
   void (*interleave)(float* to, int64_t to_row, const float* even, const float* odd, int64_t even_row, int64_t odd_row,
                      int64_t rows, int64_t cols);
 
+  // The inverse for even_cols + odd_cols columns, of which the counts differ by at most one or the longer is cut short:
+  // even[r * to_row + c] = from[r * from_row + 2 * c], odd[r * to_row + c] = from[r * from_row + 2 * c + 1]
+  void (*split)(float* even, float* odd, int64_t to_row, const float* from, int64_t from_row, int64_t rows,
+                int64_t even_cols, int64_t odd_cols);
+
   // Row y of max pooling, all channels of one image; a window's pixels outside of the image do not count, NaN wins. The
   // layouts are NCHW and channels_last; NCHW to channels_last is not there. scratch: 2 * (in_w + out_w * stride_w +
   // kernel_w * dilation_w + 64) floats.

@@ -107,9 +107,9 @@ void place_phases(Walk& walk) {
   const int64_t halo = walk.left + walk.right;
   int64_t base = 0;
   for (Phase& p : walk.phases) {
-    p.base = base;
+    p.base = base + walk.lead;
     const int64_t lanes = round_up((walk.tile_h - 1) * walk.pitch + walk.tile_w, kAlign);
-    base += round_up((p.up + p.down) * walk.pitch + halo + lanes, kAlign);
+    base += round_up(walk.lead + (p.up + p.down) * walk.pitch + halo + lanes, kAlign);
   }
   // Where a strip is a part of the tile: an odd number of lines, so that its channels spread over all sets of the
   // cache.
@@ -168,47 +168,77 @@ Channels channels_of(const Walk& walk, int64_t group, int64_t block, int64_t blo
   return {group * walk.source_channels + begin, std::min(block_channels, walk.source_channels - begin)};
 }
 
+namespace {
+
+// What a phase has of a tile: `rows` x `cols` pixels from `from` on, which go to `to`, in every channel.
+struct Piece {
+  float* to;
+  const float* from;
+  int64_t rows, cols;
+};
+
+// Writes the zeros where the source has no pixels.
+Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels channels, float* block) {
+  const Images& s = walk.source;
+  // The rows [top, bottom) and columns [from, to) of the packed phase that exist in the source.
+  const int64_t x0 = tile.x - walk.left, y0 = tile.y - p.up, rows = walk.tile_h + p.up + p.down;
+  const int64_t width = ceil_div(walk.source_w - p.offset_w, walk.step_w);
+  const int64_t height = ceil_div(walk.source_h - p.offset_h, walk.step_h);
+  const int64_t from = std::clamp<int64_t>(-x0, 0, walk.pitch), to = std::clamp<int64_t>(width - x0, from, walk.pitch);
+  const int64_t top = from < to ? std::clamp<int64_t>(-y0, 0, rows) : rows;
+  const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
+  float* phase = block + p.base;
+  // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
+  const bool columns_move = walk.tile_w < walk.grid_w;
+  if (top > 0 || bottom < rows || columns_move)
+    for (int64_t c = 0; c < channels.count; ++c) {
+      float* packed = phase + c * walk.channel_stride;
+      std::fill(packed, packed + top * walk.pitch, 0.0f);
+      std::fill(packed + bottom * walk.pitch, packed + rows * walk.pitch, 0.0f);
+      if (columns_move && (from > 0 || to < walk.pitch))
+        for (int64_t r = top; r < bottom; ++r) {
+          std::fill(packed + r * walk.pitch, packed + r * walk.pitch + from, 0.0f);
+          std::fill(packed + r * walk.pitch + to, packed + (r + 1) * walk.pitch, 0.0f);
+        }
+    }
+  return {phase + top * walk.pitch + from,
+          s.data + tile.image * s.image + channels.first * s.channel +
+              ((y0 + top) * walk.step_h + p.offset_h) * s.row + ((x0 + from) * walk.step_w + p.offset_w) * s.col,
+          bottom - top, to - from};
+}
+
+}  // namespace
+
 void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float* block) {
   const Kernels& k = kernels();
   const Images& s = walk.source;
-  const int64_t count = channels.count;
-  for (const Phase& p : walk.phases) {
-    // The rows [top, bottom) and columns [from, to) of the packed phase that exist in the source.
-    const int64_t x0 = tile.x - walk.left, y0 = tile.y - p.up, rows = walk.tile_h + p.up + p.down;
-    const int64_t width = ceil_div(walk.source_w - p.offset_w, walk.step_w);
-    const int64_t height = ceil_div(walk.source_h - p.offset_h, walk.step_h);
-    const int64_t from = std::clamp<int64_t>(-x0, 0, walk.pitch),
-                  to = std::clamp<int64_t>(width - x0, from, walk.pitch);
-    const int64_t top = from < to ? std::clamp<int64_t>(-y0, 0, rows) : rows;
-    const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
-    const int64_t col = walk.step_w * s.col, row = walk.step_h * s.row;
-    const float* first = s.data + tile.image * s.image + channels.first * s.channel +
-                         ((y0 + top) * walk.step_h + p.offset_h) * s.row +
-                         ((x0 + from) * walk.step_w + p.offset_w) * s.col;
-    float* phase = block + p.base;
-    // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
-    const bool columns_move = walk.tile_w < walk.grid_w;
-    if (top > 0 || bottom < rows || columns_move)
-      for (int64_t c = 0; c < count; ++c) {
-        float* packed = phase + c * walk.channel_stride;
-        std::fill(packed, packed + top * walk.pitch, 0.0f);
-        std::fill(packed + bottom * walk.pitch, packed + rows * walk.pitch, 0.0f);
-        if (columns_move && (from > 0 || to < walk.pitch))
-          for (int64_t r = top; r < bottom; ++r) {
-            std::fill(packed + r * walk.pitch, packed + r * walk.pitch + from, 0.0f);
-            std::fill(packed + r * walk.pitch + to, packed + (r + 1) * walk.pitch, 0.0f);
-          }
+  const int64_t count = channels.count, col = walk.step_w * s.col, row = walk.step_h * s.row;
+  for (size_t i = 0; i < walk.phases.size(); ++i) {
+    const Piece piece = piece_of(walk, walk.phases[i], tile, channels, block);
+    if (i + 1 < walk.phases.size() && walk.step_w == 2 && s.col == 1) {
+      // Even and odd columns of the same rows are read at once.
+      const Phase &p = walk.phases[i], &q = walk.phases[i + 1];
+      if (p.offset_h == q.offset_h && p.up == q.up && p.down == q.down) {
+        const Piece other = piece_of(walk, q, tile, channels, block);
+        const Piece &even = p.offset_w ? other : piece, &odd = p.offset_w ? piece : other;
+        if (even.rows == odd.rows && odd.from == even.from + 1) {
+          for (int64_t c = 0; c < count; ++c)
+            k.split(even.to + c * walk.channel_stride, odd.to + c * walk.channel_stride, walk.pitch,
+                    even.from + c * s.channel, row, even.rows, even.cols, odd.cols);
+          ++i;
+          continue;
+        }
       }
-    float* packed = phase + top * walk.pitch + from;
+    }
     if (s.channel == 1) {
-      for (int64_t r = 0; r < bottom - top; ++r)
-        k.transpose(packed + r * walk.pitch, walk.channel_stride, first + r * row, col, to - from, count);
-    } else if (bottom - top == 1) {
-      k.gather(packed, walk.channel_stride, first, s.channel, col, count, to - from);
+      for (int64_t r = 0; r < piece.rows; ++r)
+        k.transpose(piece.to + r * walk.pitch, walk.channel_stride, piece.from + r * row, col, piece.cols, count);
+    } else if (piece.rows == 1) {
+      k.gather(piece.to, walk.channel_stride, piece.from, s.channel, col, count, piece.cols);
     } else {
       for (int64_t c = 0; c < count; ++c)
-        k.gather(packed + c * walk.channel_stride, walk.pitch, first + c * s.channel, row, col, bottom - top,
-                 to - from);
+        k.gather(piece.to + c * walk.channel_stride, walk.pitch, piece.from + c * s.channel, row, col, piece.rows,
+                 piece.cols);
     }
   }
 }

@@ -51,6 +51,7 @@ struct Walk {
   // The lanes are a grid of grid_h x grid_w pixels of every part, cut into tiles of tile_h x tile_w, pitch lanes from
   // one row to the next.
   int64_t grid_h, grid_w, tile_h, tile_w, pitch, channel_stride;
+  int64_t lead = 0;     // floats before the first pixel of a phase
   bool direct = false;  // the source itself serves as packed block
 
   int64_t tiles_h() const { return ceil_div(grid_h, tile_h); }

@@ -277,6 +277,7 @@ void Program::add_conv_steps(Conv& conv) {
     walk.phases[0].base = 0;
     walk.channel_stride = layout.channel;
   } else {
+    walk.lead = round_up(walk.left, kAlign) - walk.left;
     place_phases(walk);
     conv.packed = reserve(channels * walk.channel_stride + walk.pitch);
     steps_.push_back({channels, kCopyChannels, [&conv, this](const Frame& frame, int64_t first, int64_t last) {
