@@ -101,17 +101,17 @@ void Program::add_load(int64_t in, int64_t out) {
     walk.pitch = layout.pitch;
     walk.channel_stride = layout.channel;
     walk.phases[0].base = 0;
-    steps_.push_back({size.channels, kCopyChannels, [=, this](const Frame& frame, int64_t first, int64_t last) {
-                        copy(walk, frame, in, first, last, data(frame, out));
+    steps_.push_back({size.channels, kCopyChannels, [=, this, &layout](const Frame& frame, int64_t first, int64_t last) {
+                        copy(walk, frame, in, {first, last - first}, data(frame, out) + first * layout.channel);
                       }});
   };
   add_layer({{in}, out, kNone, add_steps});
 }
 
-// Channels [first, last) of `in` into the packed block of a walk.
-void Program::copy(Walk walk, const Frame& frame, int64_t in, int64_t first, int64_t last, float* block) const {
+// Channels of `in` into the packed block of a walk.
+void Program::copy(Walk walk, const Frame& frame, int64_t in, Range channels, float* block) const {
   walk.source = images(frame, in);
-  pack_source(walk, {0, 0, 0, walk.grid_h, walk.grid_w}, {first, last - first}, block + first * walk.channel_stride);
+  pack_source(walk, {0, 0, 0, walk.grid_h, walk.grid_w}, {channels.first, channels.count}, block);
 }
 
 void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in, int64_t out, int64_t residual,
@@ -269,80 +269,98 @@ void Program::finish() {
 void Program::add_conv_steps(Conv& conv) {
   Walk& walk = conv.walk;
   const Layout& layout = layouts_[tensors_[conv.out].layout];
+  const int64_t channels = walk.groups * walk.source_channels, rows = walk.groups * walk.rows;
   walk.tile_h = walk.grid_h;
   walk.tile_w = walk.grid_w;
   walk.pitch = layout.pitch;
-  const int64_t channels = walk.groups * walk.source_channels;
   if (conv.direct) {
     walk.phases[0].base = 0;
     walk.channel_stride = layout.channel;
   } else {
     walk.lead = round_up(walk.left, kAlign) - walk.left;
     place_phases(walk);
-    conv.packed = reserve(channels * walk.channel_stride + walk.pitch);
-    steps_.push_back({channels, kCopyChannels, [&conv, this](const Frame& frame, int64_t first, int64_t last) {
-                        copy(conv.walk, frame, conv.in, first, last, frame.memory + conv.packed);
-                      }});
   }
   const int64_t vectors = layout.lanes / kAlign;
   conv.strips = std::max(ceil_div(vectors, kMostStripVectors), (vectors + kStripVectors / 2) / kStripVectors);
-  Shifting shifting;
-  if (conv.direct && layout.shifting && (walk.left || walk.right)) {
-    // Strips of whole rows.
-    conv.unit = layout.pitch % kAlign ? 2 * layout.pitch / kAlign : layout.pitch / kAlign;
-    conv.strips = ceil_div(vectors, std::max<int64_t>(1, kStripVectors / conv.unit) * conv.unit);
-    const int64_t source = tensors_[conv.in].at - walk.phases[0].up * walk.pitch - walk.left;
-    shifting = {true, zeros_ - source};
-    if (layout.pitch % kAlign) {
-      // Every other row begins in the middle of a line: these are read from a copy that lies half a line off.
-      const int64_t floats = layout.lead + channels * layout.channel, from = tensors_[conv.in].at - layout.lead;
-      const int64_t to = reserve(floats + kAlign) + kAlign / 2;
-      for (Tap& tap : walk.parts[0].taps)
-        if (tap.dy % 2) tap.elsewhere = to - from;
-      steps_.push_back({1, 1, [=](const Frame& frame, int64_t, int64_t) {
-                          std::memcpy(frame.memory + to, frame.memory + from, floats * sizeof(float));
-                        }});
-    }
-  }
-  const int64_t rows = walk.groups * walk.rows;
+  const Shifting shifting = conv.direct && layout.shifting && (walk.left || walk.right) ? shift(conv) : Shifting();
   conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.strips), 1, ceil_div(rows, 64));
-  conv.block = walk.groups > 1 ? channels : block_channels(walk, conv.weight, kStripLanes, kRowNnz, first_level_floats());
+  conv.block = channels;
+  if (walk.groups == 1) conv.block = block_channels(walk, conv.weight, kStripLanes, kRowNnz, first_level_floats());
   conv.blocks = ceil_div(channels, conv.block);
   conv.kernel = std::make_unique<PackedWeight>(walk, walk.parts[0], conv.weight, conv.block, conv.splits, true, true,
                                                shifting);
   conv.weight = {};
   // A strip's splits of the rows follow each other.
-  steps_.push_back({conv.strips * conv.splits, 1, [&conv, this](const Frame& frame, int64_t first, int64_t last) {
-                      for (int64_t at = first, end; at < last; at = end) {
-                        end = std::min(last, (at / conv.splits + 1) * conv.splits);
-                        run_conv(conv, frame, at / conv.splits, at % conv.splits, end - at);
-                      }
-                    }});
+  auto add = [&](int64_t first_block, int64_t blocks, auto source) {
+    steps_.push_back({conv.strips * conv.splits, 1,
+                      [&conv, this, first_block, blocks, source](const Frame& frame, int64_t first, int64_t last) {
+                        for (int64_t at = first, end; at < last; at = end) {
+                          end = std::min(last, (at / conv.splits + 1) * conv.splits);
+                          run_conv(conv, frame, source(frame), {first_block, blocks}, at / conv.splits,
+                                   {at % conv.splits, end - at});
+                        }
+                      }});
+  };
+  if (conv.direct) {
+    const int64_t before = walk.phases[0].up * walk.pitch + walk.left;
+    add(0, conv.blocks, [&conv, this, before](const Frame& frame) { return data(frame, conv.in) - before; });
+    return;
+  }
+  // Block by block, so that the packed source stays in a cache.
+  const int64_t packed = reserve(conv.block * walk.channel_stride + walk.pitch);
+  for (int64_t b = 0; b < conv.blocks; ++b) {
+    const int64_t from = b * conv.block, count = std::min(conv.block, channels - from);
+    steps_.push_back({count, ceil_div(count, kFewestTasks),
+                      [&conv, this, packed, from](const Frame& frame, int64_t first, int64_t last) {
+                        copy(conv.walk, frame, conv.in, {from + first, last - first},
+                             frame.memory + packed + first * conv.walk.channel_stride);
+                      }});
+    add(b, 1, [packed](const Frame& frame) { return frame.memory + packed; });
+  }
 }
 
-void Program::run_conv(const Conv& conv, const Frame& frame, int64_t strip, int64_t split, int64_t splits) const {
-  const Walk& walk = conv.walk;
+// Makes strips of whole rows.
+Shifting Program::shift(Conv& conv) {
+  Walk& walk = conv.walk;
+  const Layout& layout = layouts_[tensors_[conv.out].layout];
+  conv.unit = layout.pitch % kAlign ? 2 * layout.pitch / kAlign : layout.pitch / kAlign;
+  conv.strips = ceil_div(layout.lanes / kAlign, std::max<int64_t>(1, kStripVectors / conv.unit) * conv.unit);
+  const int64_t pixels = tensors_[conv.in].at, from = pixels - layout.lead;
+  if (layout.pitch % kAlign) {
+    // Every other row begins in the middle of a line: these are read from a copy that lies half a line off.
+    const int64_t floats = layout.lead + walk.groups * walk.source_channels * layout.channel;
+    const int64_t to = reserve(floats + kAlign) + kAlign / 2;
+    for (Tap& tap : walk.parts[0].taps)
+      if (tap.dy % 2) tap.elsewhere = to - from;
+    steps_.push_back({1, 1, [=](const Frame& frame, int64_t, int64_t) {
+                        std::memcpy(frame.memory + to, frame.memory + from, floats * sizeof(float));
+                      }});
+  }
+  return {true, zeros_ - (pixels - walk.phases[0].up * walk.pitch - walk.left)};
+}
+
+void Program::run_conv(const Conv& conv, const Frame& frame, const float* source, Range blocks, int64_t strip,
+                       Range splits) const {
   const Layout& layout = layouts_[tensors_[conv.out].layout];
   const int64_t units = ceil_div(layout.lanes / kAlign, conv.unit), lanes = conv.unit * kAlign;
   const int64_t begin = units * strip / conv.strips * lanes;
   const int64_t end = std::min(layout.lanes, units * (strip + 1) / conv.strips * lanes);
-  const float* source =
-      conv.direct ? data(frame, conv.in) - walk.phases[0].up * walk.pitch - walk.left : frame.memory + conv.packed;
   Results out{nullptr, layout.channel};
   out.start_stride = layout.channel;
   out.mask = layout.mask.empty() ? nullptr : layout.mask.data() + begin;
-  for (int64_t b = 0; b < conv.blocks; ++b) {
+  source += begin;
+  for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b) {
     const bool last = b + 1 == conv.blocks;
     out.low = last ? conv.epilogue.low : -kInfinity;
     out.high = last ? conv.epilogue.high : kInfinity;
-    for (int64_t part = split; part < split + splits; ++part) {
-      const int64_t row = conv.kernel->first_row(part), at = row * layout.channel + begin;
+    for (int64_t split = splits.first; split < splits.first + splits.count; ++split) {
+      const int64_t row = conv.kernel->first_row(split), at = row * layout.channel + begin;
       out.data = data(frame, conv.out) + at;
       out.bias = b == 0 && !conv.bias.empty() ? conv.bias.data() + row : nullptr;
       out.start = b > 0 ? out.data : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
-      kernels().spmm({source + b * conv.block * walk.channel_stride + begin, {}}, conv.kernel->rows(0, b, part), out,
-                     end - begin);
+      kernels().spmm({source, {}}, conv.kernel->rows(0, b, split), out, end - begin);
     }
+    source += conv.block * conv.walk.channel_stride;
   }
 }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/conv2d.h"
+#include "cpu/packed_weight.h"
 #include "cpu/walk.h"
 #include "ops.h"
 
@@ -84,6 +85,9 @@ class Program {
     int64_t items, chunk;
     std::function<void(const Frame&, int64_t first, int64_t last)> run;
   };
+  struct Range {
+    int64_t first, count;
+  };
   class Memory;
   class Together;
 
@@ -95,8 +99,10 @@ class Program {
   float* data(const Frame& frame, int64_t tensor) const;
   Images images(const Frame& frame, int64_t tensor) const;
   void add_conv_steps(Conv& conv);
-  void copy(Walk walk, const Frame& frame, int64_t in, int64_t first, int64_t last, float* block) const;
-  void run_conv(const Conv& conv, const Frame& frame, int64_t strip, int64_t split, int64_t splits) const;
+  Shifting shift(Conv& conv);
+  void copy(Walk walk, const Frame& frame, int64_t in, Range channels, float* block) const;
+  void run_conv(const Conv& conv, const Frame& frame, const float* source, Range blocks, int64_t strip,
+                Range splits) const;
   std::unique_ptr<Memory> take_memory();
   void give_back(std::unique_ptr<Memory> memory);
 
