@@ -143,6 +143,24 @@ def predict(shape: Shape, nnz: int, train: bool) -> tuple[float, float]:
     return sparse, dense
 
 
+# The same within a chain of an engine (sparsekit.engine.chains), where tensors come in the layout that the kernels want,
+# from a cache, and an image's weights from further away.
+#   visit: one output lane; weight: one kept weight fetched for an image.
+CHAIN_FMA, CHAIN_MOVE, CHAIN_VISIT, CHAIN_WEIGHT = 2.2e-11, 1.1e-10, 8e-11, 5e-10
+#   an element copied into a chain or out of it.
+CHAIN_COPY = 2e-10
+
+
+def predict_in_chain(shape: Shape, nnz: int) -> float:
+    """Expected seconds of a convolution on the sparse kernels within a chain."""
+    ratio = SPARSE_COSTS[_ops.backend()].fma / SPARSE_COSTS["avx512"].fma
+    side = math.isqrt(shape.out_pixels)
+    lanes = _whole_registers(side * (side + 1))
+    moved = shape.in_channels * shape.in_pixels + shape.out_channels * shape.out_pixels
+    work = nnz * (CHAIN_FMA * lanes + CHAIN_WEIGHT) + CHAIN_VISIT * shape.out_channels * lanes + CHAIN_MOVE * moved
+    return ratio * shape.batch * work / torch.get_num_threads()
+
+
 def decide(module, input: Tensor) -> Decision:
     """Which way ``module`` runs on ``input``, and why."""
     if module.backend == "sparse":

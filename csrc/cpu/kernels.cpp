@@ -97,7 +97,8 @@ void spmm_strip(const float* const tile, Ahead ahead, const Rows& rows, const Re
       }
       for (int v = 0; v < N; ++v) {
         sum[0][v] = add(sum[0][v], shift_in_last(v ? from_left[v - 1] : zero(), from_left[v]));
-        sum[kSums - 1][v] = add(sum[kSums - 1][v], shift_in_first(from_right[v], v + 1 < N ? from_right[v + 1] : zero()));
+        sum[kSums - 1][v] =
+            add(sum[kSums - 1][v], shift_in_first(from_right[v], v + 1 < N ? from_right[v + 1] : zero()));
       }
 #else
       for (int64_t i = 0; i < 2 * pairs; ++i, ++offsets, ++values) {

@@ -49,9 +49,8 @@ class PackedWeight {
           continue;
         }
         const Phase& p = walk.phases[tap.phase];
-        offset_of[c * taps_ + t] =
-            c % block_channels * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch + walk.left + tap.dx +
-            tap.elsewhere;
+        offset_of[c * taps_ + t] = c % block_channels * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch +
+                                   walk.left + tap.dx + tap.elsewhere;
       }
     count(csr, offset_of);
     if (shifting_.on) pair(csr);
@@ -68,8 +67,10 @@ class PackedWeight {
   // The rows [first_row(split), first_row(split + 1)) of a group, over one block of channels.
   Rows rows(int64_t group, int64_t block, int64_t split) const {
     const int64_t start = (group * blocks_ + block) * rows_ + first_row(split);
-    return {begin_.data() + start,   order_.data() + start,
-            offsets_.data(),         values_.data(),
+    return {begin_.data() + start,
+            order_.data() + start,
+            offsets_.data(),
+            values_.data(),
             first_row(split + 1) - first_row(split),
             shifting_.on ? pairs_[(group * blocks_ + block) * splits_ + split] : 0};
   }
@@ -135,8 +136,8 @@ class PackedWeight {
     return count;
   }
 
-  // As many pairs of a left and a right tap as a row has on average; rows that have fewer get zeros, what they have more
-  // of is loaded where it is. A constant number, for the branch predictor.
+  // As many pairs of a left and a right tap as a row has on average; rows that have fewer get zeros, what they have
+  // more of is loaded where it is. A constant number, for the branch predictor.
   void pair(const Csr& csr) {
     std::vector<Beside> counts(length_.size());
     parallel(csr.rows, [&](int64_t first, int64_t last) {
@@ -218,8 +219,8 @@ class PackedWeight {
   int64_t rows_, groups_, blocks_, block_channels_, splits_, taps_;
   Shifting shifting_;
   int64_t block_floats_;
-  std::vector<int64_t> beside_;  // per tap, its column
-  std::vector<int32_t> pairs_;   // per group, block and split
+  std::vector<int64_t> beside_;        // per tap, its column
+  std::vector<int32_t> pairs_;         // per group, block and split
   int64_t group_rows_, group_floats_;  // between the groups of one list
   std::vector<int32_t> begin_, order_, slot_, length_;
   std::vector<uint32_t> offsets_;

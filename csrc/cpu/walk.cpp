@@ -202,8 +202,8 @@ Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels ch
         }
     }
   return {phase + top * walk.pitch + from,
-          s.data + tile.image * s.image + channels.first * s.channel +
-              ((y0 + top) * walk.step_h + p.offset_h) * s.row + ((x0 + from) * walk.step_w + p.offset_w) * s.col,
+          s.data + tile.image * s.image + channels.first * s.channel + ((y0 + top) * walk.step_h + p.offset_h) * s.row +
+              ((x0 + from) * walk.step_w + p.offset_w) * s.col,
           bottom - top, to - from};
 }
 

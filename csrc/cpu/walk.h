@@ -15,10 +15,10 @@
 namespace sparsekit {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kAlign = 16;       // floats in a cache line, and in the widest register
+constexpr int64_t kAlign = 16;  // floats in a cache line, and in the widest register
 // Chosen by measurement (benchmarks/layers.py) for 32 KB of first-level cache; 48 KB would gain nothing by more.
 constexpr int64_t kBlockFloats = 7 * 1024;  // that a strip reads while they stay there
-constexpr int64_t kStripLanes = 64;  // that spmm holds in registers; sddmm holds twice as many
+constexpr int64_t kStripLanes = 64;         // that spmm holds in registers; sddmm holds twice as many
 
 struct Tap {
   int64_t phase, dy, dx;  // phase < 0: the tap does not touch this part

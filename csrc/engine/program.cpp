@@ -34,17 +34,28 @@ int64_t first_level_floats() {
 
 }  // namespace
 
-struct Program::Conv {
+// A part of a sum of convolutions: its source, and the weight as packed for it.
+struct Program::Term {
   Walk walk;
   Csr weight;
-  int64_t in, out, residual;
-  Epilogue epilogue;
-  std::vector<float> bias;
-  bool direct = false;  // reads the tensor itself
-  int64_t packed = 0;   // else: where the packed source is in an image's memory
-  int64_t unit = 1;  // registers of lanes that no strip divides
-  int64_t block = 0, blocks = 0, strips = 0, splits = 0;
+  int64_t in;
+  bool direct;         // reads the tensor itself
+  int64_t packed = 0;  // else: where the packed source is in an image's memory
+  int64_t block = 0, blocks = 0;
   std::unique_ptr<PackedWeight> kernel;
+
+  int64_t channels() const { return walk.groups * walk.source_channels; }
+  int64_t rows() const { return walk.groups * walk.rows; }
+};
+
+struct Program::Conv {
+  std::vector<Term> terms;
+  int64_t out, residual;
+  Epilogue epilogue;
+  std::vector<float> bias;  // [rows]
+  int64_t layer;
+  int64_t unit = 1;  // registers of lanes that no strip divides
+  int64_t strips = 0, splits = 0;
 };
 
 // What an image's tensors are in, zero where no tensor has pixels.
@@ -94,16 +105,16 @@ void Program::add_load(int64_t in, int64_t out) {
     const Layout& layout = layouts_[tensors_[out].layout];
     const Size& size = tensors_[out].size;
     // The walk of a pointwise convolution, of which only the copying is done.
-    Walk walk =
-        forward_walk({1, size.channels, size.h, size.w, 1, size.h, size.w, 1, 1, 1, 1, 0, 0, 1, 1, 1}, {}, {});
+    Walk walk = forward_walk({1, size.channels, size.h, size.w, 1, size.h, size.w, 1, 1, 1, 1, 0, 0, 1, 1, 1}, {}, {});
     walk.tile_h = size.h;
     walk.tile_w = size.w;
     walk.pitch = layout.pitch;
     walk.channel_stride = layout.channel;
     walk.phases[0].base = 0;
-    steps_.push_back({size.channels, kCopyChannels, [=, this, &layout](const Frame& frame, int64_t first, int64_t last) {
-                        copy(walk, frame, in, {first, last - first}, data(frame, out) + first * layout.channel);
-                      }});
+    steps_.push_back(
+        {size.channels, kCopyChannels, [=, this, &layout](const Frame& frame, int64_t first, int64_t last) {
+           copy(walk, frame, in, {first, last - first}, data(frame, out) + first * layout.channel);
+         }});
   };
   add_layer({{in}, out, kNone, add_steps});
 }
@@ -116,24 +127,55 @@ void Program::copy(Walk walk, const Frame& frame, int64_t in, Range channels, fl
 
 void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in, int64_t out, int64_t residual,
                          const Epilogue& epilogue) {
-  auto conv = std::make_unique<Conv>(Conv{forward_walk(g, {}, {}), weight, in, out, residual, epilogue});
-  if (epilogue.bias) conv->bias.assign(epilogue.bias, epilogue.bias + g.out_channels);
-  const Walk& walk = conv->walk;
-  conv->direct = in >= 0 && walk.step_h == 1 && walk.step_w == 1 && g.in_h == g.out_h && g.in_w == g.out_w;
+  auto conv = std::make_unique<Conv>(Conv{{}, out, residual, epilogue});
+  const bool direct = in >= 0 && g.stride_h == 1 && g.stride_w == 1 && g.in_h == g.out_h && g.in_w == g.out_w;
+  conv->terms.push_back({forward_walk(g, {}, {}), weight, in, direct});
+  conv->bias.resize(g.out_channels);
+  if (epilogue.bias) std::copy_n(epilogue.bias, g.out_channels, conv->bias.begin());
+  const Walk& walk = conv->terms[0].walk;
   Layout& layout = layouts_[tensors_.at(out).layout];
   // Zeros to the right of a row serve as those to the left of the next, if the source has no pixels there.
   const int64_t most = std::max(walk.left, walk.right), both = walk.left + walk.right;
   const bool shared = ceil_div(g.in_w, walk.step_w) <= g.out_w + most - walk.left;
   layout.side = std::max(layout.side, shared ? most : both);
-  if (conv->direct) {
+  if (direct) {
     layout.up = std::max(layout.up, walk.phases[0].up);
     layout.down = std::max(layout.down, walk.phases[0].down);
   }
   std::vector<int64_t> reads{in};
   if (residual != kNone) reads.push_back(residual);
+  conv->layer = layers_.size();
   Conv* const made = conv.get();
   convs_.push_back(std::move(conv));
-  add_layer({reads, out, residual, [=, this] { add_conv_steps(*made); }});
+  // In the place of its residual, unless it needs that to the end.
+  add_layer({reads, out, residual == in ? kNone : residual, [=, this] { add_conv_steps(*made); }});
+}
+
+// A convolution that is nothing but another's residual becomes a part of its sum: its result needs no memory.
+void Program::join_residuals() {
+  std::vector<int64_t> readers(tensors_.size());
+  for (const Layer& layer : layers_)
+    for (int64_t tensor : layer.reads)
+      if (tensor >= 0) ++readers[tensor];
+  for (auto& conv : convs_)
+    for (auto& other : convs_) {
+      const Epilogue& e = other->epilogue;
+      if (conv->residual != other->out || readers[other->out] != 1 || other->residual != kNone || e.low != -kInfinity ||
+          e.high != kInfinity)
+        continue;
+      for (Term& term : other->terms) conv->terms.push_back(std::move(term));
+      for (size_t r = 0; r < conv->bias.size(); ++r) conv->bias[r] += other->bias[r];
+      conv->residual = kNone;
+      Layer &layer = layers_[conv->layer], &joined = layers_[other->layer];
+      layer.reads = {conv->terms[0].in};
+      layer.in_place = kNone;
+      for (int64_t tensor : joined.reads) {
+        layer.reads.push_back(tensor);
+        if (tensor >= 0) tensors_[tensor].last = std::max(tensors_[tensor].last, conv->layer);
+      }
+      joined = {{}, kNone, kNone, [] {}};
+      break;
+    }
 }
 
 void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
@@ -258,6 +300,7 @@ void Program::place_tensors() {
 }
 
 void Program::finish() {
+  join_residuals();
   set_layouts();
   place_tensors();
   int64_t most = 0;
@@ -267,68 +310,90 @@ void Program::finish() {
 }
 
 void Program::add_conv_steps(Conv& conv) {
-  Walk& walk = conv.walk;
   const Layout& layout = layouts_[tensors_[conv.out].layout];
-  const int64_t channels = walk.groups * walk.source_channels, rows = walk.groups * walk.rows;
-  walk.tile_h = walk.grid_h;
-  walk.tile_w = walk.grid_w;
-  walk.pitch = layout.pitch;
-  if (conv.direct) {
-    walk.phases[0].base = 0;
-    walk.channel_stride = layout.channel;
-  } else {
-    walk.lead = round_up(walk.left, kAlign) - walk.left;
-    place_phases(walk);
-  }
   const int64_t vectors = layout.lanes / kAlign;
   conv.strips = std::max(ceil_div(vectors, kMostStripVectors), (vectors + kStripVectors / 2) / kStripVectors);
-  const Shifting shifting = conv.direct && layout.shifting && (walk.left || walk.right) ? shift(conv) : Shifting();
-  conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.strips), 1, ceil_div(rows, 64));
-  conv.block = channels;
-  if (walk.groups == 1) conv.block = block_channels(walk, conv.weight, kStripLanes, kRowNnz, first_level_floats());
-  conv.blocks = ceil_div(channels, conv.block);
-  conv.kernel = std::make_unique<PackedWeight>(walk, walk.parts[0], conv.weight, conv.block, conv.splits, true, true,
-                                               shifting);
-  conv.weight = {};
-  // A strip's splits of the rows follow each other.
-  auto add = [&](int64_t first_block, int64_t blocks, auto source) {
-    steps_.push_back({conv.strips * conv.splits, 1,
-                      [&conv, this, first_block, blocks, source](const Frame& frame, int64_t first, int64_t last) {
+  std::vector<Shifting> shifting(conv.terms.size());
+  for (size_t t = 0; t < conv.terms.size(); ++t) {
+    Term& term = conv.terms[t];
+    Walk& walk = term.walk;
+    walk.tile_h = walk.grid_h;
+    walk.tile_w = walk.grid_w;
+    walk.pitch = layout.pitch;
+    if (term.direct) {
+      walk.phases[0].base = 0;
+      walk.channel_stride = layout.channel;
+      if (layout.shifting && (walk.left || walk.right)) shifting[t] = shift(conv, term);
+    } else {
+      walk.lead = round_up(walk.left, kAlign) - walk.left;
+      place_phases(walk);
+    }
+  }
+  conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.strips), 1, ceil_div(conv.terms[0].rows(), 64));
+  for (size_t t = 0; t < conv.terms.size(); ++t) {
+    Term& term = conv.terms[t];
+    term.block = term.walk.groups > 1
+                     ? term.channels()
+                     : block_channels(term.walk, term.weight, kStripLanes, kRowNnz, first_level_floats());
+    term.blocks = ceil_div(term.channels(), term.block);
+    term.kernel = std::make_unique<PackedWeight>(term.walk, term.walk.parts[0], term.weight, term.block, conv.splits,
+                                                 true, true, shifting[t]);
+    term.weight = {};
+  }
+  // Copies channels [from, from + count) of a term's source.
+  auto add_copy = [&](const Term& term, int64_t from, int64_t count) {
+    steps_.push_back(
+        {count, ceil_div(count, kFewestTasks), [&term, this, from](const Frame& frame, int64_t first, int64_t last) {
+           copy(term.walk, frame, term.in, {from + first, last - first},
+                frame.memory + term.packed + first * term.walk.channel_stride);
+         }});
+  };
+  // f(strip, splits) for items [first, last), of which a strip's splits of the rows follow each other.
+  auto add = [&](auto f) {
+    steps_.push_back({conv.strips * conv.splits, 1, [&conv, f](const Frame& frame, int64_t first, int64_t last) {
                         for (int64_t at = first, end; at < last; at = end) {
                           end = std::min(last, (at / conv.splits + 1) * conv.splits);
-                          run_conv(conv, frame, source(frame), {first_block, blocks}, at / conv.splits,
-                                   {at % conv.splits, end - at});
+                          f(frame, at / conv.splits, Range{at % conv.splits, end - at});
                         }
                       }});
   };
-  if (conv.direct) {
-    const int64_t before = walk.phases[0].up * walk.pitch + walk.left;
-    add(0, conv.blocks, [&conv, this, before](const Frame& frame) { return data(frame, conv.in) - before; });
+  Term& only = conv.terms[0];
+  if (conv.terms.size() == 1 && !only.direct) {
+    // Block by block, so that the packed source stays in a cache.
+    only.packed = reserve(only.block * only.walk.channel_stride + only.walk.pitch);
+    for (int64_t b = 0; b < only.blocks; ++b) {
+      add_copy(only, b * only.block, std::min(only.block, only.channels() - b * only.block));
+      add([&conv, &only, this, b](const Frame& frame, int64_t strip, Range splits) {
+        run_conv(conv, only, frame, frame.memory + only.packed, {b, 1}, strip, splits);
+      });
+    }
     return;
   }
-  // Block by block, so that the packed source stays in a cache.
-  const int64_t packed = reserve(conv.block * walk.channel_stride + walk.pitch);
-  for (int64_t b = 0; b < conv.blocks; ++b) {
-    const int64_t from = b * conv.block, count = std::min(conv.block, channels - from);
-    steps_.push_back({count, ceil_div(count, kFewestTasks),
-                      [&conv, this, packed, from](const Frame& frame, int64_t first, int64_t last) {
-                        copy(conv.walk, frame, conv.in, {from + first, last - first},
-                             frame.memory + packed + first * conv.walk.channel_stride);
-                      }});
-    add(b, 1, [packed](const Frame& frame) { return frame.memory + packed; });
+  for (Term& term : conv.terms) {
+    if (term.direct) continue;
+    term.packed = reserve(term.channels() * term.walk.channel_stride + term.walk.pitch);
+    add_copy(term, 0, term.channels());
   }
+  add([&conv, this](const Frame& frame, int64_t strip, Range splits) {
+    for (const Term& term : conv.terms) {
+      const Walk& walk = term.walk;
+      const float* source =
+          term.direct ? data(frame, term.in) - walk.phases[0].up * walk.pitch - walk.left : frame.memory + term.packed;
+      run_conv(conv, term, frame, source, {0, term.blocks}, strip, splits);
+    }
+  });
 }
 
 // Makes strips of whole rows.
-Shifting Program::shift(Conv& conv) {
-  Walk& walk = conv.walk;
+Shifting Program::shift(Conv& conv, Term& term) {
+  Walk& walk = term.walk;
   const Layout& layout = layouts_[tensors_[conv.out].layout];
   conv.unit = layout.pitch % kAlign ? 2 * layout.pitch / kAlign : layout.pitch / kAlign;
   conv.strips = ceil_div(layout.lanes / kAlign, std::max<int64_t>(1, kStripVectors / conv.unit) * conv.unit);
-  const int64_t pixels = tensors_[conv.in].at, from = pixels - layout.lead;
+  const int64_t pixels = tensors_[term.in].at, from = pixels - layout.lead;
   if (layout.pitch % kAlign) {
     // Every other row begins in the middle of a line: these are read from a copy that lies half a line off.
-    const int64_t floats = layout.lead + walk.groups * walk.source_channels * layout.channel;
+    const int64_t floats = layout.lead + term.channels() * layout.channel;
     const int64_t to = reserve(floats + kAlign) + kAlign / 2;
     for (Tap& tap : walk.parts[0].taps)
       if (tap.dy % 2) tap.elsewhere = to - from;
@@ -339,8 +404,9 @@ Shifting Program::shift(Conv& conv) {
   return {true, zeros_ - (pixels - walk.phases[0].up * walk.pitch - walk.left)};
 }
 
-void Program::run_conv(const Conv& conv, const Frame& frame, const float* source, Range blocks, int64_t strip,
-                       Range splits) const {
+// Adds blocks of a term to a strip; `source` is that of the first.
+void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
+                       int64_t strip, Range splits) const {
   const Layout& layout = layouts_[tensors_[conv.out].layout];
   const int64_t units = ceil_div(layout.lanes / kAlign, conv.unit), lanes = conv.unit * kAlign;
   const int64_t begin = units * strip / conv.strips * lanes;
@@ -350,17 +416,18 @@ void Program::run_conv(const Conv& conv, const Frame& frame, const float* source
   out.mask = layout.mask.empty() ? nullptr : layout.mask.data() + begin;
   source += begin;
   for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b) {
-    const bool last = b + 1 == conv.blocks;
+    const bool first = b == 0 && &term == &conv.terms.front();
+    const bool last = b + 1 == term.blocks && &term == &conv.terms.back();
     out.low = last ? conv.epilogue.low : -kInfinity;
     out.high = last ? conv.epilogue.high : kInfinity;
     for (int64_t split = splits.first; split < splits.first + splits.count; ++split) {
-      const int64_t row = conv.kernel->first_row(split), at = row * layout.channel + begin;
+      const int64_t row = term.kernel->first_row(split), at = row * layout.channel + begin;
       out.data = data(frame, conv.out) + at;
-      out.bias = b == 0 && !conv.bias.empty() ? conv.bias.data() + row : nullptr;
-      out.start = b > 0 ? out.data : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
-      kernels().spmm({source, {}}, conv.kernel->rows(0, b, split), out, end - begin);
+      out.bias = first ? conv.bias.data() + row : nullptr;
+      out.start = !first ? out.data : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
+      kernels().spmm({source, {}}, term.kernel->rows(0, b, split), out, end - begin);
     }
-    source += conv.block * conv.walk.channel_stride;
+    source += term.block * term.walk.channel_stride;
   }
 }
 

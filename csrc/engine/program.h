@@ -66,6 +66,7 @@ class Program {
     int64_t last = -1;  // layer that reads it
     int64_t at = 0;     // its first pixel in an image's memory
   };
+  struct Term;
   struct Conv;
   struct Layer {
     std::vector<int64_t> reads;
@@ -93,16 +94,17 @@ class Program {
 
   int64_t layout_of(int64_t h, int64_t w);
   void add_layer(Layer layer);
+  void join_residuals();
   void set_layouts();
   void place_tensors();
   int64_t reserve(int64_t floats);
   float* data(const Frame& frame, int64_t tensor) const;
   Images images(const Frame& frame, int64_t tensor) const;
   void add_conv_steps(Conv& conv);
-  Shifting shift(Conv& conv);
+  Shifting shift(Conv& conv, Term& term);
   void copy(Walk walk, const Frame& frame, int64_t in, Range channels, float* block) const;
-  void run_conv(const Conv& conv, const Frame& frame, const float* source, Range blocks, int64_t strip,
-                Range splits) const;
+  void run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
+                int64_t strip, Range splits) const;
   std::unique_ptr<Memory> take_memory();
   void give_back(std::unique_ptr<Memory> memory);
 

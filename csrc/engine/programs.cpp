@@ -53,17 +53,21 @@ std::shared_ptr<Building> open(int64_t number) {
   return building;
 }
 
-void check_read(const Building& b, int64_t tensor, const Program::Size& size) {
+Program::Size size_of(const Building& b, int64_t tensor) {
   const int64_t inputs = b.program.inputs().size(), tensors = b.written.size();
   STD_TORCH_CHECK(tensor >= -inputs && tensor < tensors, "there is no tensor ", tensor);
-  STD_TORCH_CHECK(tensor < 0 || b.written[tensor], "tensor ", tensor, " is read before it is written");
-  STD_TORCH_CHECK(b.program.size(tensor) == size, "tensor ", tensor, " does not have the size that its reader wants");
+  return b.program.size(tensor);
 }
 
-void check_write(Building& b, int64_t tensor, const Program::Size& size) {
-  STD_TORCH_CHECK(tensor >= 0 && tensor < int64_t(b.written.size()), "there is no tensor ", tensor);
+void check_read(const Building& b, int64_t tensor) {
+  size_of(b, tensor);
+  STD_TORCH_CHECK(tensor < 0 || b.written[tensor], "tensor ", tensor, " is read before it is written");
+}
+
+// The last check of a layer: it counts as written from here on.
+void check_write(Building& b, int64_t tensor) {
+  STD_TORCH_CHECK(tensor >= 0, "an input cannot be written");
   STD_TORCH_CHECK(!b.written[tensor], "tensor ", tensor, " is written twice");
-  STD_TORCH_CHECK(b.program.size(tensor) == size, "tensor ", tensor, " does not have the size that its layer makes");
   b.written[tensor] = true;
 }
 
@@ -75,8 +79,8 @@ void check_output(const Building& b, int64_t output, const Program::Size& size) 
 void program_load_op(int64_t number, int64_t input, int64_t out) {
   const auto b = open(number);
   STD_TORCH_CHECK(input < 0, "input must be an input of the program");
-  check_write(*b, out, b->program.size(out));
-  check_read(*b, input, b->program.size(out));
+  STD_TORCH_CHECK(size_of(*b, input) == size_of(*b, out), "out must have the size of input");
+  check_write(*b, out);
   b->program.add_load(input, out);
 }
 
@@ -84,18 +88,19 @@ void program_conv2d_op(int64_t number, int64_t input, int64_t out, int64_t resid
                        Tensor col, std::optional<Tensor> bias, double low, double high, Ints kernel, Ints stride,
                        Ints padding, Ints dilation, int64_t groups) {
   const auto b = open(number);
-  const Program::Size from = b->program.size(input), to = b->program.size(out);
+  const Program::Size from = size_of(*b, input), to = size_of(*b, out);
   const Conv2dGeometry g = geometry({1, from.channels, from.h, from.w}, {1, to.channels, to.h, to.w}, kernel, stride,
                                     padding, dilation, groups);
   const Csr weight = csr(crow, col, vector_data(values, "values", col.size(0)),
                          g.in_channels / groups * g.kernel_h * g.kernel_w, nullptr);
   STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
-  check_read(*b, input, from);
+  check_read(*b, input);
   if (residual != Program::kNone) {
     STD_TORCH_CHECK(residual >= 0, "residual must be a tensor of the program");
-    check_read(*b, residual, to);
+    check_read(*b, residual);
+    STD_TORCH_CHECK(size_of(*b, residual) == to, "residual must have the size of out");
   }
-  check_write(*b, out, to);
+  check_write(*b, out);
   b->weights.insert(b->weights.end(), {values, crow, col});
   b->program.add_conv2d(g, weight, input, out, residual,
                         {bias ? vector_data(*bias, "bias", g.out_channels) : nullptr, nullptr, static_cast<float>(low),
@@ -105,19 +110,19 @@ void program_conv2d_op(int64_t number, int64_t input, int64_t out, int64_t resid
 void program_max_pool2d_op(int64_t number, int64_t input, int64_t out, Ints kernel, Ints stride, Ints padding,
                            Ints dilation) {
   const auto b = open(number);
-  const Program::Size from = b->program.size(input), to = b->program.size(out);
+  const Program::Size from = size_of(*b, input), to = size_of(*b, out);
   const Pool2dGeometry g = pool_geometry({1, from.channels, from.h, from.w}, {1, to.channels, to.h, to.w}, kernel,
                                          stride, padding, dilation);
-  check_read(*b, input, from);
-  check_write(*b, out, to);
+  check_read(*b, input);
+  check_write(*b, out);
   b->program.add_max_pool2d(g, input, out);
 }
 
 void program_mean_op(int64_t number, int64_t input, int64_t output) {
   const auto b = open(number);
   STD_TORCH_CHECK(input >= 0, "input must be a tensor of the program");
-  const Program::Size from = b->program.size(input);
-  check_read(*b, input, from);
+  const Program::Size from = size_of(*b, input);
+  check_read(*b, input);
   check_output(*b, output, {from.channels, 1, 1});
   b->program.add_mean(input, output);
 }
@@ -125,8 +130,8 @@ void program_mean_op(int64_t number, int64_t input, int64_t output) {
 void program_store_op(int64_t number, int64_t input, int64_t output) {
   const auto b = open(number);
   STD_TORCH_CHECK(input >= 0, "input must be a tensor of the program");
-  const Program::Size from = b->program.size(input);
-  check_read(*b, input, from);
+  const Program::Size from = size_of(*b, input);
+  check_read(*b, input);
   check_output(*b, output, from);
   b->program.add_store(input, output);
 }

@@ -29,12 +29,8 @@ class Chain:
     def __init__(self, plan: Plan, numbers: Sequence[int], weight_of: Callable):
         """``weight_of(number)`` gives the weight of a layer: values, crow_indices, col_indices, bias, kernel_size."""
         steps = [plan.steps[n] for n in numbers]
-        inside = {step.out for step in steps}
-        elsewhere = {ref.slot for n, s in enumerate(plan.steps) if n not in set(numbers) for ref in refs(s)}
-        elsewhere |= {ref.slot for ref in refs(plan.outputs)}
         self.numbers = list(numbers)
-        self.inputs = sorted({ref.slot for step in steps for ref in refs(step)} - inside)
-        self.outputs = sorted(inside & elsewhere)
+        self.inputs, self.outputs = _ends(plan, numbers)
         self._out_sizes = [plan.sizes[slot] for slot in self.outputs]
         in_sizes = [plan.sizes[slot] for slot in self.inputs]
 
@@ -106,6 +102,71 @@ def find(plan: Plan, sparse: set[int]) -> list[list[int]]:
     return found
 
 
+def check(plan: Plan, numbers: list[int]) -> None:
+    """Raise ValueError if steps ``numbers`` cannot be a chain."""
+    layers = {number for number, step in enumerate(plan.steps) if isinstance(step, Layer)}
+    written: set[int] = set()
+    for number in range(numbers[0], numbers[-1] + 1) if numbers else ():
+        step = plan.steps[number]
+        inside = number in numbers
+        if not _fits(plan, number, layers, written) if inside else {ref.slot for ref in refs(step)} & written:
+            raise ValueError(f"step {number} does not fit into the chain {numbers}")
+        if inside:
+            written.add(step.out)
+    if not numbers or sorted(set(numbers)) != numbers:
+        raise ValueError(f"a chain must be numbers of steps in order, got {numbers}")
+
+
+def choose(
+    plan: Plan, alone: dict[int, float], sparse: dict[int, float], copy: Callable[[int], float]
+) -> list[list[int]]:
+    """The chains that are worth their copies.
+
+    Args:
+        plan: the plan.
+        alone: seconds of every layer as it would run outside of chains.
+        sparse: seconds of the layers that may run sparse in a chain, there.
+        copy: seconds that it takes to copy the value of a slot into or out of a chain.
+
+    Returns:
+        Numbers of the steps of every chain.
+    """
+
+    def with_layers(layers: set[int]) -> tuple[float, list[list[int]]]:
+        """The time that chains of these layers save, and the chains that save any."""
+        total, worth = 0.0, []
+        for numbers in find(plan, layers):
+            inputs, outputs = _ends(plan, numbers)
+            steps = [plan.steps[n] for n in numbers]
+            means = {step.out for step in steps if _is_mean(step)}
+            copied = [slot for slot in inputs if _needs_tensor(slot, steps)] + [s for s in outputs if s not in means]
+            inside = [n for n in numbers if n in sparse]
+            saved = sum(alone[n] - sparse[n] for n in inside) - sum(map(copy, copied))
+            if saved > 0:
+                total += saved
+                worth.append(numbers)
+        return total, worth
+
+    layers = {number for number, seconds in sparse.items() if seconds <= alone[number]}
+    saved, worth = with_layers(layers)
+    # A layer that is slower in a chain may be worth it as a link.
+    for number in sorted(set(sparse) - layers, key=lambda n: sparse[n] - alone[n]):
+        more, longer = with_layers(layers | {number})
+        if more > saved:
+            layers, saved, worth = layers | {number}, more, longer
+    return worth
+
+
+def _ends(plan: Plan, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The slots that steps read from elsewhere, and those that are read elsewhere."""
+    chosen = set(numbers)
+    steps = [plan.steps[n] for n in numbers]
+    inside = {step.out for step in steps}
+    elsewhere = {ref.slot for n, s in enumerate(plan.steps) if n not in chosen for ref in refs(s)}
+    elsewhere |= {ref.slot for ref in refs(plan.outputs)}
+    return sorted({ref.slot for step in steps for ref in refs(step)} - inside), sorted(inside & elsewhere)
+
+
 def _fits(plan: Plan, number: int, sparse: set[int], written: set[int]) -> bool:
     step = plan.steps[number]
 
@@ -113,6 +174,10 @@ def _fits(plan: Plan, number: int, sparse: set[int], written: set[int]) -> bool:
         return isinstance(value, Ref) and len(plan.sizes.get(value.slot, ())) == 3
 
     if not is_image(Ref(step.out)):
+        return False
+    # A mean leaves the chain, and can be read after it only.
+    means = {s.out for s in plan.steps if _is_mean(s)} & written
+    if any(ref.slot in means for ref in refs(step)):
         return False
     if isinstance(step, Layer):
         images = [step.input] if step.residual is None else [step.input, step.residual]

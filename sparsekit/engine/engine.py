@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from ..formats import pattern_from_mask
 from ..profile import Explanation, LayerReport, seconds_in_turns
 from . import files, tuning
 from .capture import capture
-from .chains import Chain, find
+from .chains import Chain, choose
 from .plan import Call, Const, Layer, Plan, Ref, last_uses, lower, resolve
 
 # Below this fraction of zeros nobody measures whether sparse is faster.
@@ -109,7 +109,8 @@ class _Ready:
         self.sparsity = 1 - self.nnz / max(self.weight.numel(), 1)
         self.number: int | None = None
         self.reordered: Tensor | None = None
-        self.seconds: tuple[float, float] | None = None  # measured: sparse, dense
+        self.expected = (math.nan, math.nan)  # seconds outside of a chain: sparse, dense
+        self.seconds: tuple[float, float] | None = None  # the same, measured
         self.backend, self.reason = "dense", ""
 
     def compressed(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,17 +130,18 @@ class _Ready:
             self._forget()
         self.number = self.reordered = None
 
-    def shape_on(self, input: Tensor) -> Shape:
+    def shape_on(self, size: Sequence[int]) -> Shape:
+        """What the layer costs depends on, for an input of this size."""
         layer, weight = self.layer, self.weight
         if layer.kind == "linear":
-            batch = input.numel() // max(input.shape[-1], 1)
+            batch = math.prod(size[:-1])
             return Shape("linear", weight.shape[1], weight.shape[0], 1, 1, 1, batch, 1, 1)
         n, _, oh, ow = _ops.output_size(
-            input.shape, len(weight), weight.shape[2:], layer.stride, layer.padding, layer.dilation
+            size, len(weight), weight.shape[2:], layer.stride, layer.padding, layer.dilation
         )
         return Shape(
             "conv2d", weight.shape[1] * layer.groups, len(weight), math.prod(weight.shape[2:]), layer.groups,
-            math.prod(layer.stride), n, input.shape[2] * input.shape[3], oh * ow,
+            math.prod(layer.stride), n, size[2] * size[3], oh * ow,
         )  # fmt: skip
 
     def run(self, input: Tensor, residual: Tensor | None, backend: str) -> Tensor:
@@ -287,36 +289,52 @@ class Engine(nn.Module):
         self._steps = with_unused(list(steps))  # all of them, one by one
         self._schedule = with_unused(items) if chains else self._steps
 
-    def _make_chains(self) -> None:
-        """Join layers that run sparse to chains."""
+    def _choose_chains(self, batch: int) -> list[list[int]]:
+        """Numbers of the steps that would make chains, by measured and expected seconds."""
+        alone, sparse = {}, {}
+        for number, ready in self._layers.items():
+            seconds = ready.seconds or ready.expected
+            alone[number] = min(seconds)
+            size = self.plan.sizes.get(ready.layer.input.slot)
+            if ready.layer.kind == "conv2d" and size is not None and not math.isnan(seconds[0]):
+                # Never more than outside: there, tensors come in another layout, and from further away.
+                expected = dispatch.predict_in_chain(ready.shape_on((batch, *size)), ready.nnz)
+                sparse[number] = min(expected, seconds[0])
+        threads = torch.get_num_threads()
+        copy = dispatch.CHAIN_COPY * batch / threads
+        return choose(self.plan, alone, sparse, lambda slot: copy * math.prod(self.plan.sizes[slot]))
+
+    def _make_chains(self, chains: list[list[int]]) -> None:
+        """Join steps to chains, whose layers run sparse."""
 
         def weight_of(number: int) -> tuple:
             ready = self._layers[number]
             return *ready.compressed(), ready.bias, list(ready.weight.shape[2:])
 
-        sparse = {number for number, ready in self._layers.items() if ready.backend == "sparse"}
-        chains = [Chain(self.plan, numbers, weight_of) for numbers in find(self.plan, sparse)]
-        self._set_chains(chains)
-        for chain in chains:
-            for number in chain.numbers:
-                if number in self._layers:
-                    self._layers[number].unpack()
+        made = [Chain(self.plan, numbers, weight_of) for numbers in chains]
+        self._set_chains(made)
+        for number in (number for chain in chains for number in chain if number in self._layers):
+            ready = self._layers[number]
+            if ready.backend != "sparse":
+                ready.backend, ready.reason = "sparse", f"a link, {ready.reason}"
+            ready.unpack()
 
     def decide_(self, *inputs: Tensor) -> Engine:
         """Choose what runs sparse by the cost table (:mod:`sparsekit.dispatch`), for inputs like these. Returns self."""
 
-        def choose(ready: _Ready, input: Tensor, residual) -> None:
+        def decide(ready: _Ready, input: Tensor, residual) -> None:
             if not _can_run_sparse(input):
                 ready.backend, ready.reason = "dense", "installed without C++ kernels"
+                ready.expected = math.nan, 0.0
                 return
-            sparse, dense = self._expected(ready, input)
+            ready.expected = sparse, dense = self._expected(ready, input)
             ready.backend, ready.reason = ("sparse" if sparse < dense else "dense"), "cost table"
 
         self._check_inputs(inputs)
         with torch.no_grad():
             self.part = None
-            self._run(inputs, choose)
-            self._make_chains()
+            self._run(inputs, decide)
+            self._make_chains(self._choose_chains(len(inputs[0])) if inputs else [])
         self._decided = True
         return self
 
@@ -328,7 +346,7 @@ class Engine(nn.Module):
 
     @staticmethod
     def _expected(ready: _Ready, input: Tensor) -> tuple[float, float]:
-        return dispatch.predict(ready.shape_on(input), ready.nnz, train=False)
+        return dispatch.predict(ready.shape_on(input.shape), ready.nnz, train=False)
 
     def autotune_(self, *inputs: Tensor) -> Engine:
         """Measure, and choose per layer what is faster, and how much of the batch to run at a time. Returns self.
@@ -339,7 +357,7 @@ class Engine(nn.Module):
         self.decide_(*inputs)
         with torch.no_grad(), tuning.Cache() as cache:
             self._run(inputs, lambda *call: self._measure(cache, *call))
-            self._make_chains()
+            self._tune_chains(inputs, cache)
             if self.plan.batched and len(inputs[0]) > 1:
                 self._tune_part(inputs, cache)
         return self
@@ -347,7 +365,7 @@ class Engine(nn.Module):
     def _measure(self, cache: tuning.Cache, ready: _Ready, input: Tensor, residual: Tensor | None) -> None:
         if ready.sparsity < LOWEST_SPARSITY or not _can_run_sparse(input):
             return
-        key = f"{ready.shape_on(input).key}-{ready.nnz}-{residual is not None}"
+        key = f"{ready.shape_on(input.shape).key}-{ready.nnz}-{residual is not None}"
         ready.seconds = cache.get(key, lambda: self._time(ready, input, residual, "sparse", "dense"))
         ready.backend = "sparse" if ready.seconds[0] < ready.seconds[1] else "dense"
         ready.reason = "measured"
@@ -358,11 +376,40 @@ class Engine(nn.Module):
         runs = {backend: lambda backend=backend: ready.run(input, residual, backend) for backend in backends}
         return tuple(seconds_in_turns(runs).values())
 
+    def _tune_chains(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
+        """Join steps to chains, if the whole is faster for it."""
+        chains = self._choose_chains(len(inputs[0])) if inputs else []
+        self._make_chains([])
+        if not chains:
+            return
+        alone = {number: (ready.backend, ready.reason) for number, ready in self._layers.items()}
+        without = self._schedule
+        self._make_chains(chains)
+        joined, chained = self._schedule, {n: (r.backend, r.reason) for n, r in self._layers.items()}
+
+        def use(schedule: list, backends: dict) -> None:
+            self._schedule = schedule
+            for number, ready in self._layers.items():
+                ready.backend, ready.reason = backends[number]
+
+        def run(*way) -> None:
+            use(*way)
+            self._run(inputs)
+
+        ways = {"alone": (without, alone), "chained": (joined, chained)}
+        key = f"chains-{self._key(inputs)}"
+        runs = {name: lambda way=way: run(*way) for name, way in ways.items()}
+        seconds = cache.get(key, lambda: tuple(seconds_in_turns(runs, runs=3).values()))
+        use(*ways["alone" if seconds[0] < seconds[1] else "chained"])
+
+    def _key(self, inputs: tuple[Tensor, ...]) -> str:
+        nnz = sum(ready.nnz for ready in self._layers.values())
+        return f"{len(self.plan.steps)}-{nnz}-{'x'.join(map(str, inputs[0].shape))}"
+
     def _tune_part(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
         batch = len(inputs[0])
         parts = [None, *(part for part in PARTS if part < batch)]
-        nnz = sum(ready.nnz for ready in self._layers.values())
-        key = f"part-{len(self.plan.steps)}-{nnz}-{'x'.join(map(str, inputs[0].shape))}"
+        key = f"part-{self._key(inputs)}"
 
         def run_in(part):
             def run():
@@ -378,6 +425,8 @@ class Engine(nn.Module):
     def explain(self, *inputs: Tensor) -> Explanation:
         """Per layer: shape, sparsity, what runs, why, and expected and measured time against dense.
 
+        Times are those of layers by themselves; in a chain they take less.
+
         Args:
             inputs: as for a call; layers are measured on what they get here.
 
@@ -385,6 +434,7 @@ class Engine(nn.Module):
             A list of :class:`sparsekit.profile.LayerReport` in the order of execution; ``print`` shows a table.
         """
         reports = Explanation()
+        chained: set[int] = set()
 
         def report(ready: _Ready, input: Tensor, residual: Tensor | None) -> None:
             runs_sparse = _can_run_sparse(input)
@@ -393,7 +443,8 @@ class Engine(nn.Module):
             else:
                 sparse, (dense,) = math.nan, self._time(ready, input, residual, "dense")
             shape = f"{'x'.join(map(str, ready.weight.shape))} on {'x'.join(map(str, input.shape))}"
-            why = ready.reason + (f"; with {', '.join(ready.layer.fused)}" if ready.layer.fused else "")
+            why = ready.reason + ("; in a chain" if id(ready) in chained else "")
+            why += f"; with {', '.join(ready.layer.fused)}" if ready.layer.fused else ""
             expected = self._expected(ready, input) if runs_sparse else (math.nan, math.nan)
             reports.append(
                 LayerReport(ready.layer.name, shape, ready.sparsity, ready.backend, why, *expected, sparse, dense)
@@ -402,6 +453,8 @@ class Engine(nn.Module):
         self._check_inputs(inputs)
         with torch.no_grad():
             self._decide_once(inputs)
+            chains = [item.numbers for item, _ in self._schedule if isinstance(item, Chain)]
+            chained.update(id(self._layers.get(number)) for numbers in chains for number in numbers)
             self._run(inputs, report)
         return reports
 
@@ -414,6 +467,7 @@ class Engine(nn.Module):
             "decided": self._decided,
             "part": self.part,
             "layers": {str(i): [r.backend, r.reason, r.seconds] for i, r in self._layers.items()},
+            "chains": [item.numbers for item, _ in self._schedule if isinstance(item, Chain)],
             "machine": tuning.machine(),
         }
 
@@ -425,7 +479,7 @@ class Engine(nn.Module):
         for i, ready in self._layers.items():
             ready.backend, ready.reason, seconds = choices["layers"][str(i)]
             ready.seconds = None if seconds is None else tuple(seconds)
-        self._make_chains()
+        self._make_chains(choices["chains"])
         self._decided = True
 
     def extra_repr(self) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import _ops
 from ..formats import Pattern, pattern_from_mask, validate_csr
 from ..io.checkpoint import write_atomically
+from .chains import check as check_chain
 from .plan import Call, Const, Layer, Plan, Ref, resolve
 
 FORMAT = "sparsekit.engine"
@@ -159,7 +160,12 @@ def _checked(choices: dict, plan: Plan) -> dict:
                 raise ValueError(f"layer {step.name} runs {choices['layers'][str(i)][0]!r}")
     if not (choices["part"] is None or choices["part"] > 0):
         raise ValueError(f"part is {choices['part']}")
-    return {key: choices[key] for key in ("decided", "part", "layers", "machine")}
+    chains = [[int(number) for number in numbers] for numbers in choices["chains"]]
+    for numbers in chains:
+        check_chain(plan, numbers)
+    if len({number for numbers in chains for number in numbers}) < sum(map(len, chains)):
+        raise ValueError("a step is in two chains")
+    return {**{key: choices[key] for key in ("decided", "part", "layers", "machine")}, "chains": chains}
 
 
 _SPECIAL = {

@@ -1,0 +1,287 @@
+"""Chains compute what their steps compute, in any geometry, and refuse what they cannot hold."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import sparsekit as sk
+from sparsekit import _ops
+from sparsekit.engine import chains, files
+from sparsekit.engine.chains import Chain
+from sparsekit.engine.plan import Layer
+
+pytestmark = pytest.mark.skipif(sk.backend() == "reference", reason="chains need the C++ kernels")
+ISAS = [isa for isa in sk.available_backends() if isa != "reference"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path))
+
+
+def chained(model, x):
+    """An engine whose convolutions all run in chains, as far as that is possible."""
+    engine = sk.compile(model.eval(), x, autotune=False)
+    convs = {n for n, s in enumerate(engine.plan.steps) if isinstance(s, Layer) and s.kind == "conv2d"}
+    engine._make_chains(chains.find(engine.plan, convs))
+    return engine
+
+
+def chains_of(engine):
+    return [item for item, _ in engine._schedule if isinstance(item, Chain)]
+
+
+def assert_equals(engine, model, x):
+    with torch.no_grad():
+        ours, theirs = engine(x), model.double()(x.double())
+        model.float()
+    for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (ours, theirs))):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * float(b.abs().nan_to_num(0, 0, 0).max() + 1))
+
+
+def prune(model, sparsity):
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight *= torch.rand_like(module.weight) >= sparsity
+    return model
+
+
+@st.composite
+def networks(draw):
+    """A stack of convolutions of any geometry, with pooling and additions, and an input for it."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    channels, size = draw(st.integers(1, 20)), [draw(st.integers(1, 40)) for _ in range(2)]
+    batch = draw(st.integers(1, 5))
+    x = torch.randn(batch, channels, *size)
+    layers = []
+    for _ in range(draw(st.integers(2, 5))):
+        if min(size) >= 2 and draw(st.integers(0, 5)) == 0:
+            kernel, stride, ceil = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.booleans())
+            layers.append(nn.MaxPool2d(kernel, stride, ceil_mode=ceil))
+        else:
+            kernel = [draw(st.sampled_from((1, 1, 3, 3, 5))) for _ in size]
+            stride = [draw(st.sampled_from((1, 1, 1, 2, 3))) for _ in size]
+            dilation = [draw(st.sampled_from((1, 1, 2))) for _ in size]
+            reach = [d * (k - 1) for k, d in zip(kernel, dilation)]
+            padding = [
+                draw(st.integers(max(0, (r + 1 - s + 1) // 2), r // 2 + 1)) if s < r + 1 else draw(st.integers(0, r))
+                for r, s in zip(reach, size)
+            ]
+            groups = draw(st.sampled_from((1, 1, channels)))
+            out = groups * draw(st.integers(1, 3)) if groups > 1 else draw(st.integers(1, 24))
+            layers.append(
+                nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias=draw(st.booleans()))
+            )
+            channels = out
+            layers.append(draw(st.sampled_from((nn.ReLU(), nn.ReLU6(), nn.Identity()))))
+        with torch.no_grad():
+            size = list(nn.Sequential(*layers)(x).shape[2:])
+    if draw(st.booleans()):
+        layers.append(nn.AdaptiveAvgPool2d(1))
+    model = prune(nn.Sequential(*layers), draw(st.sampled_from((0.0, 0.5, 0.9, 1.0))))
+    return model, x
+
+
+@settings(deadline=None, max_examples=40)
+@given(networks(), st.sampled_from(ISAS))
+def test_any_geometry(network, isa):
+    model, x = network
+    before = sk.backend()
+    try:
+        _ops.set_isa(isa)
+        assert_equals(chained(model, x), model, x)
+    finally:
+        _ops.set_isa(before)
+
+
+class Block(nn.Module):
+    """As in a ResNet: the shortcut is a convolution, or the input itself."""
+
+    def __init__(self, channels, width, stride, kernel=3):
+        super().__init__()
+        out = 4 * width
+        self.a, self.c = nn.Conv2d(channels, width, 1), nn.Conv2d(width, out, 1)
+        self.b = nn.Conv2d(width, width, kernel, stride, kernel // 2)
+        self.shortcut = nn.Conv2d(channels, out, 1, stride) if stride > 1 or channels != out else nn.Identity()
+
+    def forward(self, x):
+        return F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))) + self.shortcut(x))
+
+
+# Widths whose planes get rows of whole lines (14, 28, 56), of half a line more (7), or neither (20).
+@pytest.mark.parametrize("size", [7, 14, 20, 28, 56])
+@pytest.mark.parametrize("isa", ISAS)
+def test_residual_blocks(size, isa):
+    torch.manual_seed(0)
+    blocks = [Block(24, 8, 1), Block(32, 8, 1), Block(32, 12, 2), Block(48, 12, 1, kernel=5)]
+    model = prune(nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1)), 0.7).eval()
+    x = torch.randn(3, 24, size, size)
+    before = sk.backend()
+    try:
+        _ops.set_isa(isa)
+        engine = chained(model, x)
+        (chain,) = chains_of(engine)
+        assert chain.numbers == list(range(chain.numbers[0], chain.numbers[0] + len(chain.numbers)))
+        for batch in (1, 2, 3, 5):
+            x = torch.randn(batch, 24, size, size)
+            assert_equals(engine, model, x)
+            assert_equals(engine, model, x.contiguous(memory_format=torch.channels_last))
+    finally:
+        _ops.set_isa(before)
+
+
+def test_same_bits_for_any_number_of_threads():
+    model = prune(nn.Sequential(Block(16, 8, 1), Block(32, 16, 2), nn.AdaptiveAvgPool2d(1)), 0.8)
+    engine, threads = chained(model, torch.randn(2, 16, 28, 28)), torch.get_num_threads()
+    assert chains_of(engine)
+    try:
+        for batch in (1, 2, 5):
+            x, results = torch.randn(batch, 16, 28, 28), []
+            for count in (1, 2, 3, 5):
+                torch.set_num_threads(count)
+                results.append(engine(x))
+                results.append(torch.cat([engine(image) for image in x.split(1)]))
+            assert all(torch.equal(results[0], result) for result in results)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_many_threads_may_run_a_chain():
+    engine = chained(prune(nn.Sequential(Block(16, 8, 1), Block(32, 16, 2)), 0.8), torch.randn(2, 16, 14, 14))
+    batches = [torch.randn(n, 16, 14, 14) for n in (1, 2, 3, 4) * 3]
+    expected, results = [engine(x) for x in batches], [None] * len(batches)
+
+    def work(i):
+        for _ in range(5):
+            results[i] = engine(batches[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected))
+
+
+class Ends(nn.Module):
+    """Values that leave in the middle, enter late, or are used on both sides."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+
+    def forward(self, x):
+        y = self.a(x)
+        gate = torch.sigmoid(x.mean((2, 3), keepdim=True))  # does not depend on y: runs before the chain
+        z = self.b(y) + x
+        w = self.c(z * gate)  # runs in PyTorch between two chains
+        v = self.d(w) + y
+        return v, y, F.adaptive_avg_pool2d(F.max_pool2d(v, 3, 2, 1), 1)
+
+
+def test_inputs_and_outputs():
+    model, x = prune(Ends(), 0.5).eval(), torch.randn(3, 8, 14, 14)
+    engine = chained(model, x)
+    assert len(chains_of(engine)) == 2
+    assert_equals(engine, model, x)
+    for tensor in engine(x):
+        assert tensor.is_contiguous()
+
+
+def test_nan_stays_in_its_image_and_where_the_weights_are():
+    model = prune(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)), 0.5).eval()
+    for size in ((14, 14), (7, 7), (5, 9)):
+        x = torch.randn(3, 4, *size)
+        engine = chained(model, x)
+        clean = engine(x)
+        x[1, 2, 3, 4], x[1, 0, 0, 0] = float("nan"), float("inf")
+        with torch.no_grad():
+            dirty, eager = engine(x), model(x)
+        assert torch.equal(dirty[0], clean[0]) and torch.equal(dirty[2], clean[2])
+        # A pruned weight drops 0 x NaN, so ours may be finite where eager is not, never the other way round.
+        assert not (dirty.isnan() & eager.isfinite()).any() and dirty[1].isnan().any()
+        assert torch.equal(engine(x)[0], clean[0])  # nothing of it is left in the memory that calls share
+
+
+def test_saved_chains(tmp_path):
+    x = torch.randn(2, 16, 14, 14)
+    engine = chained(prune(nn.Sequential(Block(16, 8, 1), Block(32, 16, 2)), 0.8), x)
+    engine.save(tmp_path / "net.sk")
+    loaded = sk.load(tmp_path / "net.sk")
+    assert [c.numbers for c in chains_of(loaded)] == [c.numbers for c in chains_of(engine)]
+    assert torch.equal(loaded(x), engine(x))
+
+
+@pytest.mark.parametrize("numbers", [[[99]], [[1, 0]], [[0, 0]], [[]], [[0, 1], [1, 2]], [[0, 2]]])
+def test_damaged_chains(tmp_path, numbers):
+    engine = chained(prune(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(4))), 0.5), torch.randn(1, 4, 4, 4))
+    files.write(tmp_path / "net.sk", engine.plan, {**engine._choices(), "chains": numbers})
+    with pytest.raises(ValueError, match="path must be an engine's file"):
+        sk.load(tmp_path / "net.sk")
+
+
+def test_links_and_copies_decide():
+    """Three layers in a row, the middle one slower in a chain: a link, unless the copies around it cost less."""
+    plan = chained(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(6))), torch.randn(1, 4, 4, 4)).plan
+    steps = range(6)
+    alone = dict.fromkeys(steps, 1.0)
+    slow = {n: 1.2 if n == 2 else 0.5 for n in steps}
+    assert chains.choose(plan, alone, slow, lambda slot: 0.2) == [[0, 1, 2, 3, 4, 5]]
+    assert chains.choose(plan, alone, slow, lambda slot: 0.01) == [[0, 1], [3, 4, 5]]
+    assert chains.choose(plan, alone, dict.fromkeys(steps, 0.99), lambda slot: 0.2) == []
+
+
+def test_programs_check_what_they_are_given():
+    weight = torch.zeros(2), torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1)
+
+    def program():
+        return _ops.add_program([2, 4, 4, 2, 4, 4], [2, 4, 4], [2, 4, 4])
+
+    def conv(number, input=0, out=1, residual=None, values=weight[0], geometry=geometry):
+        _ops.program_conv2d(number, input, out, residual, values, *weight[1:], None, 0.0, 1.0, *geometry)
+
+    with pytest.raises(RuntimeError, match="triples"):
+        _ops.add_program([1, 2], [], [])
+    with pytest.raises(RuntimeError, match="positive"):
+        _ops.add_program([1, 2, 0], [], [])
+    p = program()
+    with pytest.raises(RuntimeError, match="before it is written"):
+        conv(p)
+    _ops.program_load(p, -1, 0)
+    for bad, message in (
+        (lambda: _ops.program_load(p, -1, 0), "written twice"),
+        (lambda: _ops.program_load(p, -2, 1), "no tensor"),
+        (lambda: conv(p, out=7), "no tensor"),
+        (lambda: conv(p, input=-9), "no tensor"),
+        (lambda: conv(p, residual=1), "before it is written"),
+        (lambda: conv(p, values=torch.zeros(3)), "elements"),
+        (lambda: conv(p, geometry=([3, 3], [1, 1], [0, 0, 0, 0], [1, 1], 1)), "geometry"),
+        (lambda: _ops.program_mean(p, 0, 0), "output"),
+        (lambda: _ops.program_store(p, 0, 3), "output"),
+        (lambda: _ops.run_program([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 4)], p), "not finished"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            bad()
+    conv(p)
+    _ops.program_store(p, 1, 0)
+    _ops.finish_program(p)
+    with pytest.raises(RuntimeError, match="finished"):
+        conv(p)
+    for outputs, inputs in (
+        ([], [torch.zeros(1, 2, 4, 4)]),
+        ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 5)]),
+        ([torch.zeros(2, 2, 4, 4)], [torch.zeros(1, 2, 4, 4)]),
+        ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 4, dtype=torch.float64)]),
+    ):
+        with pytest.raises(RuntimeError):
+            _ops.run_program(outputs, inputs, p)
+    _ops.remove_program(p)
+    with pytest.raises(RuntimeError, match="there is no program"):
+        _ops.finish_program(p)
