@@ -139,6 +139,35 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def plot(results: dict, path: Path) -> None:
+    """Milliseconds an image over sparsity, a line for each engine and a panel for each batch size."""
+    from matplotlib.figure import Figure
+
+    cells = {tuple(key.split(" %, ")): cell for key, cell in results["cells"].items()}
+    batches = sorted({batch for _, batch in cells}, key=int)
+    figure = Figure(figsize=(4 * len(batches), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
+    for panel, batch in zip(panels, batches):
+        levels = [level for level, b in cells if b == batch]
+        for name in dict.fromkeys(name for (_, b), cell in cells.items() if b == batch for name in cell):
+            points = [(level, cells[level, batch][name]) for level in levels if name in cells[level, batch]]
+            style = {"linewidth": 2.5, "color": "black"} if name == "sparsekit" else {}
+            (line,) = panel.plot(
+                [level for level, _ in points],
+                [row["milliseconds"] for _, row in points],
+                marker="o",
+                label=name,
+                **style,
+            )
+            p99 = [row["p99"] for _, row in points]
+            panel.plot([level for level, _ in points], p99, linestyle=":", color=line.get_color())
+        panel.set(title=f"batch {batch}", xlabel="sparsity, %", ylim=(0, None))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("ms an image (dotted: 99th percentile)")
+    panels[-1].legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
@@ -158,6 +187,7 @@ def main() -> None:
                 print("  " + ", ".join(f"{name} {row['milliseconds']:.2f}" for name, row in cell.items()), flush=True)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     fill("peers", table(results))
+    plot(results, ROOT / "docs" / "peers.png")
 
 
 if __name__ == "__main__":

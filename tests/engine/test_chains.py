@@ -75,9 +75,7 @@ def networks(draw):
             ]
             groups = draw(st.sampled_from((1, 1, channels)))
             out = groups * draw(st.integers(1, 3)) if groups > 1 else draw(st.integers(1, 24))
-            layers.append(
-                nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias=draw(st.booleans()))
-            )
+            layers.append(nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias=draw(st.booleans())))
             channels = out
             layers.append(draw(st.sampled_from((nn.ReLU(), nn.ReLU6(), nn.Identity()))))
         with torch.no_grad():
