@@ -16,10 +16,11 @@ namespace {
 
 // Chosen by measurement (benchmarks/peers.py).
 constexpr int64_t kStripVectors = 4, kMostStripVectors = 5;  // registers of lanes that spmm holds
-constexpr int64_t kFewestTasks = 4;    // of a layer, by splitting its rows, for threads that share an image
-constexpr int64_t kRowNnz = 13;        // non-zeros of a row in a block of channels, at least
-constexpr double kMostWaste = 1.15;    // of lanes, that aligned rows may cost
-constexpr int64_t kCopyChannels = 32;  // that a thread copies at once
+constexpr int64_t kFewestTasks = 4;            // of a layer, by splitting its rows, for threads that share an image
+constexpr int64_t kRowNnz = 13;                // non-zeros of a row in a block of channels, at least
+constexpr double kMostWaste = 1.15;            // of lanes, that aligned rows may cost
+constexpr int64_t kPackedFloats = 320 * 1024;  // of a packed source that the second-level cache holds as a whole
+constexpr int64_t kCopyChannels = 32;          // that a thread copies at once
 
 // That a strip reads while they stay in the first-level cache, of which results and weights need a part.
 int64_t first_level_floats() {
@@ -358,7 +359,7 @@ void Program::add_conv_steps(Conv& conv) {
                       }});
   };
   Term& only = conv.terms[0];
-  if (conv.terms.size() == 1 && !only.direct) {
+  if (conv.terms.size() == 1 && !only.direct && only.channels() * only.walk.channel_stride > kPackedFloats) {
     // Block by block, so that the packed source stays in a cache.
     only.packed = reserve(only.block * only.walk.channel_stride + only.walk.pitch);
     for (int64_t b = 0; b < only.blocks; ++b) {

@@ -82,7 +82,7 @@ def find(plan: Plan, sparse: set[int]) -> list[list[int]]:
     """
     found: list[list[int]] = []
     chain: list[int] = []
-    written: set[int] = set()
+    written: dict[int, bool] = {}
 
     def close() -> None:
         # A mean without a convolution before it is better left to PyTorch.
@@ -95,8 +95,8 @@ def find(plan: Plan, sparse: set[int]) -> list[list[int]]:
         reads = {ref.slot for ref in refs(step)}
         if _fits(plan, number, sparse, written):
             chain.append(number)
-            written.add(step.out)
-        elif reads & written:
+            written[step.out] = _is_mean(step)
+        elif reads & written.keys():
             close()
     close()
     return found
@@ -105,14 +105,14 @@ def find(plan: Plan, sparse: set[int]) -> list[list[int]]:
 def check(plan: Plan, numbers: list[int]) -> None:
     """Raise ValueError if steps ``numbers`` cannot be a chain."""
     layers = {number for number, step in enumerate(plan.steps) if isinstance(step, Layer)}
-    written: set[int] = set()
+    written: dict[int, bool] = {}
     for number in range(numbers[0], numbers[-1] + 1) if numbers else ():
         step = plan.steps[number]
         inside = number in numbers
-        if not _fits(plan, number, layers, written) if inside else {ref.slot for ref in refs(step)} & written:
+        if not _fits(plan, number, layers, written) if inside else {ref.slot for ref in refs(step)} & written.keys():
             raise ValueError(f"step {number} does not fit into the chain {numbers}")
         if inside:
-            written.add(step.out)
+            written[step.out] = _is_mean(step)
     if not numbers or sorted(set(numbers)) != numbers:
         raise ValueError(f"a chain must be numbers of steps in order, got {numbers}")
 
@@ -167,7 +167,8 @@ def _ends(plan: Plan, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
     return sorted({ref.slot for step in steps for ref in refs(step)} - inside), sorted(inside & elsewhere)
 
 
-def _fits(plan: Plan, number: int, sparse: set[int], written: set[int]) -> bool:
+def _fits(plan: Plan, number: int, sparse: set[int], written: dict[int, bool]) -> bool:
+    """Whether a step can follow in a chain that has written slots, each of them a mean or not."""
     step = plan.steps[number]
 
     def is_image(value) -> bool:
@@ -176,8 +177,7 @@ def _fits(plan: Plan, number: int, sparse: set[int], written: set[int]) -> bool:
     if not is_image(Ref(step.out)):
         return False
     # A mean leaves the chain, and can be read after it only.
-    means = {s.out for s in plan.steps if _is_mean(s)} & written
-    if any(ref.slot in means for ref in refs(step)):
+    if any(written.get(ref.slot) for ref in refs(step)):
         return False
     if isinstance(step, Layer):
         images = [step.input] if step.residual is None else [step.input, step.residual]
