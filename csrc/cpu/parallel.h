@@ -131,4 +131,5 @@ class Scratch {
   std::unique_ptr<float, Free> memory_;
   int64_t size_ = 0;
 };
+
 }  // namespace sparsekit

@@ -1,6 +1,8 @@
 #include "engine/program.h"
 
+#if defined(__linux__)
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cstring>
@@ -62,11 +64,12 @@ struct Program::Conv {
 // What an image's tensors are in, zero where no tensor has pixels.
 class Program::Memory {
  public:
-  explicit Memory(int64_t floats) { std::memset(scratch_.get(floats), 0, floats * sizeof(float)); }
-  float* data() { return scratch_.get(0); }
+  explicit Memory(int64_t floats) : data_(scratch_.get(floats)) { std::memset(data_, 0, floats * sizeof(float)); }
+  float* data() { return data_; }
 
  private:
   Scratch scratch_;
+  float* const data_;
 };
 
 Program::Program(std::vector<Size> tensors, std::vector<Size> inputs, std::vector<Size> outputs)
@@ -191,40 +194,37 @@ void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
   add_layer({{in}, out, kNone, add_steps});
 }
 
-void Program::add_mean(int64_t in, int64_t output) {
+// f(plane, result) for every channel of `in`: its first pixel, and the output's.
+void Program::add_output(int64_t in, int64_t output,
+                         std::function<void(const Layout&, const float* plane, const Images& out, float* result)> f) {
   auto add_steps = [=, this] {
-    const Size& size = tensors_.at(in).size;
     const Layout& layout = layouts_[tensors_[in].layout];
-    steps_.push_back(
-        {size.channels, kCopyChannels, [=, this, &layout](const Frame& frame, int64_t first, int64_t last) {
-           const Images& out = (*frame.outputs)[output];
-           for (int64_t c = first; c < last; ++c) {
-             const float* from = data(frame, in) + c * layout.channel;
-             float sums[kAlign] = {};  // lanes without a pixel are zero
-             for (int64_t i = 0; i < layout.lanes; i += kAlign)
-               for (int64_t k = 0; k < kAlign; ++k) sums[k] += from[i + k];
-             double total = 0;
-             for (float sum : sums) total += sum;
-             out.data[frame.image * out.image + c * out.channel] = total / (size.h * size.w);
-           }
-         }});
+    steps_.push_back({tensors_[in].size.channels, kCopyChannels,
+                      [=, this, &layout](const Frame& frame, int64_t first, int64_t last) {
+                        const Images& out = (*frame.outputs)[output];
+                        for (int64_t c = first; c < last; ++c)
+                          f(layout, data(frame, in) + c * layout.channel, out,
+                            out.data + frame.image * out.image + c * out.channel);
+                      }});
   };
   add_layer({{in}, kNone, kNone, add_steps});
 }
 
+void Program::add_mean(int64_t in, int64_t output) {
+  add_output(in, output, [](const Layout& layout, const float* plane, const Images&, float* result) {
+    float sums[kAlign] = {};  // lanes without a pixel are zero
+    for (int64_t i = 0; i < layout.lanes; i += kAlign)
+      for (int64_t k = 0; k < kAlign; ++k) sums[k] += plane[i + k];
+    double total = 0;
+    for (float sum : sums) total += sum;
+    *result = total / (layout.h * layout.w);
+  });
+}
+
 void Program::add_store(int64_t in, int64_t output) {
-  auto add_steps = [=, this] {
-    const Size& size = tensors_.at(in).size;
-    const Layout& layout = layouts_[tensors_[in].layout];
-    steps_.push_back(
-        {size.channels, kCopyChannels, [=, this, &layout](const Frame& frame, int64_t first, int64_t last) {
-           const Images& out = (*frame.outputs)[output];
-           for (int64_t c = first; c < last; ++c)
-             kernels().scatter(out.data + frame.image * out.image + c * out.channel, out.row, out.col,
-                               data(frame, in) + c * layout.channel, layout.pitch, size.h, size.w);
-         }});
-  };
-  add_layer({{in}, kNone, kNone, add_steps});
+  add_output(in, output, [](const Layout& layout, const float* plane, const Images& out, float* result) {
+    kernels().scatter(result, out.row, out.col, plane, layout.pitch, layout.h, layout.w);
+  });
 }
 
 void Program::set_layouts() {
@@ -432,8 +432,8 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
   }
 }
 
-// An image that all threads work on: each takes tasks of a layer until there are none, then waits for the others'. Who
-// waits has taken part in no unfinished task, so it does not matter how many threads there are in truth.
+// An image that all threads work on: each takes tasks of a step until there are none, then waits until all are done.
+// Whoever waits has no task in hand, so this ends however few threads there are in truth.
 class Program::Together {
  public:
   explicit Together(const std::vector<Step>& steps) : steps_(steps) {

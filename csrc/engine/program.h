@@ -94,6 +94,8 @@ class Program {
 
   int64_t layout_of(int64_t h, int64_t w);
   void add_layer(Layer layer);
+  void add_output(int64_t in, int64_t output,
+                  std::function<void(const Layout&, const float* plane, const Images& out, float* result)> f);
   void join_residuals();
   void set_layouts();
   void place_tensors();

@@ -261,6 +261,7 @@ def test_programs_check_what_they_are_given():
         (lambda: conv(p, residual=1), "before it is written"),
         (lambda: conv(p, values=torch.zeros(3)), "elements"),
         (lambda: conv(p, geometry=([3, 3], [1, 1], [0, 0, 0, 0], [1, 1], 1)), "geometry"),
+        (lambda: _ops.program_max_pool2d(p, 0, 1, [3, 3], [1, 1], [0, 0], [1, 1]), "geometry"),
         (lambda: _ops.program_mean(p, 0, 0), "output"),
         (lambda: _ops.program_store(p, 0, 3), "output"),
         (lambda: _ops.run_program([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 4)], p), "not finished"),
