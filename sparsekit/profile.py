@@ -199,10 +199,15 @@ def _measure(module: SparseModule, input: Tensor, needs_grad: bool, train: bool)
     return seconds["sparse"], seconds["dense"]
 
 
-def seconds_in_turns(functions: dict[str, Callable[[], object]], runs: int = RUNS) -> dict[str, float]:
-    """Median seconds of each function, taken in turns after one warm-up."""
+def seconds_in_turns(
+    functions: dict[str, Callable[[], object]], runs: int = RUNS, limit: float = math.inf
+) -> dict[str, float]:
+    """Median seconds of each function, taken in turns after one warm-up; once at least, then for ``limit`` seconds."""
     times: dict[str, list[float]] = {name: [] for name in functions}
+    begin = time.perf_counter()
     for run in range(runs + 1):
+        if run > 1 and time.perf_counter() - begin > limit:
+            break
         for name, function in functions.items():
             start = time.perf_counter()
             function()

@@ -1,8 +1,8 @@
 """The inference engine: a pruned model as a plan of fused layers on the sparse kernels.
 
 ``capture`` turns a model into a graph of ATen ops, ``plan`` folds BatchNorm and fuses what follows a layer into it,
-``engine`` decides what runs sparse, and runs, explains, saves and loads the plan; ``backend`` is its door for
-``torch.compile``.
+``schedule`` decides what runs sparse for inputs of one size, joins steps to ``chains`` and runs them; ``engine`` holds the
+schedules, saves and loads; ``backend`` is its door for ``torch.compile``.
 """
 
 from .backend import sparsekit_backend

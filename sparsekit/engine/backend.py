@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from .capture import capture
+from .capture import capture, snapshot
 from .engine import Engine
 from .plan import lower
 
@@ -125,7 +125,7 @@ class _Engines:
             return self._graph(*tensors)
         bound = _Bound(self._graph, {i: tensors[i] for i in self._fixed}, len(tensors))
         try:
-            engine = Engine(lower(capture(bound, others)))
+            engine = Engine(lower(capture(snapshot(bound), others)))
         except ValueError as error:
             self._plain = True
             return _in_pytorch(self._graph, str(error))(*tensors)

@@ -15,6 +15,9 @@ FEWEST_CONVS = 2
 # Zeros that a convolution may want beside its rows, as a part of them: everything at its size has them.
 MOST_PADDING = 0.3
 
+# Per slot: channels, height and width of an image.
+Sizes = dict[int, list[int]]
+
 POOL, MEAN = "aten.max_pool2d.default", "aten.adaptive_avg_pool2d.default"
 
 
@@ -26,20 +29,20 @@ class Chain:
         inputs, outputs: slots that it reads and writes.
     """
 
-    def __init__(self, plan: Plan, numbers: Sequence[int], weight_of: Callable):
+    def __init__(self, plan: Plan, sizes: Sizes, numbers: Sequence[int], weight_of: Callable):
         """``weight_of(number)`` gives the weight of a layer: values, crow_indices, col_indices, bias, kernel_size."""
         steps = [plan.steps[n] for n in numbers]
         self.numbers = list(numbers)
         self.inputs, self.outputs = _ends(plan, numbers)
-        self._out_sizes = [plan.sizes[slot] for slot in self.outputs]
-        in_sizes = [plan.sizes[slot] for slot in self.inputs]
+        self._out_sizes = [sizes[slot] for slot in self.outputs]
+        in_sizes = [sizes[slot] for slot in self.inputs]
 
         # Means have no tensor: they are written where they leave the chain.
         made = [step.out for step in steps if not _is_mean(step)]
         loaded = [slot for slot in self.inputs if _needs_tensor(slot, steps)]
         tensor_of = {slot: i for i, slot in enumerate([*loaded, *made])}
         input_of = {slot: -1 - i for i, slot in enumerate(self.inputs)}
-        groups = ([plan.sizes[slot] for slot in tensor_of], in_sizes, self._out_sizes)
+        groups = ([sizes[slot] for slot in tensor_of], in_sizes, self._out_sizes)
         self.number = _ops.add_program(*([n for size in group for n in size] for group in groups))
         weakref.finalize(self, _ops.remove_program, self.number)
 
@@ -75,7 +78,7 @@ class Chain:
         return outputs
 
 
-def find(plan: Plan, sparse: set[int]) -> list[list[int]]:
+def find(plan: Plan, sizes: Sizes, sparse: set[int]) -> list[list[int]]:
     """Numbers of the steps that can be chains, given which layers run sparse.
 
     A step between two steps of a chain that depends on neither runs before the chain.
@@ -93,7 +96,7 @@ def find(plan: Plan, sparse: set[int]) -> list[list[int]]:
 
     for number, step in enumerate(plan.steps):
         reads = {ref.slot for ref in refs(step)}
-        if _fits(plan, number, sparse, written):
+        if _fits(plan, sizes, number, sparse, written):
             chain.append(number)
             written[step.out] = _is_mean(step)
         elif reads & written.keys():
@@ -102,14 +105,18 @@ def find(plan: Plan, sparse: set[int]) -> list[list[int]]:
     return found
 
 
-def check(plan: Plan, numbers: list[int]) -> None:
+def check(plan: Plan, sizes: Sizes, numbers: list[int]) -> None:
     """Raise ValueError if steps ``numbers`` cannot be a chain."""
     layers = {number for number, step in enumerate(plan.steps) if isinstance(step, Layer)}
     written: dict[int, bool] = {}
     for number in range(numbers[0], numbers[-1] + 1) if numbers else ():
         step = plan.steps[number]
         inside = number in numbers
-        if not _fits(plan, number, layers, written) if inside else {ref.slot for ref in refs(step)} & written.keys():
+        if (
+            not _fits(plan, sizes, number, layers, written)
+            if inside
+            else {ref.slot for ref in refs(step)} & written.keys()
+        ):
             raise ValueError(f"step {number} does not fit into the chain {numbers}")
         if inside:
             written[step.out] = _is_mean(step)
@@ -118,12 +125,13 @@ def check(plan: Plan, numbers: list[int]) -> None:
 
 
 def choose(
-    plan: Plan, alone: dict[int, float], sparse: dict[int, float], copy: Callable[[int], float]
+    plan: Plan, sizes: Sizes, alone: dict[int, float], sparse: dict[int, float], copy: Callable[[int], float]
 ) -> list[list[int]]:
     """The chains that are worth their copies.
 
     Args:
         plan: the plan.
+        sizes: of what its slots hold.
         alone: seconds of every layer as it would run outside of chains.
         sparse: seconds of the layers that may run sparse in a chain, there.
         copy: seconds that it takes to copy the value of a slot into or out of a chain.
@@ -135,7 +143,7 @@ def choose(
     def with_layers(layers: set[int]) -> tuple[float, list[list[int]]]:
         """The time that chains of these layers save, and the chains that save any."""
         total, worth = 0.0, []
-        for numbers in find(plan, layers):
+        for numbers in find(plan, sizes, layers):
             inputs, outputs = _ends(plan, numbers)
             steps = [plan.steps[n] for n in numbers]
             means = {step.out for step in steps if _is_mean(step)}
@@ -167,12 +175,12 @@ def _ends(plan: Plan, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
     return sorted({ref.slot for step in steps for ref in refs(step)} - inside), sorted(inside & elsewhere)
 
 
-def _fits(plan: Plan, number: int, sparse: set[int], written: dict[int, bool]) -> bool:
+def _fits(plan: Plan, sizes: Sizes, number: int, sparse: set[int], written: dict[int, bool]) -> bool:
     """Whether a step can follow in a chain that has written slots, each of them a mean or not."""
     step = plan.steps[number]
 
     def is_image(value) -> bool:
-        return isinstance(value, Ref) and len(plan.sizes.get(value.slot, ())) == 3
+        return isinstance(value, Ref) and len(sizes.get(value.slot, ())) == 3
 
     if not is_image(Ref(step.out)):
         return False
@@ -182,7 +190,7 @@ def _fits(plan: Plan, number: int, sparse: set[int], written: dict[int, bool]) -
     if isinstance(step, Layer):
         images = [step.input] if step.residual is None else [step.input, step.residual]
         beside = max(step.padding[2:])
-        return number in sparse and all(map(is_image, images)) and beside <= MOST_PADDING * plan.sizes[step.out][2] + 1
+        return number in sparse and all(map(is_image, images)) and beside <= MOST_PADDING * sizes[step.out][2] + 1
     if not step.args or not is_image(step.args[0]) or step.kwargs or refs(step.args[1:]):
         return False
     return step.args[0].slot in written if _is_mean(step) else step.target == POOL

@@ -1,6 +1,6 @@
 """An engine in one safetensors file: the plan as JSON in its metadata, weights compressed.
 
-Version 1. A weight with zeros is stored as ``<name>:values`` ``[nnz]``, ``:crow_indices`` and ``:col_indices``, the
+Version 2. A weight with zeros is stored as ``<name>:values`` ``[nnz]``, ``:crow_indices`` and ``:col_indices``, the
 other tensors under their names. A file can name ATen ops of a plan and nothing else: no code is in it.
 """
 
@@ -23,7 +23,7 @@ from .chains import check as check_chain
 from .plan import Call, Const, Layer, Plan, Ref, resolve
 
 FORMAT = "sparsekit.engine"
-VERSION = 1
+VERSION = 2
 
 
 def write(path: str | os.PathLike, plan: Plan, choices: dict) -> None:
@@ -57,7 +57,7 @@ def write(path: str | os.PathLike, plan: Plan, choices: dict) -> None:
         "output_spec": plan.output_spec,
         "slots": plan.slots,
         "batched": plan.batched,
-        "sizes": plan.sizes,
+        "per_image": plan.per_image,
         "shapes": shapes,
         "choices": choices,
     }
@@ -70,7 +70,7 @@ def read(path: str | os.PathLike) -> tuple[Plan, dict]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not an engine's file, damaged, or of a newer version.
+        ValueError: not an engine's file, damaged, or of another version.
     """
     path = Path(path)
     if not path.is_file():
@@ -80,8 +80,8 @@ def read(path: str | os.PathLike) -> tuple[Plan, dict]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
-            if int(metadata["version"]) > VERSION:
-                raise ValueError(f"it is of version {metadata['version']}; this sparsekit reads up to {VERSION}")
+            if int(metadata["version"]) != VERSION:
+                raise ValueError(f"it is of version {metadata['version']}; this sparsekit reads version {VERSION}")
             header = json.loads(metadata["json"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         plan = _plan(header, tensors)
@@ -112,9 +112,9 @@ def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
                 raise ValueError(f"there are no layers of kind {step.kind!r}")
         steps.append(step)
     inputs = [(dtype, list(shape)) for dtype, shape in header["inputs"]]
-    sizes = {int(slot): [int(n) for n in size] for slot, size in header["sizes"].items()}
+    per_image = [int(slot) for slot in header["per_image"]]
     outputs = _decode(header["outputs"])
-    plan = Plan(steps, tensors, inputs, outputs, header["output_spec"], header["slots"], header["batched"], sizes)
+    plan = Plan(steps, tensors, inputs, outputs, header["output_spec"], header["slots"], header["batched"], per_image)
     _check_names(plan)
     return plan
 
@@ -150,22 +150,27 @@ def _check_names(plan: Plan) -> None:
             raise ValueError(f"slot {step.out} does not exist")
         written.add(step.out)
     check(plan.outputs)
+    check([Ref(slot) for slot in plan.per_image])
 
 
 def _checked(choices: dict, plan: Plan) -> dict:
-    """Choices that cover every layer of the plan."""
-    if choices["decided"]:
+    """Schedules that cover every layer of the plan."""
+    schedules = []
+    for key, saved in choices["schedules"]:
         for i, step in enumerate(plan.steps):
-            if isinstance(step, Layer) and choices["layers"][str(i)][0] not in ("sparse", "dense"):
-                raise ValueError(f"layer {step.name} runs {choices['layers'][str(i)][0]!r}")
-    if not (choices["part"] is None or choices["part"] > 0):
-        raise ValueError(f"part is {choices['part']}")
-    chains = [[int(number) for number in numbers] for numbers in choices["chains"]]
-    for numbers in chains:
-        check_chain(plan, numbers)
-    if len({number for numbers in chains for number in numbers}) < sum(map(len, chains)):
-        raise ValueError("a step is in two chains")
-    return {**{key: choices[key] for key in ("decided", "part", "layers", "machine")}, "chains": chains}
+            if isinstance(step, Layer) and saved["layers"][str(i)][0] not in ("sparse", "dense"):
+                raise ValueError(f"layer {step.name} runs {saved['layers'][str(i)][0]!r}")
+        if not (saved["part"] is None or saved["part"] > 0):
+            raise ValueError(f"part is {saved['part']}")
+        sizes = {int(slot): [int(n) for n in size] for slot, size in saved["sizes"].items()}
+        chains = [[int(number) for number in numbers] for numbers in saved["chains"]]
+        for numbers in chains:
+            check_chain(plan, sizes, numbers)
+        if len({number for numbers in chains for number in numbers}) < sum(map(len, chains)):
+            raise ValueError("a step is in two chains")
+        size = [[int(n) for n in size] for size in key]
+        schedules.append([size, {**saved, "sizes": sizes, "chains": chains}])
+    return {"machine": choices["machine"], "schedules": schedules}
 
 
 _SPECIAL = {

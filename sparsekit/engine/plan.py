@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from .capture import Captured
 
 aten = torch.ops.aten
+BATCH_NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 
 # Arithmetic of sizes, by name, and indexing into what an op returns.
 PYTHON_OPS = {
@@ -85,7 +86,7 @@ class Plan:
         inputs: per input its dtype's name and its shape, None where any size will do; input i is in slot i.
         outputs: flat, nested by ``output_spec``; slots or constants.
         batched: whether images do not meet: the plan may be run on parts of the batch.
-        sizes: per slot that holds a float32 tensor whose first dimension is the batch: its other dimensions.
+        per_image: slots that hold a float32 tensor whose first dimension is the batch.
     """
 
     steps: list[Call | Layer]
@@ -95,7 +96,7 @@ class Plan:
     output_spec: str
     slots: int
     batched: bool
-    sizes: dict[int, list[int]] = field(default_factory=dict)
+    per_image: list[int] = field(default_factory=list)
 
     def uses(self, number: int) -> tuple[list[int], list[int]]:
         """The slots that a step reads and writes."""
@@ -178,29 +179,34 @@ class _Lowering:
                 continue
             steps.append(self._layer(node) if node in self.layers else self._call(node))
         output = nodes[-1].args[0]
+        any_size = _takes_any_size(self.captured)
         return Plan(
             steps,
             self.tensors,
-            [_input(node) for node in self.captured.inputs],
+            [_input(node, any_size) for node in self.captured.inputs],
             [self._value(v) for v in output],
             torch.utils._pytree.treespec_dumps(self.captured.output_spec),
             len(self.slot),
             _is_batched(self.captured),
-            self._sizes(),
+            self._per_image(),
         )
 
-    def _sizes(self) -> dict[int, list[int]]:
+    def _per_image(self) -> list[int]:
         first = self.captured.inputs[0].meta["val"] if self.captured.inputs else None
         if not isinstance(first, Tensor) or first.dim() == 0:
-            return {}
-        batch, sizes = str(first.shape[0]), {}
-        for node, slot in self.slot.items():
-            value = node.meta.get("val")
-            if isinstance(value, Tensor) and value.dtype == torch.float32 and value.dim() > 1:
-                rest = list(value.shape[1:])
-                if str(value.shape[0]) == batch and all(isinstance(size, int) for size in rest):
-                    sizes[slot] = rest
-        return sizes
+            return []
+        batch = str(first.shape[0])
+
+        def is_one_per_image(value) -> bool:
+            return (
+                isinstance(value, Tensor)
+                and value.dtype == torch.float32
+                and value.dim() > 1
+                and str(value.shape[0]) == batch
+                and all(isinstance(size, int) for size in value.shape[1:])
+            )
+
+        return [slot for node, slot in self.slot.items() if is_one_per_image(node.meta.get("val"))]
 
     def _constant(self, node) -> Tensor | None:
         return self.constants.get(node.name) if isinstance(node, fx.Node) else None
@@ -223,14 +229,18 @@ class _Lowering:
             users = list(node.users)
             return users[0] if len(users) == 1 and users[0].target is target else None
 
-        norm = only_user(last, aten._native_batch_norm_legit_no_training.default)
-        if norm is not None and norm.args[0] is last and (folded := self._batch_norm(norm)):
-            get = list(norm.users)
-            if len(get) == 1 and get[0].target is operator.getitem and get[0].args[1] == 0:
-                parts["scale"], parts["shift"] = folded
-                parts["fused"].append("BatchNorm")
-                inside += [last, norm]
-                last = get[0]
+        for norm in (only_user(last, target) for target in BATCH_NORMS):
+            if norm is None or norm.args[0] is not last or not (folded := self._batch_norm(norm)):
+                continue
+            result = norm
+            if norm.target is not aten.batch_norm.default:
+                result = only_user(norm, operator.getitem)
+                if result is None or result.args[1] != 0:
+                    continue
+            parts["scale"], parts["shift"] = folded
+            parts["fused"].append("BatchNorm")
+            inside += [last] if result is norm else [last, norm]
+            last = result
         add = only_user(last, aten.add.Tensor)
         if add is not None and add.kwargs.get("alpha", 1) == 1 and add not in self.inside and add not in self.layers:
             other = add.args[1] if add.args[0] is last else add.args[0]
@@ -239,11 +249,13 @@ class _Lowering:
                 parts["fused"].append("add")
                 inside.append(last)
                 last = add
-        for target, name in ((aten.relu.default, "ReLU"), (aten.hardtanh.default, "hardtanh")):
+        for target, name in (
+            (aten.relu.default, "ReLU"), (aten.relu6.default, "ReLU6"), (aten.hardtanh.default, "hardtanh"),
+        ):  # fmt: skip
             clamp = only_user(last, target)
             if clamp is not None:
-                bounds = list(clamp.args[1:]) or [-1.0, 1.0]
-                parts["low"], parts["high"] = (0.0, math.inf) if name == "ReLU" else (*bounds, 1.0)[:2]
+                bounds = {"ReLU": [0.0, math.inf], "ReLU6": [0.0, 6.0]}.get(name) or list(clamp.args[1:]) or [-1.0, 1.0]
+                parts["low"], parts["high"] = (*bounds, 1.0)[:2]
                 parts["fused"].append("ReLU6" if (parts["low"], parts["high"]) == (0, 6) else name)
                 inside.append(last)
                 last = clamp
@@ -257,7 +269,13 @@ class _Lowering:
 
     def _batch_norm(self, node: fx.Node) -> tuple[Tensor, Tensor] | None:
         """The factor and the summand of a BatchNorm, float64, ``[channels]``."""
-        _, gamma, beta, mean, var, _, eps = node.args
+        _, gamma, beta, mean, var, *rest = node.args
+        if node.target is aten.batch_norm.default:
+            training, _, eps, _ = rest
+            if training:
+                return None
+        else:
+            _, eps = rest
         mean, var = self._constant(mean), self._constant(var)
         if mean is None or var is None:
             return None
@@ -360,18 +378,34 @@ def _sides(padding, kernel, dilation) -> list[int]:
     return [h, h, w, w]
 
 
-def _input(node: fx.Node) -> tuple[str, list[int | None]]:
+def _input(node: fx.Node, any_size: bool) -> tuple[str, list[int | None]]:
     value = node.meta["val"]
     if not isinstance(value, Tensor):
         raise ValueError(f"inputs must be tensors, got {type(value).__name__}")
-    return str(value.dtype).removeprefix("torch."), [s if isinstance(s, int) else None for s in value.shape]
+    fixed = 2 if any_size and value.dim() == 4 else value.dim()
+    shape = [s if isinstance(s, int) and i < fixed else None for i, s in enumerate(value.shape)]
+    return str(value.dtype).removeprefix("torch."), shape
 
 
-_ELEMENTWISE = {
-    "relu", "hardtanh", "silu", "hardswish", "hardsigmoid", "sigmoid", "gelu", "tanh", "leaky_relu", "elu", "clamp",
-    "add", "sub", "mul", "div", "clone", "conv2d", "linear", "_native_batch_norm_legit_no_training", "max_pool2d",
-    "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "sym_size",
+# Ops that treat every image by itself, and every size of images alike.
+PER_IMAGE = {
+    "_native_batch_norm_legit_no_training", "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm",
+    "clamp", "clone", "contiguous", "conv2d", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
+    "linear", "max_pool2d", "relu", "relu6", "sigmoid", "silu", "sym_size", "tanh",
 }  # fmt: skip
+# The same where both operands are tensors: a number may have been computed from the size.
+ARITHMETIC = {"add", "div", "mul", "sub"}
+
+
+def _computed(captured: Captured) -> list[tuple[fx.Node, str, Any]]:
+    """Every computed node with the name of its op and the op's second argument."""
+    computed = []
+    for node in captured.graph.nodes:
+        if node.op == "call_function":
+            is_op = isinstance(node.target, torch._ops.OpOverload)
+            name = node.target._schema.name.removeprefix("aten::") if is_op else f"operator.{node.target.__name__}"
+            computed.append((node, name, node.args[1] if len(node.args) > 1 else None))
+    return computed
 
 
 def _is_batched(captured: Captured) -> bool:
@@ -380,28 +414,49 @@ def _is_batched(captured: Captured) -> bool:
     if len(images) != 1 or isinstance(images[0].shape[0], int):
         return False
     batch = images[0].shape[0]
-    for node in captured.graph.nodes:
-        if node.op != "call_function":
-            continue
+    for node, name, second in _computed(captured):
         value = node.meta.get("val")
         if isinstance(value, Tensor) and (value.dim() == 0 or str(value.shape[0]) != str(batch)):
             return False
-        if not isinstance(node.target, torch._ops.OpOverload):
-            if node.target is operator.getitem:
-                continue
-            return False
-        name = node.target._schema.name.removeprefix("aten::")
-        dim = node.args[1] if len(node.args) > 1 else None
         per_image = (
-            name in _ELEMENTWISE
-            or (name == "cat" and dim == 1)
-            or (name == "mean" and isinstance(dim, (list, tuple)) and _within_image(node.args[0], dim))
+            name in PER_IMAGE | ARITHMETIC | {"operator.getitem"}
+            or (name == "cat" and second == 1)
+            or (name == "chunk" and node.args[2:] == (1,))
+            or (name == "mean" and isinstance(second, (list, tuple)) and _within_image(node.args[0], second))
             or (name in ("view", "flatten", "reshape") and _keeps_batch(node, batch))
         )
         if not per_image:
             return False
     outputs = list(captured.graph.nodes)[-1].args[0]
     return all(isinstance(o, fx.Node) and isinstance(o.meta.get("val"), Tensor) for o in outputs)
+
+
+def _takes_any_size(captured: Captured) -> bool:
+    """Whether the graph would be the same for other heights and widths.
+
+    Tracing turns sizes into numbers: what is computed with a number that could be one makes this False.
+    """
+    if not any(isinstance(node.meta["val"], Tensor) and node.meta["val"].dim() == 4 for node in captured.inputs):
+        return False
+    for node, name, second in _computed(captured):
+        source = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
+        if name in ("max_pool2d", "avg_pool2d"):
+            # F.avg_pool2d(x, x.shape[2:]) is a mean over all pixels.
+            free = all(k < size for k, size in zip(_pair(second), source.shape[2:]))
+        elif name in ("view", "reshape"):
+            free = len(second) == 2 and second[1] == -1 and _keeps_batch(node, source.shape[0])
+        elif name == "clamp":
+            free = second in (None, 0, 0.0) and len(node.args) < 3 and not node.kwargs
+        else:
+            free = (
+                name in PER_IMAGE
+                or (name in ARITHMETIC and isinstance(second, fx.Node))
+                or name in ("cat", "chunk", "flatten", "mean")
+                or name.startswith("operator.")  # sizes of the batch, the only ones that are not numbers here
+            )
+        if not free:
+            return False
+    return True
 
 
 def _within_image(source: fx.Node, dims) -> bool:

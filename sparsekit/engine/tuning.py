@@ -51,6 +51,12 @@ class Cache:
         """The seconds under ``key``, measured if nobody has."""
         if key not in self._known:
             self._known[key] = self._new[key] = list(measure())
+        return self[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> tuple[float, ...]:
         return tuple(self._known[key])
 
     def __exit__(self, *error) -> None:

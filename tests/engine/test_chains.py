@@ -12,28 +12,25 @@ from torch import nn
 import sparsekit as sk
 from sparsekit import _ops
 from sparsekit.engine import chains, files
-from sparsekit.engine.chains import Chain
 from sparsekit.engine.plan import Layer
+
+from .common import own_cache, schedule_of  # noqa: F401
 
 pytestmark = pytest.mark.skipif(sk.backend() == "reference", reason="chains need the C++ kernels")
 ISAS = [isa for isa in sk.available_backends() if isa != "reference"]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path))
 
 
 def chained(model, x):
     """An engine whose convolutions all run in chains, as far as that is possible."""
     engine = sk.compile(model.eval(), x, autotune=False)
     convs = {n for n, s in enumerate(engine.plan.steps) if isinstance(s, Layer) and s.kind == "conv2d"}
-    engine._make_chains(chains.find(engine.plan, convs))
+    schedule = schedule_of(engine)
+    schedule.join(chains.find(engine.plan, schedule.sizes, convs))
     return engine
 
 
 def chains_of(engine):
-    return [item for item, _ in engine._schedule if isinstance(item, Chain)]
+    return schedule_of(engine).chains
 
 
 def assert_equals(engine, model, x):
@@ -219,20 +216,47 @@ def test_saved_chains(tmp_path):
 @pytest.mark.parametrize("numbers", [[[99]], [[1, 0]], [[0, 0]], [[]], [[0, 1], [1, 2]], [[0, 2]]])
 def test_damaged_chains(tmp_path, numbers):
     engine = chained(prune(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(4))), 0.5), torch.randn(1, 4, 4, 4))
-    files.write(tmp_path / "net.sk", engine.plan, {**engine._choices(), "chains": numbers})
+    choices = engine._choices()
+    choices["schedules"][0][1]["chains"] = numbers
+    files.write(tmp_path / "net.sk", engine.plan, choices)
     with pytest.raises(ValueError, match="path must be an engine's file"):
         sk.load(tmp_path / "net.sk")
 
 
 def test_links_and_copies_decide():
     """Three layers in a row, the middle one slower in a chain: a link, unless the copies around it cost less."""
-    plan = chained(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(6))), torch.randn(1, 4, 4, 4)).plan
+    engine = chained(nn.Sequential(*(nn.Conv2d(4, 4, 1) for _ in range(6))), torch.randn(1, 4, 4, 4))
+    plan, sizes = engine.plan, schedule_of(engine).sizes
     steps = range(6)
     alone = dict.fromkeys(steps, 1.0)
     slow = {n: 1.2 if n == 2 else 0.5 for n in steps}
-    assert chains.choose(plan, alone, slow, lambda slot: 0.2) == [[0, 1, 2, 3, 4, 5]]
-    assert chains.choose(plan, alone, slow, lambda slot: 0.01) == [[0, 1], [3, 4, 5]]
-    assert chains.choose(plan, alone, dict.fromkeys(steps, 0.99), lambda slot: 0.2) == []
+    assert chains.choose(plan, sizes, alone, slow, lambda slot: 0.2) == [[0, 1, 2, 3, 4, 5]]
+    assert chains.choose(plan, sizes, alone, slow, lambda slot: 0.01) == [[0, 1], [3, 4, 5]]
+    assert chains.choose(plan, sizes, alone, dict.fromkeys(steps, 0.99), lambda slot: 0.2) == []
+
+
+@pytest.mark.parametrize("chained_is_faster", [True, False])
+def test_tuning_keeps_chains_only_if_they_are_faster(chained_is_faster, monkeypatch):
+    """Whichever way was measured to be faster runs, now and when the answer comes from the cache."""
+    model = prune(nn.Sequential(Block(16, 8, 1), Block(32, 16, 2)), 0.9).eval()
+    x, asked = torch.randn(2, 16, 28, 28), []
+
+    def seconds(functions, *args, **kwargs):
+        for function in functions.values():
+            function()
+        if "chained" not in functions:
+            return {name: 1.0 if name != "sparse" else 0.5 for name in functions}
+        asked.append(functions)
+        return {"alone": 1.0, "chained": 0.9 if chained_is_faster else 1.1}
+
+    monkeypatch.setattr("sparsekit.engine.schedule.seconds_in_turns", seconds)
+    monkeypatch.setattr("sparsekit.dispatch.CHAIN_COPY", 0)
+    for _ in range(2):
+        engine = sk.compile(model, x)
+        assert bool(chains_of(engine)) == chained_is_faster
+        assert_equals(engine, model, x)
+        assert {choice.backend for choice in schedule_of(engine).choices.values()} == {"sparse"}
+    assert len(asked) == 1
 
 
 def test_programs_check_what_they_are_given():

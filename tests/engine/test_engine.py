@@ -11,7 +11,10 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit.engine import files, tuning
+from sparsekit.engine.engine import MOST_SIZES
 from sparsekit.engine.plan import Call, Layer
+
+from .common import assert_as_good, own_cache, run_all, schedule_of  # noqa: F401
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -48,11 +51,6 @@ MODELS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path))
-
-
 def pruned(model, sparsity, size, seed=0):
     """``model`` pruned, and BatchNorm calibrated so that its outputs are not degenerate."""
     torch.manual_seed(seed)
@@ -72,18 +70,6 @@ def pruned(model, sparsity, size, seed=0):
     return model.eval()
 
 
-def assert_as_good(engine, model, x):
-    """Outputs are as near to float64's as twice PyTorch's own, and are not all the same."""
-    with torch.no_grad():
-        exact = copy.deepcopy(model).double()(x.double())
-        theirs, ours = model(x), engine(x)
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-    assert exact.std() > 1e-4
-    scale = exact.abs().max()
-    ours_off, theirs_off = ((t.double() - exact).abs().max() / scale for t in (ours, theirs))
-    assert ours_off <= 2 * theirs_off + 1e-6, (float(ours_off), float(theirs_off))
-
-
 @pytest.mark.parametrize("name, sparsity, size, batch", MODELS)
 def test_equals_eager(name, sparsity, size, batch):
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
@@ -91,9 +77,7 @@ def test_equals_eager(name, sparsity, size, batch):
     x = torch.randn(batch, 3, *size)
     engine = sk.compile(model, x, autotune=False)
     assert_as_good(engine, model, x)
-    for ready in engine._layers.values():  # and with every layer on the sparse kernels
-        ready.pack()
-        ready.backend = "sparse" if sk.backend() != "reference" else "dense"
+    run_all(engine, "sparse")
     assert_as_good(engine, model, x)
     assert_as_good(engine, model, torch.randn(batch + 1, 3, *size))
 
@@ -136,9 +120,7 @@ class Residuals(nn.Module):
 @pytest.mark.parametrize("backend", ["sparse", "dense", "dense without oneDNN"])
 def test_residuals(backend, monkeypatch):
     if backend == "dense without oneDNN":
-        monkeypatch.setattr("sparsekit.engine.engine.FUSED_DENSE", False)
-        backend = "dense"
-    if sk.backend() == "reference":
+        monkeypatch.setattr("sparsekit.engine.layers.FUSED_DENSE", False)
         backend = "dense"
     torch.manual_seed(0)
     model = Residuals().eval()
@@ -146,9 +128,7 @@ def test_residuals(backend, monkeypatch):
     for size, layout in (((7, 9), torch.contiguous_format), ((16, 16), torch.channels_last)):
         x = torch.randn(3, 16, *size).contiguous(memory_format=layout)
         engine = sk.compile(model, x, autotune=False)
-        for ready in engine._layers.values():
-            ready.pack()
-            ready.backend = backend
+        run_all(engine, backend)
         with torch.no_grad():
             for ours, theirs in zip(engine(x), model(x)):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -159,9 +139,7 @@ def test_nan_and_infinity_pass_through():
     x = torch.randn(1, 4, 8, 8)
     x[0, :, 2, 3], x[0, 1, 5, 5] = float("nan"), float("inf")
     engine = sk.compile(model, x, autotune=False)
-    for ready in engine._layers.values():
-        ready.pack()
-        ready.backend = "sparse" if sk.backend() != "reference" else "dense"
+    run_all(engine, "sparse")
     with torch.no_grad():
         assert torch.equal(engine(x).isnan(), model(x).isnan())
 
@@ -196,11 +174,138 @@ def test_any_batch_and_part_of_it():
     engine = sk.compile(model, torch.randn(4, 3, 16, 16), autotune=False)
     assert engine.plan.batched
     for part in (None, 1, 3):
-        engine.part = part
+        schedule_of(engine).part = part
         for batch in (1, 2, 3, 7, 33):
             assert_as_good(engine, model, torch.randn(batch, 3, 16, 16))
     with torch.no_grad():
         assert engine(torch.randn(0, 3, 16, 16)).shape == (0, 10)
+
+
+def test_any_image_size():
+    model = small_net()
+    engine = sk.compile(model, torch.randn(4, 3, 16, 16), autotune=False)
+    for size in ((16, 16), (20, 24), (9, 31), (16, 16)):
+        assert_as_good(engine, model, torch.randn(3, 3, *size))
+    first = engine._schedules[((3, 16, 16),)]
+    assert len(engine._schedules) == 3
+    engine(torch.randn(2, 3, 16, 16))
+    assert engine._schedules[((3, 16, 16),)] is first and first.plan is engine.plan
+    engine.autotune_(torch.randn(2, 3, 20, 24))
+    assert len(engine._schedules) == 3
+    for n in range(12):  # it does not grow without end
+        engine(torch.randn(1, 3, 16 + n, 16))
+    assert len(engine._schedules) == MOST_SIZES
+
+
+class Sized(nn.Module):
+    """Tracing turns what this computes from sizes into numbers."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.kind = nn.Conv2d(3, 8, 3), kind
+
+    def forward(self, x):
+        x = self.conv(x)
+        n, c, h, w = x.shape
+        if self.kind == "shuffle":
+            return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        if self.kind == "pool":
+            return F.avg_pool2d(x, x.shape[2:])
+        if self.kind == "interpolate":
+            return F.interpolate(x, (h // 2, w // 2), mode="bilinear")
+        if self.kind == "number":
+            return x * (h * w) ** -0.5
+        return x.clamp(0, 1 / h)
+
+
+@pytest.mark.parametrize("kind", ["shuffle", "pool", "interpolate", "number", "clamp"])
+def test_models_that_depend_on_the_size_are_captured_again(kind, tmp_path):
+    torch.manual_seed(0)
+    model = Sized(kind).eval()
+    engine = sk.compile(model, torch.randn(2, 3, 16, 16), autotune=False)
+    assert engine.plan.inputs == [("float32", [None, 3, 16, 16])]
+    engine.save(tmp_path / "net.sk")
+    for _ in range(2):
+        for size in ((16, 16), (12, 20), (10, 10)):
+            assert_as_good(engine, model, torch.randn(3, 3, *size))
+    assert len({id(schedule.plan) for schedule in engine._schedules.values()}) == 3
+    # A file has the plan of one size.
+    loaded = sk.load(tmp_path / "net.sk")
+    assert_as_good(loaded, model, torch.randn(3, 3, 16, 16))
+    with pytest.raises(ValueError, match="nx3x16x16, got 2x3x12x20"):
+        loaded(torch.randn(2, 3, 12, 20))
+
+
+def test_saved_sizes(tmp_path):
+    engine = sk.compile(small_net(), torch.randn(4, 3, 16, 16), autotune=False)
+    engine(torch.randn(1, 3, 20, 24))
+    engine.save(tmp_path / "net.sk")
+    loaded = sk.load(tmp_path / "net.sk")
+    assert loaded._schedules.keys() == engine._schedules.keys() == {((3, 16, 16),), ((3, 20, 24),)}
+    for size in ((16, 16), (20, 24), (30, 8)):
+        x = torch.randn(2, 3, *size)
+        assert torch.equal(loaded(x), engine(x))
+
+
+class InPlace(nn.Module):
+    """Writes into tensors that others look at."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.conv, self.kind = nn.Conv2d(4, 4, 1), kind
+        self.register_buffer("shift", torch.randn(4, 1, 1))
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.kind == "later":
+            z = y + 1
+            y.relu_().mul_(2)
+            return z + y
+        if self.kind == "view before":
+            v = y.flatten(1)
+            y.add_(1)
+            return v
+        if self.kind == "view after":
+            y.add_(1)
+            v = y.flatten(1)
+            y.mul_(2)
+            return v + y.flatten(1)
+        if self.kind == "part":
+            y[:, 1] = 0
+            return y
+        if self.kind == "dropout":
+            z = F.dropout(y, 0.5, self.training)
+            z.relu_()
+            return y + z
+        z = y.contiguous()
+        z += self.shift
+        return y
+
+
+@pytest.mark.parametrize("kind", ["later", "view before", "view after", "part", "dropout", "contiguous"])
+def test_writing_in_place(kind):
+    torch.manual_seed(0)
+    model, x = InPlace(kind).eval(), torch.randn(2, 4, 5, 6)
+    engine = sk.compile(model, x, autotune=False)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_writes_its_input_or_buffers_is_refused():
+    class Writes(nn.Module):
+        def __init__(self, what):
+            super().__init__()
+            self.what = what
+            self.register_buffer("count", torch.zeros(3))
+
+        def forward(self, x):
+            (x if self.what == "input" else self.count).add_(1)
+            return x + self.count
+
+    for what in ("input", "buffer"):
+        with pytest.raises(ValueError, match="must not change"):
+            sk.compile(Writes(what).eval(), torch.randn(2, 3))
 
 
 class Mixes(nn.Module):
@@ -211,14 +316,12 @@ class Mixes(nn.Module):
 def test_images_that_meet_are_not_run_in_parts():
     x = torch.randn(4, 3, 8, 8)
     engine = sk.compile(nn.Sequential(nn.Conv2d(3, 3, 1), Mixes()).eval(), x)
-    assert not engine.plan.batched and engine.part is None
+    assert not engine.plan.batched and schedule_of(engine).part is None
 
 
 def test_same_for_any_number_of_threads():
     engine = sk.compile(small_net(), torch.randn(4, 3, 16, 16), autotune=False)
-    for ready in engine._layers.values():
-        ready.pack()
-        ready.backend = "sparse" if sk.backend() != "reference" else "dense"
+    run_all(engine, "sparse")
     x, threads = torch.randn(5, 3, 16, 16), torch.get_num_threads()
     try:
         results = []
@@ -272,7 +375,7 @@ def test_autotuning_is_measured_once():
     assert any("measured" in layer.reason for layer in first.explain(x)) == (sk.backend() != "reference")
     again = sk.compile(model, x)
     assert json.loads(tuning.path().read_text()) == everything
-    assert [r.seconds for r in again._layers.values()] == [r.seconds for r in first._layers.values()]
+    assert schedule_of(again).choices == schedule_of(first).choices
     tuning.path().write_text("{ not json")
     sk.compile(model, x)
     assert json.loads(tuning.path().read_text()).keys() == everything.keys()
@@ -293,7 +396,7 @@ def test_save_and_load(tmp_path):
         engine.save(tmp_path / "net.sk")
         loaded = sk.load(tmp_path / "net.sk")
         assert torch.equal(loaded(x), engine(x))
-        assert [r.backend for r in loaded._layers.values()] == [r.backend for r in engine._layers.values()]
+        assert schedule_of(loaded).saved() == schedule_of(engine).saved()
     assert (tmp_path / "net.sk").stat().st_size < 4 * sum(p.numel() for p in model.parameters())
 
 
@@ -302,7 +405,7 @@ def test_a_file_from_another_machine_decides_anew(tmp_path, monkeypatch):
     engine.save(tmp_path / "net.sk")
     monkeypatch.setattr(tuning, "machine", lambda: "another")
     loaded = sk.load(tmp_path / "net.sk")
-    assert not loaded._decided
+    assert not loaded._schedules
     torch.testing.assert_close(loaded(x), engine(x), rtol=1e-5, atol=1e-5)
 
 
@@ -339,8 +442,11 @@ def first(header, kind):
         (lambda h, t, m: next(v for k, v in t.items() if k.endswith("col_indices")).fill_(10**6), "col_indices"),
         (lambda h, t, m: t.pop(next(k for k in t if k.endswith("values"))), "values"),
         (lambda h, t, m: h.update(output_spec="[9, {}]"), "engine's file"),
-        (lambda h, t, m: h["choices"].update(part=-1), "part is -1"),
-        (lambda h, t, m: h["choices"].pop("layers"), "layers"),
+        (lambda h, t, m: m.update(version="1"), "version 1; this sparsekit reads version 2"),
+        (lambda h, t, m: h["per_image"].append(99), "slot 99"),
+        (lambda h, t, m: h["choices"]["schedules"][0][1].update(part=-1), "part is -1"),
+        (lambda h, t, m: h["choices"]["schedules"][0][1].pop("layers"), "layers"),
+        (lambda h, t, m: h["choices"]["schedules"][0][1]["layers"].update({"0": ["fast", "", None]}), "runs 'fast'"),
     ],
 )
 def test_damaged_files(tmp_path, change, message):
@@ -379,7 +485,8 @@ def test_bad_models_and_inputs():
         sk.compile(lambda x: x, x)
     engine = sk.compile(small_net(), x, autotune=False)
     for bad, error, message in (
-        ((torch.randn(2, 3, 17, 16),), ValueError, "nx3x16x16, got 2x3x17x16"),
+        ((torch.randn(2, 4, 16, 16),), ValueError, "nx3xnxn, got 2x4x16x16"),
+        ((torch.randn(2, 3, 1, 1),), ValueError, "size 2x3x1x1"),
         ((torch.randn(3, 16, 16),), ValueError, "got 3x16x16"),
         ((x.double(),), TypeError, "must be float32, got float64"),
         ((x.to("meta"),), ValueError, "on the CPU, got meta"),

@@ -1,0 +1,130 @@
+"""A layer of a plan, ready to run on the sparse kernels or on PyTorch's."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _ops
+from ..dispatch import Shape
+from ..formats import pattern_from_mask
+from .plan import Layer
+
+# Whether PyTorch has oneDNN's convolution with what follows fused, which inductor uses.
+FUSED_DENSE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+class Prepared:
+    """A layer with its weight in the forms that run; several threads may run it at once.
+
+    Attributes:
+        layer: the plan's.
+        weight, bias: its tensors.
+        nnz, sparsity: of the weight.
+    """
+
+    def __init__(self, layer: Layer, tensors: dict[str, Tensor]):
+        self.layer = layer
+        self.weight = tensors[layer.weight]
+        self.bias = None if layer.bias is None else tensors[layer.bias]
+        self.nnz = int(torch.count_nonzero(self.weight))
+        self.sparsity = 1 - self.nnz / max(self.weight.numel(), 1)
+        self._number: int | None = None
+        self._reordered: Tensor | None = None
+        self._lock = threading.Lock()
+
+    def compressed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight's values, crow_indices and col_indices."""
+        pattern = pattern_from_mask(self.weight != 0, self.layer.groups)
+        return _ops.compress(self.weight, pattern), pattern.crow_indices, pattern.col_indices
+
+    def unpack(self) -> None:
+        """Free what only :meth:`run` needs, and makes when it needs it."""
+        if self._number is not None:
+            self._forget()
+        self._number = self._reordered = None
+
+    def shape_on(self, size: Sequence[int]) -> Shape:
+        """What the layer costs depends on, for an input of this size."""
+        layer, weight = self.layer, self.weight
+        if layer.kind == "linear":
+            batch = math.prod(size[:-1])
+            return Shape("linear", weight.shape[1], weight.shape[0], 1, 1, 1, batch, 1, 1)
+        n, _, oh, ow = self.out_size(size)
+        return Shape(
+            "conv2d", weight.shape[1] * layer.groups, len(weight), math.prod(weight.shape[2:]), layer.groups,
+            math.prod(layer.stride), n, size[2] * size[3], oh * ow,
+        )  # fmt: skip
+
+    def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The size of the output for an input of this size."""
+        layer, weight = self.layer, self.weight
+        if layer.kind == "linear":
+            if size[-1] != weight.shape[1]:
+                raise ValueError(f"layer {layer.name} takes {weight.shape[1]} features, got {size[-1]}")
+            return *size[:-1], len(weight)
+        return _ops.output_size(size, len(weight), weight.shape[2:], layer.stride, layer.padding, layer.dilation)
+
+    def run(self, input: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+        """``clamp(layer(input) + bias + residual, low, high)``, on ``"sparse"`` or ``"dense"`` kernels."""
+        layer = self.layer
+        if backend == "sparse" and input.numel():
+            geometry = (self.weight.shape[2:], layer.stride, layer.padding, layer.dilation, layer.groups)
+            shared = (input, self._packed(), len(self.weight), self.bias, residual, layer.low, layer.high)
+            return _ops.run_linear(*shared) if layer.kind == "linear" else _ops.run_conv2d(*shared, *geometry)
+        if layer.kind == "linear":
+            return self._finish(F.linear(input, self.weight, self.bias), residual)
+        if input.shape[2:] == self.weight.shape[2:] == (1, 1) and layer.groups == 1 and not any(layer.padding):
+            # oneDNN's convolution takes milliseconds here if its weight was reordered for another batch size.
+            out = F.linear(input.flatten(1), self.weight.flatten(1), self.bias)
+            return self._finish(out[:, :, None, None], residual)
+        top, bottom, left, right = layer.padding
+        if top != bottom or left != right:
+            input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
+        geometry = (layer.stride, (top, left), layer.dilation, layer.groups)
+        if not FUSED_DENSE or not input.numel():
+            return self._finish(F.conv2d(input, self.weight, self.bias, *geometry), residual)
+        return self._dense(input, residual, *geometry)
+
+    def _packed(self) -> int:
+        """The number of the layer in the sparse kernels' registry."""
+        if (number := self._number) is None:
+            with self._lock:
+                if (number := self._number) is None:
+                    number = _ops.add_layer(*self.compressed(), self.weight[0].numel())
+                    self._forget = weakref.finalize(self, _ops.remove_layer, number)
+                    self._number = number
+        return number
+
+    def _dense(self, input, residual, stride, padding, dilation, groups) -> Tensor:
+        """oneDNN with the weight in its own layout, and what follows fused, as inductor does it; channels_last out."""
+        if (weight := self._reordered) is None:
+            weight = self._reordered = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, padding, stride, dilation, groups, input.shape
+            )
+        clamps = self.layer.low > -math.inf or self.layer.high < math.inf
+        relu = clamps and self.layer.low == 0 and self.layer.high == math.inf
+        shared = (weight, self.bias, padding, stride, dilation, groups)
+        if residual is not None:
+            out = torch.ops.mkldnn._convolution_pointwise.binary(
+                input, residual, *shared, "add", 1.0, "relu" if relu else None, [], None
+            )
+            return out if relu or not clamps else out.clamp_(self.layer.low, self.layer.high)
+        kind = "relu" if relu else "hardtanh" if clamps else "none"
+        bounds = [self.layer.low, self.layer.high] if kind == "hardtanh" else []
+        return torch.ops.mkldnn._convolution_pointwise(input, *shared, kind, bounds, "")
+
+    def _finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is not None:
+            out += residual
+        if self.layer.low == 0 and self.layer.high == math.inf:
+            return out.relu_()
+        if self.layer.low == -math.inf and self.layer.high == math.inf:
+            return out
+        return out.clamp_(self.layer.low, self.layer.high)

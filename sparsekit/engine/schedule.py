@@ -1,0 +1,334 @@
+"""How a plan runs for inputs of one size: what is sparse, which steps are chains, how many images at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from .. import _ops, dispatch
+from ..profile import Explanation, LayerReport, seconds_in_turns
+from . import tuning
+from .chains import Chain, choose
+from .layers import Prepared
+from .plan import Call, Const, Layer, Plan, Ref, last_uses, resolve
+
+# Below this fraction of zeros nobody measures whether sparse is faster.
+LOWEST_SPARSITY = 0.3
+# Parts of the batch that tuning tries, each if the one before was a gain: a part's activations may fit a cache where
+# the batch's do not.
+PARTS = (8, 4, 2, 1)
+# Seconds after which tuning compares no longer: backends of a layer, and ways to run all of the model.
+LAYER_SECONDS, MODEL_SECONDS = 0.03, 1.0
+LEAST_GAIN = 0.97
+
+
+@dataclass
+class Choice:
+    """What a layer runs on outside of chains, and why.
+
+    Attributes:
+        expected: seconds on sparse and on dense kernels, by the cost table.
+        seconds: the same, measured.
+    """
+
+    backend: str = "dense"
+    reason: str = "not decided yet"
+    expected: tuple[float, float] = (math.nan, math.nan)
+    seconds: tuple[float, float] | None = None
+
+
+class Schedule:
+    """Runs a plan; all layers are dense until :meth:`decide`, :meth:`tune` or :meth:`restore`. Change it before others
+    run it.
+
+    Attributes:
+        plan: the steps.
+        spec: how its outputs nest.
+        sizes: per slot of ``plan.per_image``, the dimensions after the batch.
+        part: images that are run at a time; None runs the whole batch.
+        layers, choices: by the number of their step.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.spec = torch.utils._pytree.treespec_loads(plan.output_spec)
+        self.sizes: dict[int, list[int]] = {}
+        self.part: int | None = None
+        self.layers = {n: Prepared(s, plan.tensors) for n, s in enumerate(plan.steps) if isinstance(s, Layer)}
+        self.choices = {number: Choice() for number in self.layers}
+        self._functions = [None if isinstance(s, Layer) else _function(s.target) for s in plan.steps]
+        self._steps = self._with_unused(range(len(plan.steps)))
+        self._items = self._steps
+
+    def run(self, inputs: tuple[Tensor, ...]) -> list:
+        """The plan's outputs, flat."""
+        if self.part is None or len(inputs[0]) <= self.part:
+            return self._outputs(self._run(inputs, self._items))
+        parts = [self._outputs(self._run((part,), self._items)) for part in inputs[0].split(self.part)]
+        return [torch.cat(part) for part in zip(*parts)]
+
+    def _run(self, inputs: tuple[Tensor, ...], items: list, run_layer: Callable | None = None) -> list:
+        """Run steps and chains; ``run_layer(number, input, residual)`` instead of every layer. Returns all slots."""
+        slots: list = [None] * self.plan.slots
+        slots[: len(inputs)] = inputs
+        run_layer = run_layer or self._run_layer
+        for item, unused in items:
+            if isinstance(item, Chain):
+                for slot, out in zip(item.outputs, item.run([slots[slot] for slot in item.inputs])):
+                    slots[slot] = out
+            elif isinstance(step := self.plan.steps[item], Call):
+                args = [self._value(v, slots) for v in step.args]
+                kwargs = {k: self._value(v, slots) for k, v in step.kwargs.items()}
+                slots[step.out] = self._functions[item](*args, **kwargs)
+            else:
+                residual = None if step.residual is None else slots[step.residual.slot]
+                slots[step.out] = run_layer(item, slots[step.input.slot], residual)
+            for slot in unused:
+                slots[slot] = None
+        return slots
+
+    def _run_layer(self, number: int, input: Tensor, residual: Tensor | None) -> Tensor:
+        return self.layers[number].run(input, residual, self.choices[number].backend)
+
+    def _value(self, v, slots: list):
+        if isinstance(v, Ref):
+            return slots[v.slot]
+        if isinstance(v, Const):
+            return self.plan.tensors[v.name]
+        return [self._value(item, slots) for item in v] if isinstance(v, list) else v
+
+    def _outputs(self, slots: list) -> list:
+        return [self._value(v, slots) for v in self.plan.outputs]
+
+    def _with_unused(self, items: Sequence) -> list[tuple]:
+        """Items, each with the slots that nobody reads after it."""
+        uses = [(item.inputs, item.outputs) if isinstance(item, Chain) else self.plan.uses(item) for item in items]
+        return list(zip(items, last_uses(uses, self.plan.outputs)))
+
+    @property
+    def chains(self) -> list[Chain]:
+        """The chains that a call runs."""
+        return [item for item, _ in self._items if isinstance(item, Chain)]
+
+    def decide(self, inputs: tuple[Tensor, ...]) -> None:
+        """Choose by the cost table (:mod:`sparsekit.dispatch`), for inputs like these.
+
+        Raises:
+            ValueError: the model cannot take inputs of this size.
+        """
+        self._predict(inputs)
+        self.join(self._find_chains(inputs))
+
+    def tune(self, inputs: tuple[Tensor, ...]) -> None:
+        """Choose by measuring on these inputs what :mod:`sparsekit.engine.tuning` does not know already.
+
+        Raises:
+            ValueError: as :meth:`decide`.
+        """
+        shapes = self._predict(inputs)
+        with tuning.Cache() as cache:
+            self._measure_layers(inputs, shapes, cache)
+            self._tune_chains(inputs, cache)
+            if self.plan.batched and len(inputs[0]) > 1:
+                self._tune_part(inputs, cache)
+
+    def _predict(self, inputs: tuple[Tensor, ...]) -> dict[int, torch.Size]:
+        """Find all sizes, and choose by the cost table. Returns the size of every layer's input."""
+        shapes: dict[int, torch.Size] = {}
+
+        def note(number: int, input: Tensor, residual: Tensor | None) -> Tensor:
+            shapes[number] = input.shape
+            return input.new_empty(self.layers[number].out_size(input.shape))
+
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # without data, as the model was captured
+                fake = tuple(mode.from_tensor(t) for t in inputs)
+                slots = self._run(fake, [(number, ()) for number, _ in self._steps], note)
+            self.sizes = {slot: list(slots[slot].shape[1:]) for slot in self.plan.per_image}
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            sizes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
+            raise ValueError(f"the model cannot take inputs of size {sizes}: {error}") from error
+        for number, size in shapes.items():
+            layer, choice = self.layers[number], self.choices[number]
+            if not _can_run_sparse(size):
+                choice.expected, choice.reason = (math.nan, 0.0), "installed without C++ kernels"
+                continue
+            choice.expected = dispatch.predict(layer.shape_on(size), layer.nnz, train=False)
+            choice.backend, choice.reason = _faster(choice.expected), "cost table"
+        return shapes
+
+    def _measure_layers(self, inputs: tuple[Tensor, ...], shapes: dict[int, torch.Size], cache: tuning.Cache) -> None:
+        keys = {}
+        for number, size in shapes.items():
+            layer = self.layers[number]
+            if layer.sparsity >= LOWEST_SPARSITY and _can_run_sparse(size):
+                keys[number] = f"{layer.shape_on(size).key}-{layer.nnz}-{layer.layer.residual is not None}"
+
+        def measure(number: int, input: Tensor, residual: Tensor | None) -> Tensor:
+            if number in keys:
+                cache.get(keys[number], lambda: self._seconds(number, input, residual, LAYER_SECONDS))
+            return self._run_layer(number, input, residual)
+
+        if any(key not in cache for key in keys.values()):
+            self._run(inputs, self._steps, measure)
+        for number, key in keys.items():
+            choice = self.choices[number]
+            choice.seconds = cache[key]
+            choice.backend, choice.reason = _faster(choice.seconds), "measured"
+
+    def _seconds(
+        self, number: int, input: Tensor, residual: Tensor | None, limit: float = math.inf
+    ) -> tuple[float, float]:
+        """Of a layer on sparse and on dense kernels; NaN where there are none."""
+        backends = ("sparse", "dense") if _can_run_sparse(input.shape) else ("dense",)
+        layer = self.layers[number]
+        runs = {backend: lambda backend=backend: layer.run(input, residual, backend) for backend in backends}
+        seconds = seconds_in_turns(runs, limit=limit)
+        return seconds.get("sparse", math.nan), seconds["dense"]
+
+    def _find_chains(self, inputs: tuple[Tensor, ...]) -> list[list[int]]:
+        """Numbers of the steps that would make chains, by measured and expected seconds."""
+        if not inputs:
+            return []
+        batch, threads = len(inputs[0]), torch.get_num_threads()
+        alone, sparse = {}, {}
+        for number, layer in self.layers.items():
+            seconds = self.choices[number].seconds or self.choices[number].expected
+            alone[number] = min(seconds)
+            size = self.sizes.get(layer.layer.input.slot)
+            if layer.layer.kind == "conv2d" and size is not None and not math.isnan(seconds[0]):
+                # Never more than outside: there, tensors come in another layout, and from further away.
+                expected = dispatch.predict_in_chain(layer.shape_on((batch, *size)), layer.nnz)
+                sparse[number] = min(expected, seconds[0])
+        copy = dispatch.CHAIN_COPY * batch / threads
+        return choose(self.plan, self.sizes, alone, sparse, lambda slot: copy * math.prod(self.sizes[slot]))
+
+    def join(self, chains: list[list[int]]) -> None:
+        """Make chains of these steps, and of no others; their layers run sparse."""
+        if chains == [chain.numbers for chain in self.chains]:
+            return
+
+        def weight_of(number: int) -> tuple:
+            layer = self.layers[number]
+            return *layer.compressed(), layer.bias, list(layer.weight.shape[2:])
+
+        made = [Chain(self.plan, self.sizes, numbers, weight_of) for numbers in chains]
+        last = {chain.numbers[-1]: chain for chain in made}
+        inside = {number for numbers in chains for number in numbers}
+        numbers = [number for number, _ in self._steps if number in last or number not in inside]
+        self._items = self._with_unused([last.get(number, number) for number in numbers])
+        for number in inside & self.layers.keys():
+            self.layers[number].unpack()
+
+    def _tune_chains(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
+        """Join steps to chains, if the whole is faster for it."""
+        chains = self._find_chains(inputs)
+
+        def measure() -> tuple[float, ...]:
+            self.join(chains)
+            runs = {
+                "alone": lambda: self._run(inputs, self._steps),
+                "chained": lambda: self._run(inputs, self._items),
+            }
+            return tuple(seconds_in_turns(runs, limit=MODEL_SECONDS).values())
+
+        if chains:
+            alone, chained = cache.get(f"chains-{chains}-{self._key(inputs)}", measure)
+            self.join(chains if chained < alone else [])
+            for number in {n for numbers in chains for n in numbers} & self.layers.keys() if chained < alone else ():
+                self.layers[number].unpack()
+
+    def _tune_part(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
+        def run_in(part: int | None) -> Callable:
+            def run() -> None:
+                self.part = part
+                self.run(inputs)
+
+            return run
+
+        best = None
+        for part in (part for part in PARTS if part < len(inputs[0])):
+            runs = {str(way): run_in(way) for way in (best, part)}
+            key = f"parts-{best}-{part}-{bool(self.chains)}-{self._key(inputs)}"
+            seconds = cache.get(key, lambda runs=runs: tuple(seconds_in_turns(runs, limit=MODEL_SECONDS).values()))
+            if seconds[1] > LEAST_GAIN * seconds[0]:
+                break
+            best = part
+        self.part = best
+
+    def _key(self, inputs: tuple[Tensor, ...]) -> str:
+        nnz = sum(layer.nnz for layer in self.layers.values())
+        return f"{len(self.plan.steps)}-{nnz}-{'x'.join(map(str, inputs[0].shape))}"
+
+    def explain(self, inputs: tuple[Tensor, ...]) -> Explanation:
+        """See :meth:`Engine.explain`."""
+        reports = Explanation()
+        chained = {number for chain in self.chains for number in chain.numbers}
+
+        def report(number: int, input: Tensor, residual: Tensor | None) -> Tensor:
+            layer, choice = self.layers[number], self.choices[number]
+            shape = f"{'x'.join(map(str, layer.weight.shape))} on {'x'.join(map(str, input.shape))}"
+            why = choice.reason
+            if number in chained:
+                why += "; in a chain" if choice.backend == "sparse" else "; a link in a chain"
+            if layer.layer.fused:
+                why += f"; with {', '.join(layer.layer.fused)}"
+            backend = "sparse" if number in chained else choice.backend
+            expected = (math.nan, math.nan)
+            if _can_run_sparse(input.shape):
+                expected = dispatch.predict(layer.shape_on(input.shape), layer.nnz, train=False)
+            seconds = self._seconds(number, input, residual)
+            reports.append(LayerReport(layer.layer.name, shape, layer.sparsity, backend, why, *expected, *seconds))
+            return self._run_layer(number, input, residual)
+
+        self._run(inputs, self._steps, report)
+        for number in chained & self.layers.keys():
+            self.layers[number].unpack()
+        return reports
+
+    def saved(self) -> dict:
+        """What was chosen, for JSON; :meth:`restore` takes it."""
+        return {
+            "sizes": self.sizes,
+            "part": self.part,
+            "layers": {str(n): [c.backend, c.reason, c.seconds] for n, c in self.choices.items()},
+            "chains": [chain.numbers for chain in self.chains],
+        }
+
+    def restore(self, saved: dict) -> None:
+        """Choose what was chosen before. Raises RuntimeError if that cannot be."""
+        self.sizes = {int(slot): list(size) for slot, size in saved["sizes"].items()}
+        self.part = saved["part"]
+        for number, choice in self.choices.items():
+            choice.backend, choice.reason, seconds = saved["layers"][str(number)]
+            choice.seconds = None if seconds is None else tuple(seconds)
+        self.join(saved["chains"])
+
+
+def _faster(seconds: tuple[float, float]) -> str:
+    return "sparse" if seconds[0] < seconds[1] else "dense"
+
+
+def _function(target: str) -> Callable:
+    """What runs a step that is no layer: PyTorch's op, or our own where that is faster."""
+    function = resolve(target)
+    if target == "aten.view.default":  # layers may leave another layout than they did in PyTorch
+        return torch.ops.aten.reshape.default
+    if target != "aten.max_pool2d.default":
+        return function
+
+    def max_pool2d(input: Tensor, *args):
+        if _ops.backend() == "reference" or input.dim() != 4 or input.dtype != torch.float32 or not input.numel():
+            return function(input, *args)
+        return _ops.max_pool2d(input, *args)
+
+    return max_pool2d
+
+
+def _can_run_sparse(size: torch.Size) -> bool:
+    return _ops.backend() != "reference" and size.numel() > 0
