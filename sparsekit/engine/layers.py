@@ -88,7 +88,11 @@ class Prepared:
         if top != bottom or left != right:
             input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
         geometry = (layer.stride, (top, left), layer.dilation, layer.groups)
-        if not FUSED_DENSE or not input.numel():
+        fused = FUSED_DENSE and input.numel() > 0
+        if input.shape[1] == 1 and layer.stride[0] != layer.stride[1]:
+            # oneDNN is wrong for one channel in channels_last and strides that differ (found with torch 2.14.1).
+            fused, input = False, input.clone(memory_format=torch.contiguous_format)
+        if not fused:
             return self._finish(F.conv2d(input, self.weight, self.bias, *geometry), residual)
         return self._dense(input, residual, *geometry)
 

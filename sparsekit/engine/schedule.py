@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from .. import _ops, dispatch
 from ..profile import Explanation, LayerReport, seconds_in_turns
 from . import tuning
+from .capture import FRESH
 from .chains import Chain, choose
 from .layers import Prepared
-from .plan import Call, Const, Layer, Plan, Ref, last_uses, resolve
+from .plan import Call, Const, Layer, Plan, Ref, last_uses, refs, resolve
 
 # Below this fraction of zeros nobody measures whether sparse is faster.
 LOWEST_SPARSITY = 0.3
@@ -62,6 +63,7 @@ class Schedule:
         self.layers = {n: Prepared(s, plan.tensors) for n, s in enumerate(plan.steps) if isinstance(s, Layer)}
         self.choices = {number: Choice() for number in self.layers}
         self._functions = [None if isinstance(s, Layer) else _function(s.target) for s in plan.steps]
+        self._own = _own_memory(plan)
         self._steps = self._with_unused(range(len(plan.steps)))
         self._items = self._steps
 
@@ -77,14 +79,14 @@ class Schedule:
         slots: list = [None] * self.plan.slots
         slots[: len(inputs)] = inputs
         run_layer = run_layer or self._run_layer
-        for item, unused in items:
+        for item, unused, function in items:
             if isinstance(item, Chain):
                 for slot, out in zip(item.outputs, item.run([slots[slot] for slot in item.inputs])):
                     slots[slot] = out
             elif isinstance(step := self.plan.steps[item], Call):
                 args = [self._value(v, slots) for v in step.args]
                 kwargs = {k: self._value(v, slots) for k, v in step.kwargs.items()}
-                slots[step.out] = self._functions[item](*args, **kwargs)
+                slots[step.out] = function(*args, **kwargs)
             else:
                 residual = None if step.residual is None else slots[step.residual.slot]
                 slots[step.out] = run_layer(item, slots[step.input.slot], residual)
@@ -106,14 +108,25 @@ class Schedule:
         return [self._value(v, slots) for v in self.plan.outputs]
 
     def _with_unused(self, items: Sequence) -> list[tuple]:
-        """Items, each with the slots that nobody reads after it."""
+        """Items, each with the slots that nobody reads after it, and, of a call, with the function that runs it."""
         uses = [(item.inputs, item.outputs) if isinstance(item, Chain) else self.plan.uses(item) for item in items]
-        return list(zip(items, last_uses(uses, self.plan.outputs)))
+        unused = last_uses(uses, self.plan.outputs)
+        return [(item, slots, self._function_of(item, slots)) for item, slots in zip(items, unused)]
+
+    def _function_of(self, item, unused: list[int]) -> Callable | None:
+        """Writes into its first argument where it can, and nobody reads that afterwards."""
+        if isinstance(item, Chain) or isinstance(step := self.plan.steps[item], Layer):
+            return None
+        function, first = self._functions[item], step.args[0] if step.args else None
+        writes = _writing(step.target)
+        if writes is None or not isinstance(first, Ref) or first.slot not in unused or first.slot not in self._own:
+            return function
+        return lambda first, *args, **kwargs: (writes if _holds(first, args) else function)(first, *args, **kwargs)
 
     @property
     def chains(self) -> list[Chain]:
         """The chains that a call runs."""
-        return [item for item, _ in self._items if isinstance(item, Chain)]
+        return [item for item, *_ in self._items if isinstance(item, Chain)]
 
     def decide(self, inputs: tuple[Tensor, ...]) -> None:
         """Choose by the cost table (:mod:`sparsekit.dispatch`), for inputs like these.
@@ -148,7 +161,7 @@ class Schedule:
         try:
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:  # without data, as the model was captured
                 fake = tuple(mode.from_tensor(t) for t in inputs)
-                slots = self._run(fake, [(number, ()) for number, _ in self._steps], note)
+                slots = self._run(fake, [(number, (), self._functions[number]) for number, *_ in self._steps], note)
             self.sizes = {slot: list(slots[slot].shape[1:]) for slot in self.plan.per_image}
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             sizes = ", ".join("x".join(map(str, t.shape)) for t in inputs)
@@ -220,28 +233,36 @@ class Schedule:
         made = [Chain(self.plan, self.sizes, numbers, weight_of) for numbers in chains]
         last = {chain.numbers[-1]: chain for chain in made}
         inside = {number for numbers in chains for number in numbers}
-        numbers = [number for number, _ in self._steps if number in last or number not in inside]
+        numbers = [number for number, *_ in self._steps if number in last or number not in inside]
         self._items = self._with_unused([last.get(number, number) for number in numbers])
         for number in inside & self.layers.keys():
             self.layers[number].unpack()
 
     def _tune_chains(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
-        """Join steps to chains, if the whole is faster for it."""
+        """Join steps to chains, if the whole is faster for it; all layers dense, if that is fastest of all."""
         chains = self._find_chains(inputs)
+        if not chains and all(choice.backend == "dense" for choice in self.choices.values()):
+            return
+
+        def run_dense(number: int, input: Tensor, residual: Tensor | None) -> Tensor:
+            return self.layers[number].run(input, residual, "dense")
 
         def measure() -> tuple[float, ...]:
             self.join(chains)
             runs = {
+                "dense": lambda: self._run(inputs, self._steps, run_dense),
                 "alone": lambda: self._run(inputs, self._steps),
                 "chained": lambda: self._run(inputs, self._items),
             }
             return tuple(seconds_in_turns(runs, limit=MODEL_SECONDS).values())
 
-        if chains:
-            alone, chained = cache.get(f"chains-{chains}-{self._key(inputs)}", measure)
-            self.join(chains if chained < alone else [])
-            for number in {n for numbers in chains for n in numbers} & self.layers.keys() if chained < alone else ():
-                self.layers[number].unpack()
+        dense, alone, chained = cache.get(f"chains-{chains}-{self._key(inputs)}", measure)
+        self.join(chains if chained <= min(dense, alone) else [])
+        if dense < min(alone, chained):
+            for choice in self.choices.values():
+                choice.backend, choice.reason = "dense", f"{choice.reason}; all of the model is faster dense"
+        for number in {n for chain in self.chains for n in chain.numbers} & self.layers.keys():
+            self.layers[number].unpack()  # which alone has packed
 
     def _tune_part(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
         def run_in(part: int | None) -> Callable:
@@ -323,11 +344,42 @@ def _function(target: str) -> Callable:
         return function
 
     def max_pool2d(input: Tensor, *args):
-        if _ops.backend() == "reference" or input.dim() != 4 or input.dtype != torch.float32 or not input.numel():
-            return function(input, *args)
-        return _ops.max_pool2d(input, *args)
+        # Ours leaves NCHW: dense layers, which work in channels_last, would copy what it leaves.
+        usable = input.dim() == 4 and input.dtype == torch.float32 and input.numel() and input.is_contiguous()
+        return _ops.max_pool2d(input, *args) if usable and _ops.backend() != "reference" else function(input, *args)
 
     return max_pool2d
+
+
+# Ops that may write their result into their first argument.
+WRITING = {"add", "div", "elu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mul", "relu", "sigmoid", "silu"}
+
+
+def _writing(target: str) -> Callable | None:
+    """The op that does what ``target`` does in place."""
+    name = target.split(".")[1]
+    return resolve(target.replace(name, f"{name}_", 1)) if name in WRITING and target.startswith("aten.") else None
+
+
+def _holds(first: Tensor, args: tuple) -> bool:
+    """Whether the result of an elementwise op on these has the size and dtype of its first argument."""
+    return all(
+        other.dtype == first.dtype and torch.broadcast_shapes(other.shape, first.shape) == first.shape
+        for other in args
+        if isinstance(other, Tensor)
+    )
+
+
+def _own_memory(plan: Plan) -> set[int]:
+    """Slots whose value shares memory with no other."""
+    own, viewed = set(), set()
+    for step in plan.steps:
+        name = "" if isinstance(step, Layer) else step.target.split(".")[1]
+        if isinstance(step, Layer) or name in FRESH:
+            own.add(step.out)
+        else:
+            viewed.update(ref.slot for ref in refs(step))
+    return own - viewed
 
 
 def _can_run_sparse(size: torch.Size) -> bool:

@@ -1,6 +1,7 @@
 """Engines compute what the model computes, whatever it is made of, and say so when they cannot."""
 
 import copy
+import itertools
 import json
 import threading
 
@@ -132,6 +133,21 @@ def test_residuals(backend, monkeypatch):
         with torch.no_grad():
             for ours, theirs in zip(engine(x), model(x)):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_dense_layers_of_any_geometry(channels):
+    torch.manual_seed(0)
+    for kernel, stride, padding, size in itertools.product(
+        ((1, 2), (3, 3), (5, 3)), ((1, 1), (1, 3), (2, 1), (2, 2)), ((0, 1), (2, 2)), ((5, 4), (9, 3), (1, 1))
+    ):
+        if size[0] + 2 * padding[0] < kernel[0]:
+            continue
+        model, x = nn.Conv2d(channels, 24, kernel, stride, padding).eval(), torch.randn(3, channels, *size)
+        engine = sk.compile(model, x, autotune=False)
+        run_all(engine, "dense")
+        with torch.no_grad():
+            torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_nan_and_infinity_pass_through():
@@ -529,3 +545,33 @@ def test_dynamo_backend_takes_models_that_break_the_graph():
     fast, x = torch.compile(model, backend="sparsekit"), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Reuses(nn.Module):
+    """Elementwise ops whose first operand could take their result, and some whose must not."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        y = F.avg_pool2d(self.conv(x), 2)
+        a = torch.sigmoid(y)  # y is read again
+        b = F.hardswish(y) * a  # only now is y free
+        c = F.silu(x)  # the input belongs to the caller
+        d = F.relu(c.flatten(1))  # a view
+        e = F.avg_pool2d(x, 2).mean((2, 3), keepdim=True) * b  # the result is larger
+        f = e.mul(2)
+        return a, b, c, d, e + f, y.mean((2, 3))
+
+
+def test_memory_is_reused_only_where_nobody_looks():
+    torch.manual_seed(0)
+    model, x = Reuses().eval(), torch.randn(2, 4, 6, 6)
+    engine, before = sk.compile(model, x, autotune=False), x.clone()
+    functions = [function for *_, function in schedule_of(engine)._items]
+    assert any(getattr(function, "__name__", "") == "<lambda>" for function in functions)
+    with torch.no_grad():
+        for ours, theirs in zip(engine(x), model(x)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(x, before)
