@@ -103,11 +103,11 @@ inline Pool2dGeometry pool_geometry(const ImageSize& x, const ImageSize& y, cons
                   "padding must be at most half of kernel_size");
   STD_TORCH_CHECK(y[0] == x[0] && y[1] == x[1], "out must have the images and channels of input");
   for (int i = 0; i < 2; ++i) {
-    // Rounding the number of windows up adds one more, if it begins within the image or the padding before it.
+    // Rounding the number of windows up may add one, if it begins within the image or the padding before it.
     const int64_t room = x[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
     const int64_t windows = room / stride[i] + 1, last = (y[2 + i] - 1) * stride[i];
-    STD_TORCH_CHECK(room >= 0 && (y[2 + i] == windows || (y[2 + i] == windows + 1 && last < x[2 + i] + padding[i])),
-                    "input and output do not fit the geometry");
+    const bool one_more = room % stride[i] && y[2 + i] == windows + 1 && last < x[2 + i] + padding[i];
+    STD_TORCH_CHECK(room >= 0 && (y[2 + i] == windows || one_more), "input and output do not fit the geometry");
   }
   return {x[0],      x[1],      x[2],      x[3],       y[2],       y[3],        kernel[0],
           kernel[1], stride[0], stride[1], padding[0], padding[1], dilation[0], dilation[1]};

@@ -12,6 +12,7 @@ Ops never fall back in silence: :func:`backend` says what runs.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -404,9 +405,39 @@ def program_max_pool2d(
     torch.ops.sparsekit_cpu.program_max_pool2d(program, input, out, *geometry)
 
 
-def program_mean(program: int, input: int, output: int) -> None:
-    """Add: the mean of every channel, ``[channels, 1, 1]``, to output ``output``."""
-    torch.ops.sparsekit_cpu.program_mean(program, input, output)
+def program_avg_pool2d(
+    program, input, out, kernel_size, stride=(), padding=(0, 0), ceil_mode=False, count_include_pad=True
+) -> None:
+    """Add: ``out = F.avg_pool2d(input)``."""
+    *geometry, _ = _pool_geometry(kernel_size, stride, padding, (1, 1))
+    torch.ops.sparsekit_cpu.program_avg_pool2d(program, input, out, *geometry, count_include_pad)
+
+
+def program_mean(program: int, input: int, out: int) -> None:
+    """Add: ``out``, ``[channels, 1, 1]``, is the mean of every channel."""
+    torch.ops.sparsekit_cpu.program_mean(program, input, out)
+
+
+# In the order of csrc/cpu/kernels.h.
+ACTIVATIONS = (None, "sigmoid", "silu", "hardsigmoid", "hardswish")
+
+
+def program_elementwise(
+    program, input, out, gate=None, other=None, scale=None, shift=None, low=-math.inf, high=math.inf, activation=None
+) -> None:
+    """Add: ``out = activation(clamp(input * scale * gate + shift + other, low, high))``.
+
+    ``scale`` and ``shift`` are ``[channels]``, ``gate`` a tensor of the program with one pixel a channel.
+    """
+    gate, other = (_NO_TENSOR if tensor is None else tensor for tensor in (gate, other))
+    torch.ops.sparsekit_cpu.program_elementwise(
+        program, input, out, gate, other, scale, shift, low, high, ACTIVATIONS.index(activation)
+    )
+
+
+def program_concat(program: int, inputs: Sequence[int], out: int) -> None:
+    """Add: ``out = torch.cat(inputs, 1)``."""
+    torch.ops.sparsekit_cpu.program_concat(program, inputs, out)
 
 
 def program_store(program: int, input: int, output: int) -> None:

@@ -478,42 +478,124 @@ void max_pool_row_channels_last(const Pool2dGeometry& g, const Images& in, const
   }
 }
 
-// Pixels are the lanes: the largest of each column of the window's rows, then the largest of neighbouring columns.
-void max_pool_row_nchw(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch) {
+struct Largest {
+  static constexpr float kNothing = kLowest;
+  static Vec join(Vec a, Vec b) { return max_or_nan(a, b); }
+};
+struct Sum {
+  static constexpr float kNothing = 0;
+  static Vec join(Vec a, Vec b) { return add(a, b); }
+};
+
+template <class How>
+void join(float* to, const float* a, const float* b, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, How::join(load(a + i), load(b + i)));
+  if (i < n) store(to + i, How::join(load(a + i, n - i), load(b + i, n - i)), n - i);
+}
+
+// Pixels are the lanes: each column of the window's rows is joined, then neighbouring columns are. finish(row) comes
+// last.
+template <class How, class Finish>
+void pool_row_nchw(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch,
+                   const Finish& finish) {
   const int64_t top = y * g.stride_h - g.pad_top;
   const Taps down(top, g.kernel_h, g.dilation_h, g.in_h);
   const int64_t reach = (g.out_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
   const int64_t width = reach > g.pad_left + g.in_w ? reach : g.pad_left + g.in_w;
   float* const columns = scratch;
   float* const picked = scratch + width + kLanes;
-  for (int64_t c = 0; c < width; ++c) columns[c] = kLowest;
-  auto larger = [](float* to, const float* a, const float* b, int64_t n) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, max_or_nan(load(a + i), load(b + i)));
-    if (i < n) store(to + i, max_or_nan(load(a + i, n - i), load(b + i, n - i)), n - i);
-  };
+  for (int64_t c = 0; c < width; ++c) columns[c] = How::kNothing;
   for (int64_t c = 0; c < g.channels; ++c) {
     const float* const image = in.data + c * in.channel + top * in.row;
     float* const best = columns + g.pad_left;
     float* const to = out.data + c * out.channel + y * out.row;
-    for (int64_t x = 0; x < g.out_w; ++x) to[x] = kLowest;
+    for (int64_t x = 0; x < g.out_w; ++x) to[x] = How::kNothing;
     if (down.first >= down.last) continue;
-    for (int64_t x = 0; x < g.in_w; ++x) best[x] = kLowest;
-    for (int64_t ky = down.first; ky < down.last; ++ky) larger(best, image + ky * g.dilation_h * in.row, best, g.in_w);
+    for (int64_t x = 0; x < g.in_w; ++x) best[x] = How::kNothing;
+    for (int64_t ky = down.first; ky < down.last; ++ky)
+      join<How>(best, image + ky * g.dilation_h * in.row, best, g.in_w);
     for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
       const float* from = columns + kx * g.dilation_w;
       if (g.stride_w != 1) {
         gather(picked, 0, from, 0, g.stride_w, 1, g.out_w);
         from = picked;
       }
-      larger(to, from, to, g.out_w);
+      join<How>(to, from, to, g.out_w);
     }
+    finish(to);
   }
 }
 
 void max_pool_row(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch) {
   if (in.channel == 1) return max_pool_row_channels_last(g, in, out, y);
-  max_pool_row_nchw(g, in, out, y, scratch);
+  pool_row_nchw<Largest>(g, in, out, y, scratch, [](float*) {});
+}
+
+// Pixels that a mean is taken over, along one side; padding counts, what rounding up adds beyond it does not.
+int64_t counted(int64_t at, int64_t kernel, int64_t stride, int64_t pad, int64_t size, bool count_padding) {
+  const int64_t start = at * stride - pad, limit = count_padding ? size + pad : size;
+  const int64_t end = start + kernel < limit ? start + kernel : limit;
+  return end - (start < 0 && !count_padding ? 0 : start);
+}
+
+void avg_pool_row(const Pool2dGeometry& g, bool count_padding, const Images& in, const Images& out, int64_t y,
+                  float* scratch) {
+  const int64_t rows = counted(y, g.kernel_h, g.stride_h, g.pad_top, g.in_h, count_padding);
+  pool_row_nchw<Sum>(g, in, out, y, scratch, [&](float* to) {
+    for (int64_t x = 0; x < g.out_w; ++x)
+      to[x] /= rows * counted(x, g.kernel_w, g.stride_w, g.pad_left, g.in_w, count_padding);
+  });
+}
+
+// e^x to about an ulp for |x| <= 87, the bounds beyond them.
+Vec exp(Vec x) {
+  x = max(broadcast(-87), min(broadcast(87), x));
+  const Vec n = round(mul(x, broadcast(1.44269504f)));
+  Vec r = fma(n, broadcast(-0.693359375f), x);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec p = broadcast(1.f / 5040);
+  constexpr float kFactors[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1, 1};
+  for (const float factor : kFactors) p = fma(p, r, broadcast(factor));
+  return scale(p, n);
+}
+
+template <Activation activation>
+Vec activate(Vec x) {
+  if constexpr (activation == Activation::sigmoid || activation == Activation::silu) {
+    const Vec below = add(broadcast(1), exp(mul(x, broadcast(-1))));
+    return div(activation == Activation::silu ? x : broadcast(1), below);
+  }
+  if constexpr (activation == Activation::hardsigmoid || activation == Activation::hardswish) {
+    const Vec gate = max(broadcast(0), min(broadcast(6), add(x, broadcast(3))));
+    return div(activation == Activation::hardswish ? mul(x, gate) : gate, broadcast(6));
+  }
+  return x;
+}
+
+template <Activation activation>
+void pointwise_as(const Pointwise& p, float* to, const float* from, int64_t lanes) {
+  const Vec factor = broadcast(p.scale), shift = broadcast(p.shift), low = broadcast(p.low), high = broadcast(p.high);
+  for (int64_t i = 0; i < lanes; i += kLanes) {
+    Vec v = fma(load(from + i), factor, p.other ? add(shift, load(p.other + i)) : shift);
+    v = activate<activation>(max(low, min(high, v)));
+    store(to + i, p.mask ? keep(v, p.mask + i) : v);
+  }
+}
+
+void pointwise(const Pointwise& p, float* to, const float* from, int64_t lanes) {
+  switch (p.activation) {
+    case Activation::none:
+      return pointwise_as<Activation::none>(p, to, from, lanes);
+    case Activation::sigmoid:
+      return pointwise_as<Activation::sigmoid>(p, to, from, lanes);
+    case Activation::silu:
+      return pointwise_as<Activation::silu>(p, to, from, lanes);
+    case Activation::hardsigmoid:
+      return pointwise_as<Activation::hardsigmoid>(p, to, from, lanes);
+    case Activation::hardswish:
+      return pointwise_as<Activation::hardswish>(p, to, from, lanes);
+  }
 }
 
 #define SPARSEKIT_STRING_(x) #x
@@ -521,7 +603,16 @@ void max_pool_row(const Pool2dGeometry& g, const Images& in, const Images& out, 
 
 }  // namespace
 
-extern const Kernels kernels = {
-    SPARSEKIT_STRING(SPARSEKIT_ISA), spmm, sddmm, gather, scatter, interleave, split, max_pool_row, transpose};
+extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
+                                spmm,
+                                sddmm,
+                                gather,
+                                scatter,
+                                interleave,
+                                split,
+                                max_pool_row,
+                                avg_pool_row,
+                                pointwise,
+                                transpose};
 
 }  // namespace sparsekit::SPARSEKIT_ISA

@@ -48,6 +48,17 @@ struct Results {
   float low, high;      // bounds that results are clamped to; infinite where there are none
 };
 
+enum class Activation : int64_t { none, sigmoid, silu, hardsigmoid, hardswish };
+
+// activation(clamp(scale * x + shift + other)), elementwise.
+struct Pointwise {
+  float scale, shift;
+  const float* other;   // null: zeros
+  const int32_t* mask;  // as of Results
+  float low, high;
+  Activation activation;
+};
+
 struct Kernels {
   const char* name;
 
@@ -77,9 +88,15 @@ struct Kernels {
                 int64_t even_cols, int64_t odd_cols);
 
   // Row y of max pooling, all channels of one image; a window's pixels outside of the image do not count, NaN wins. The
-  // layouts are NCHW and channels_last; NCHW to channels_last is not there. scratch: 2 * (in_w + out_w * stride_w +
-  // kernel_w * dilation_w + 64) floats.
+  // layouts are NCHW and channels_last; NCHW to channels_last is not there. scratch: pool_scratch(g) floats.
   void (*max_pool_row)(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch);
+
+  // The same for average pooling, NCHW only. count_padding: the zeros around an image count as its pixels.
+  void (*avg_pool_row)(const Pool2dGeometry& g, bool count_padding, const Images& in, const Images& out, int64_t y,
+                       float* scratch);
+
+  // to[lane] = p(from[lane]) over `lanes` lanes, a multiple of 16; `to` may be `from`. NaN stays NaN.
+  void (*pointwise)(const Pointwise& p, float* to, const float* from, int64_t lanes);
 
   // to[c * to_row + r] = from[r * from_row + c]
   void (*transpose)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols);

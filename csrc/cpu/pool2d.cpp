@@ -10,7 +10,7 @@ namespace sparsekit {
 
 void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out) {
   torch::stable::parallel_for(0, g.batch * g.out_h, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * (g.in_w + g.out_w * g.stride_w + g.kernel_w * g.dilation_w + 64));
+    std::vector<float> scratch(pool_scratch(g));
     for (int64_t task = begin; task < end; ++task) {
       Images from = in, to = out;
       from.data += task / g.out_h * in.image;

@@ -48,6 +48,10 @@ inline Vec keep(Vec v, const int32_t* mask) {
   return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_loadu_si512(mask)));
 }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// v * 2^n for whole n in [-126, 127].
+inline Vec scale(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 // Four weights in every 128-bit quarter; lane<i> of it is a broadcast that needs no load.
 inline Vec load4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
@@ -82,6 +86,12 @@ inline Vec keep(Vec v, const int32_t* mask) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_loadu_si256((const __m256i*)mask)));
 }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline Vec scale(Vec v, Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec load4(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
 template <int I>
@@ -119,6 +129,15 @@ inline Vec keep(Vec v, const int32_t* mask) {
   return v;
 }
 inline Vec mul(Vec a, Vec b) { return a * b; }
+inline Vec div(Vec a, Vec b) { return a / b; }
+inline Vec round(Vec v) {
+  const Vec whole = broadcast(12582912.f);  // 1.5 * 2^23, where floats are a whole apart
+  return (v + whole) - whole;
+}
+inline Vec scale(Vec v, Vec n) {
+  typedef int32_t Int __attribute__((vector_size(16)));
+  return v * (Vec)((__builtin_convertvector(n, Int) + 127) << 23);
+}
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline Vec load4(const float* p) { return load(p); }
 template <int I>

@@ -11,6 +11,7 @@
 
 #include "cpu/packed_weight.h"
 #include "cpu/parallel.h"
+#include "cpu/pool2d.h"
 #include "cpu/walk.h"
 
 namespace sparsekit {
@@ -100,13 +101,13 @@ Images Program::images(const Frame& frame, int64_t tensor) const {
     images.data += frame.image * images.image;
     return images;
   }
-  const Layout& layout = layouts_[tensors_[tensor].layout];
+  const Layout& layout = this->layout(tensor);
   return {data(frame, tensor), 0, layout.channel, layout.pitch, 1};
 }
 
 void Program::add_load(int64_t in, int64_t out) {
   auto add_steps = [=, this] {
-    const Layout& layout = layouts_[tensors_[out].layout];
+    const Layout& layout = this->layout(out);
     const Size& size = tensors_[out].size;
     // The walk of a pointwise convolution, of which only the copying is done.
     Walk walk = forward_walk({1, size.channels, size.h, size.w, 1, size.h, size.w, 1, 1, 1, 1, 0, 0, 1, 1, 1}, {}, {});
@@ -186,44 +187,84 @@ void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
   auto add_steps = [=, this] {
     steps_.push_back({g.out_h, 1, [=, this](const Frame& frame, int64_t first, int64_t last) {
                         thread_local Scratch scratch;
-                        const int64_t row = g.in_w + g.out_w * g.stride_w + g.kernel_w * g.dilation_w + 64;
+                        float* const row = scratch.get(pool_scratch(g));
                         for (int64_t y = first; y < last; ++y)
-                          kernels().max_pool_row(g, images(frame, in), images(frame, out), y, scratch.get(2 * row));
+                          kernels().max_pool_row(g, images(frame, in), images(frame, out), y, row);
                       }});
   };
   add_layer({{in}, out, kNone, add_steps});
 }
 
-// f(plane, result) for every channel of `in`: its first pixel, and the output's.
-void Program::add_output(int64_t in, int64_t output,
-                         std::function<void(const Layout&, const float* plane, const Images& out, float* result)> f) {
+void Program::add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out) {
   auto add_steps = [=, this] {
-    const Layout& layout = layouts_[tensors_[in].layout];
-    steps_.push_back({tensors_[in].size.channels, kCopyChannels,
-                      [=, this, &layout](const Frame& frame, int64_t first, int64_t last) {
-                        const Images& out = (*frame.outputs)[output];
-                        for (int64_t c = first; c < last; ++c)
-                          f(layout, data(frame, in) + c * layout.channel, out,
-                            out.data + frame.image * out.image + c * out.channel);
+    steps_.push_back({g.out_h, 1, [=, this](const Frame& frame, int64_t first, int64_t last) {
+                        thread_local Scratch scratch;
+                        float* const row = scratch.get(pool_scratch(g));
+                        for (int64_t y = first; y < last; ++y)
+                          kernels().avg_pool_row(g, count_padding, images(frame, in), images(frame, out), y, row);
                       }});
   };
-  add_layer({{in}, kNone, kNone, add_steps});
+  add_layer({{in}, out, kNone, add_steps});
 }
 
-void Program::add_mean(int64_t in, int64_t output) {
-  add_output(in, output, [](const Layout& layout, const float* plane, const Images&, float* result) {
+// A layer that is f(frame, channel) for every channel.
+void Program::add_channels(std::vector<int64_t> reads, int64_t writes, int64_t in_place, int64_t channels,
+                           std::function<void(const Frame&, int64_t)> f) {
+  auto add_steps = [=, this] {
+    steps_.push_back({channels, kCopyChannels, [=](const Frame& frame, int64_t first, int64_t last) {
+                        for (int64_t c = first; c < last; ++c) f(frame, c);
+                      }});
+  };
+  add_layer({std::move(reads), writes, in_place, add_steps});
+}
+
+float* Program::plane(const Frame& frame, int64_t tensor, int64_t channel) const {
+  return data(frame, tensor) + channel * layout(tensor).channel;
+}
+
+void Program::add_mean(int64_t in, int64_t out) {
+  add_channels({in}, out, kNone, size(in).channels, [=, this](const Frame& frame, int64_t c) {
+    const float* const from = plane(frame, in, c);
     float sums[kAlign] = {};  // lanes without a pixel are zero
-    for (int64_t i = 0; i < layout.lanes; i += kAlign)
-      for (int64_t k = 0; k < kAlign; ++k) sums[k] += plane[i + k];
+    for (int64_t i = 0; i < layout(in).lanes; i += kAlign)
+      for (int64_t k = 0; k < kAlign; ++k) sums[k] += from[i + k];
     double total = 0;
     for (float sum : sums) total += sum;
-    *result = total / (layout.h * layout.w);
+    *plane(frame, out, c) = total / (size(in).h * size(in).w);
+  });
+}
+
+void Program::add_elementwise(Elementwise e, int64_t in, int64_t out) {
+  std::vector<int64_t> reads{in};
+  for (int64_t tensor : {e.gate, e.other})
+    if (tensor != kNone) reads.push_back(tensor);
+  add_channels(reads, out, in, size(in).channels, [=, this](const Frame& frame, int64_t c) {
+    Pointwise p{e.scale.empty() ? 1 : e.scale[c],
+                e.shift.empty() ? 0 : e.shift[c],
+                e.other == kNone ? nullptr : plane(frame, e.other, c),
+                layout(out).mask.empty() ? nullptr : layout(out).mask.data(),
+                e.low,
+                e.high,
+                e.activation};
+    if (e.gate != kNone) p.scale *= *plane(frame, e.gate, c);
+    kernels().pointwise(p, plane(frame, out, c), plane(frame, in, c), layout(out).lanes);
+  });
+}
+
+void Program::add_concat(const std::vector<int64_t>& in, int64_t out) {
+  std::vector<std::pair<int64_t, int64_t>> from;  // per channel of `out`
+  for (int64_t tensor : in)
+    for (int64_t c = 0; c < size(tensor).channels; ++c) from.emplace_back(tensor, c);
+  add_channels(in, out, kNone, from.size(), [=, this](const Frame& frame, int64_t c) {
+    std::memcpy(plane(frame, out, c), plane(frame, from[c].first, from[c].second), layout(out).lanes * sizeof(float));
   });
 }
 
 void Program::add_store(int64_t in, int64_t output) {
-  add_output(in, output, [](const Layout& layout, const float* plane, const Images& out, float* result) {
-    kernels().scatter(result, out.row, out.col, plane, layout.pitch, layout.h, layout.w);
+  add_channels({in}, kNone, kNone, size(in).channels, [=, this](const Frame& frame, int64_t c) {
+    const Images& to = (*frame.outputs)[output];
+    kernels().scatter(to.data + frame.image * to.image + c * to.channel, to.row, to.col, plane(frame, in, c),
+                      layout(in).pitch, size(in).h, size(in).w);
   });
 }
 
@@ -311,7 +352,7 @@ void Program::finish() {
 }
 
 void Program::add_conv_steps(Conv& conv) {
-  const Layout& layout = layouts_[tensors_[conv.out].layout];
+  const Layout& layout = this->layout(conv.out);
   const int64_t vectors = layout.lanes / kAlign;
   conv.strips = std::max(ceil_div(vectors, kMostStripVectors), (vectors + kStripVectors / 2) / kStripVectors);
   std::vector<Shifting> shifting(conv.terms.size());
@@ -388,7 +429,7 @@ void Program::add_conv_steps(Conv& conv) {
 // Makes strips of whole rows.
 Shifting Program::shift(Conv& conv, Term& term) {
   Walk& walk = term.walk;
-  const Layout& layout = layouts_[tensors_[conv.out].layout];
+  const Layout& layout = this->layout(conv.out);
   conv.unit = layout.pitch % kAlign ? 2 * layout.pitch / kAlign : layout.pitch / kAlign;
   conv.strips = ceil_div(layout.lanes / kAlign, std::max<int64_t>(1, kStripVectors / conv.unit) * conv.unit);
   const int64_t pixels = tensors_[term.in].at, from = pixels - layout.lead;
@@ -408,7 +449,7 @@ Shifting Program::shift(Conv& conv, Term& term) {
 // Adds blocks of a term to a strip; `source` is that of the first.
 void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
                        int64_t strip, Range splits) const {
-  const Layout& layout = layouts_[tensors_[conv.out].layout];
+  const Layout& layout = this->layout(conv.out);
   const int64_t units = ceil_div(layout.lanes / kAlign, conv.unit), lanes = conv.unit * kAlign;
   const int64_t begin = units * strip / conv.strips * lanes;
   const int64_t end = std::min(layout.lanes, units * (strip + 1) / conv.strips * lanes);

@@ -38,8 +38,20 @@ class Program {
   void add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in, int64_t out, int64_t residual,
                   const Epilogue& epilogue);
   void add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out);
-  // The mean over the pixels of every channel, to an output of one pixel.
-  void add_mean(int64_t in, int64_t output);
+  void add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out);
+  // The mean over the pixels of every channel.
+  void add_mean(int64_t in, int64_t out);
+  // out = activation(clamp(in * scale * gate + shift + other)). Per channel: scale and shift, empty for ones and zeros,
+  // and the tensor `gate`, of one pixel; it and `other` may be kNone.
+  struct Elementwise {
+    std::vector<float> scale, shift;
+    int64_t gate, other;
+    float low, high;
+    Activation activation;
+  };
+  void add_elementwise(Elementwise e, int64_t in, int64_t out);
+  // Channels after channels.
+  void add_concat(const std::vector<int64_t>& in, int64_t out);
   void add_store(int64_t in, int64_t output);
   void finish();
 
@@ -94,13 +106,15 @@ class Program {
 
   int64_t layout_of(int64_t h, int64_t w);
   void add_layer(Layer layer);
-  void add_output(int64_t in, int64_t output,
-                  std::function<void(const Layout&, const float* plane, const Images& out, float* result)> f);
+  void add_channels(std::vector<int64_t> reads, int64_t writes, int64_t in_place, int64_t channels,
+                    std::function<void(const Frame&, int64_t channel)> f);
   void join_residuals();
   void set_layouts();
   void place_tensors();
   int64_t reserve(int64_t floats);
+  const Layout& layout(int64_t tensor) const { return layouts_[tensors_[tensor].layout]; }
   float* data(const Frame& frame, int64_t tensor) const;
+  float* plane(const Frame& frame, int64_t tensor, int64_t channel) const;
   Images images(const Frame& frame, int64_t tensor) const;
   void add_conv_steps(Conv& conv);
   Shifting shift(Conv& conv, Term& term);

@@ -118,13 +118,73 @@ void program_max_pool2d_op(int64_t number, int64_t input, int64_t out, Ints kern
   b->program.add_max_pool2d(g, input, out);
 }
 
-void program_mean_op(int64_t number, int64_t input, int64_t output) {
+void program_avg_pool2d_op(int64_t number, int64_t input, int64_t out, Ints kernel, Ints stride, Ints padding,
+                           bool count_padding) {
+  const auto b = open(number);
+  STD_TORCH_CHECK(input >= 0, "input must be a tensor of the program");
+  const Program::Size from = size_of(*b, input), to = size_of(*b, out);
+  const Pool2dGeometry g =
+      pool_geometry({1, from.channels, from.h, from.w}, {1, to.channels, to.h, to.w}, kernel, stride, padding, {1, 1});
+  check_read(*b, input);
+  check_write(*b, out);
+  b->program.add_avg_pool2d(g, count_padding, input, out);
+}
+
+void program_mean_op(int64_t number, int64_t input, int64_t out) {
   const auto b = open(number);
   STD_TORCH_CHECK(input >= 0, "input must be a tensor of the program");
   const Program::Size from = size_of(*b, input);
   check_read(*b, input);
-  check_output(*b, output, {from.channels, 1, 1});
-  b->program.add_mean(input, output);
+  STD_TORCH_CHECK((size_of(*b, out) == Program::Size{from.channels, 1, 1}), "out must have one pixel a channel");
+  check_write(*b, out);
+  b->program.add_mean(input, out);
+}
+
+std::vector<float> copied(const std::optional<Tensor>& t, const char* name, int64_t size) {
+  if (!t) return {};
+  const float* const data = vector_data(*t, name, size);
+  return {data, data + size};
+}
+
+void program_elementwise_op(int64_t number, int64_t input, int64_t out, int64_t gate, int64_t other,
+                            std::optional<Tensor> scale, std::optional<Tensor> shift, double low, double high,
+                            int64_t activation) {
+  const auto b = open(number);
+  const Program::Size size = size_of(*b, input);
+  for (int64_t tensor : {input, gate, other}) {
+    STD_TORCH_CHECK(tensor >= 0, "input, gate and other must be tensors of the program");
+    if (tensor == Program::kNone) continue;
+    check_read(*b, tensor);
+    const Program::Size wanted = tensor == gate ? Program::Size{size.channels, 1, 1} : size;
+    STD_TORCH_CHECK(size_of(*b, tensor) == wanted, "gate must have one pixel a channel, other the size of input");
+  }
+  STD_TORCH_CHECK(input != Program::kNone && size_of(*b, out) == size, "out must have the size of input");
+  STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::hardswish),
+                  "there is no activation ", activation);
+  Program::Elementwise e{copied(scale, "scale", size.channels),
+                         copied(shift, "shift", size.channels),
+                         gate,
+                         other,
+                         static_cast<float>(low),
+                         static_cast<float>(high),
+                         static_cast<Activation>(activation)};
+  check_write(*b, out);
+  b->program.add_elementwise(std::move(e), input, out);
+}
+
+void program_concat_op(int64_t number, Ints inputs, int64_t out) {
+  const auto b = open(number);
+  Program::Size size = size_of(*b, out);
+  for (int64_t input : inputs) {
+    STD_TORCH_CHECK(input >= 0, "inputs must be tensors of the program");
+    const Program::Size from = size_of(*b, input);
+    STD_TORCH_CHECK(from.h == size.h && from.w == size.w, "inputs must have the height and width of out");
+    check_read(*b, input);
+    size.channels -= from.channels;
+  }
+  STD_TORCH_CHECK(size.channels == 0, "inputs must have the channels of out together");
+  check_write(*b, out);
+  b->program.add_concat(inputs, out);
 }
 
 void program_store_op(int64_t number, int64_t input, int64_t output) {
@@ -184,7 +244,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
   m.def(
       "program_max_pool2d(int program, int input, int out, int[] kernel_size, int[] stride, int[] padding, int[] "
       "dilation) -> ()");
-  m.def("program_mean(int program, int input, int output) -> ()");
+  m.def(
+      "program_avg_pool2d(int program, int input, int out, int[] kernel_size, int[] stride, int[] padding, bool "
+      "count_padding) -> ()");
+  m.def("program_mean(int program, int input, int out) -> ()");
+  m.def(
+      "program_elementwise(int program, int input, int out, int gate, int other, Tensor? scale, Tensor? shift, float "
+      "low, float high, int activation) -> ()");
+  m.def("program_concat(int program, int[] inputs, int out) -> ()");
   m.def("program_store(int program, int input, int output) -> ()");
   m.def("finish_program(int program) -> ()");
   m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program) -> ()");
@@ -195,7 +262,10 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
   m.impl("remove_program", TORCH_BOX(&sparsekit::remove_program_op));
   m.impl("program_load", TORCH_BOX(&sparsekit::program_load_op));
   m.impl("program_max_pool2d", TORCH_BOX(&sparsekit::program_max_pool2d_op));
+  m.impl("program_avg_pool2d", TORCH_BOX(&sparsekit::program_avg_pool2d_op));
   m.impl("program_mean", TORCH_BOX(&sparsekit::program_mean_op));
+  m.impl("program_elementwise", TORCH_BOX(&sparsekit::program_elementwise_op));
+  m.impl("program_concat", TORCH_BOX(&sparsekit::program_concat_op));
   m.impl("program_store", TORCH_BOX(&sparsekit::program_store_op));
   m.impl("finish_program", TORCH_BOX(&sparsekit::finish_program_op));
 }

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from .. import _ops
-from .plan import Call, Layer, Plan, Ref, refs
+from .plan import ACTIVATIONS, CLAMPS, Call, Const, Layer, Plan, Ref, refs
 
 # Shorter ones gain nothing: a chain copies its inputs and outputs.
 FEWEST_CONVS = 2
 # Zeros that a convolution may want beside its rows, as a part of them: everything at its size has them.
 MOST_PADDING = 0.3
 
-# Per slot: channels, height and width of an image.
+# Per slot: channels, height and width of an image, or channels alone.
 Sizes = dict[int, list[int]]
 
-POOL, MEAN = "aten.max_pool2d.default", "aten.adaptive_avg_pool2d.default"
+# What steps that are no layers do. Those but max_pool follow others of their chain: alone, they gain nothing.
+KINDS = {
+    "aten.max_pool2d.default": "max_pool",
+    "aten.avg_pool2d.default": "avg_pool",
+    "aten.adaptive_avg_pool2d.default": "mean",
+    "aten.mean.dim": "mean",
+    "aten.batch_norm.default": "affine",
+    "aten.add.Tensor": "sum",
+    "aten.mul.Tensor": "gate",
+    "aten.cat.default": "concat",
+    **dict.fromkeys(CLAMPS, "activation"),
+    **dict.fromkeys(ACTIVATIONS, "activation"),
+}
 
 
 class Chain:
@@ -31,51 +45,112 @@ class Chain:
 
     def __init__(self, plan: Plan, sizes: Sizes, numbers: Sequence[int], weight_of: Callable):
         """``weight_of(number)`` gives the weight of a layer: values, crow_indices, col_indices, bias, kernel_size."""
-        steps = [plan.steps[n] for n in numbers]
         self.numbers = list(numbers)
         self.inputs, self.outputs = _ends(plan, numbers)
         self._out_sizes = [sizes[slot] for slot in self.outputs]
-        in_sizes = [sizes[slot] for slot in self.inputs]
-
-        # Means have no tensor: they are written where they leave the chain.
-        made = [step.out for step in steps if not _is_mean(step)]
-        loaded = [slot for slot in self.inputs if _needs_tensor(slot, steps)]
-        tensor_of = {slot: i for i, slot in enumerate([*loaded, *made])}
-        input_of = {slot: -1 - i for i, slot in enumerate(self.inputs)}
-        groups = ([sizes[slot] for slot in tensor_of], in_sizes, self._out_sizes)
+        builder = _Builder(plan, sizes, self, weight_of)
+        groups = (builder.tensors, [sizes[slot] for slot in self.inputs], [_image(size) for size in self._out_sizes])
         self.number = _ops.add_program(*([n for size in group for n in size] for group in groups))
         weakref.finalize(self, _ops.remove_program, self.number)
-
-        def value(slot: int) -> int:
-            return tensor_of.get(slot, input_of.get(slot))
-
-        for slot in loaded:
-            _ops.program_load(self.number, input_of[slot], tensor_of[slot])
-        for number, step in zip(numbers, steps):
-            if isinstance(step, Layer):
-                values, crow, col, bias, kernel = weight_of(number)
-                residual = None if step.residual is None else value(step.residual.slot)
-                geometry = (kernel, step.stride, step.padding, step.dilation, step.groups)
-                _ops.program_conv2d(
-                    self.number, value(step.input.slot), value(step.out), residual, values, crow, col, bias,
-                    step.low, step.high, *geometry,
-                )  # fmt: skip
-            elif _is_mean(step):
-                _ops.program_mean(self.number, value(step.args[0].slot), self.outputs.index(step.out))
-            else:
-                _ops.program_max_pool2d(self.number, value(step.args[0].slot), value(step.out), *step.args[1:])
-        for index, slot in enumerate(self.outputs):
-            if slot in tensor_of:
-                _ops.program_store(self.number, tensor_of[slot], index)
+        for function, args, kwargs in builder.instructions:
+            function(self.number, *args, **kwargs)
         _ops.finish_program(self.number)
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The values of ``outputs``, NCHW, given those of ``inputs``."""
         batch = len(inputs[0])
-        outputs = [inputs[0].new_empty(batch, *size) for size in self._out_sizes]
+        outputs = [inputs[0].new_empty(batch, *_image(size)) for size in self._out_sizes]
         if batch:
             _ops.run_program(outputs, inputs, self.number)
-        return outputs
+        return [out.view(batch, *size) for out, size in zip(outputs, self._out_sizes)]
+
+
+class _Builder:
+    """What a chain's program is made of.
+
+    Attributes:
+        tensors: sizes of the program's tensors.
+        instructions: functions of :mod:`sparsekit._ops`, with their arguments after the program's number.
+    """
+
+    def __init__(self, plan: Plan, sizes: Sizes, chain: Chain, weight_of: Callable):
+        self.plan, self.sizes, self.weight_of = plan, sizes, weight_of
+        self.tensors: list[list[int]] = []
+        self.instructions: list[tuple] = []
+        self.number_of = {slot: -1 - i for i, slot in enumerate(chain.inputs)}
+        self.pending: dict[int, dict] = {}  # slot: what the only reader of it, an activation, takes over
+        steps = [plan.steps[n] for n in chain.numbers]
+        for slot in chain.inputs:
+            if _needs_tensor(slot, steps):
+                source = self.number_of[slot]
+                self.add(_ops.program_load, source, self.new(slot))
+        self.readers: dict[int, list] = {}
+        for step in plan.steps:
+            for ref in refs(step):
+                self.readers.setdefault(ref.slot, []).append(step)
+        self.kept = {ref.slot for ref in refs(plan.outputs)}
+        self.inside = {id(step) for step in steps}
+        for number, step in zip(chain.numbers, steps):
+            self.layer(number, step) if isinstance(step, Layer) else self.call(step)
+        for index, slot in enumerate(chain.outputs):
+            self.add(_ops.program_store, self.number_of[slot], index)
+
+    def new(self, slot: int) -> int:
+        """A tensor for what a slot holds."""
+        self.number_of[slot] = self.hidden(slot)
+        return self.number_of[slot]
+
+    def hidden(self, slot: int) -> int:
+        """A tensor of the same size."""
+        self.tensors.append(_image(self.sizes[slot]))
+        return len(self.tensors) - 1
+
+    def add(self, function: Callable, *args, **kwargs) -> None:
+        self.instructions.append((function, args, kwargs))
+
+    def layer(self, number: int, step: Layer) -> None:
+        values, crow, col, bias, kernel = self.weight_of(number)
+        source = self.number_of[step.input.slot]
+        residual = None if step.residual is None else self.number_of[step.residual.slot]
+        out = self.hidden(step.out) if step.activation else self.new(step.out)
+        geometry = (kernel, step.stride, step.padding, step.dilation, step.groups)
+        self.add(
+            _ops.program_conv2d, source, out, residual, values, crow, col, bias, step.low, step.high, *geometry
+        )  # fmt: skip
+        if step.activation:
+            self.add(_ops.program_elementwise, out, self.new(step.out), activation=step.activation)
+
+    def call(self, step: Call) -> None:
+        kind, args = KINDS[step.target], step.args
+        images = [self.number_of.get(ref.slot) for ref in refs(args)]
+        if kind == "activation":
+            low, high, activation = _bounds(step)
+            fused = self.pending.pop(args[0].slot, {"input": images[0]})
+            self.elementwise(step, low=low, high=high, activation=activation, **fused)
+        elif kind == "affine":
+            scale, shift = _affine(self.plan, step)
+            self.elementwise(step, input=images[0], scale=scale, shift=shift)
+        elif kind == "sum":
+            self.elementwise(step, input=images[0], other=images[1])
+        elif kind == "gate":
+            first, second = images if _is_gate(self.sizes, *args) else images[::-1]
+            self.elementwise(step, input=first, gate=second)
+        elif kind == "concat":
+            self.add(_ops.program_concat, images, self.new(step.out))
+        elif kind == "mean":
+            self.add(_ops.program_mean, images[0], self.new(step.out))
+        elif kind == "avg_pool":
+            self.add(_ops.program_avg_pool2d, images[0], self.new(step.out), *args[1:])
+        else:
+            self.add(_ops.program_max_pool2d, images[0], self.new(step.out), *args[1:])
+
+    def elementwise(self, step: Call, input: int, **what) -> None:
+        readers = self.readers.get(step.out, [])
+        follows = len(readers) == 1 and id(readers[0]) in self.inside and step.out not in self.kept
+        if follows and "low" not in what and _kind(readers[0]) == "activation":
+            self.pending[step.out] = {"input": input, **what}
+        else:
+            self.add(_ops.program_elementwise, input, self.new(step.out), **what)
 
 
 def find(plan: Plan, sizes: Sizes, sparse: set[int]) -> list[list[int]]:
@@ -85,21 +160,20 @@ def find(plan: Plan, sizes: Sizes, sparse: set[int]) -> list[list[int]]:
     """
     found: list[list[int]] = []
     chain: list[int] = []
-    written: dict[int, bool] = {}
+    written: set[int] = set()
 
     def close() -> None:
-        # A mean without a convolution before it is better left to PyTorch.
+        # What else there is without a convolution is better left to PyTorch.
         if sum(isinstance(plan.steps[n], Layer) for n in chain) >= FEWEST_CONVS:
             found.append(list(chain))
         chain.clear()
         written.clear()
 
     for number, step in enumerate(plan.steps):
-        reads = {ref.slot for ref in refs(step)}
         if _fits(plan, sizes, number, sparse, written):
             chain.append(number)
-            written[step.out] = _is_mean(step)
-        elif reads & written.keys():
+            written.add(step.out)
+        elif written & {ref.slot for ref in refs(step)}:
             close()
     close()
     return found
@@ -108,18 +182,15 @@ def find(plan: Plan, sizes: Sizes, sparse: set[int]) -> list[list[int]]:
 def check(plan: Plan, sizes: Sizes, numbers: list[int]) -> None:
     """Raise ValueError if steps ``numbers`` cannot be a chain."""
     layers = {number for number, step in enumerate(plan.steps) if isinstance(step, Layer)}
-    written: dict[int, bool] = {}
+    written: set[int] = set()
     for number in range(numbers[0], numbers[-1] + 1) if numbers else ():
         step = plan.steps[number]
         inside = number in numbers
-        if (
-            not _fits(plan, sizes, number, layers, written)
-            if inside
-            else {ref.slot for ref in refs(step)} & written.keys()
-        ):
+        reads = {ref.slot for ref in refs(step)}
+        if not _fits(plan, sizes, number, layers, written) if inside else reads & written:
             raise ValueError(f"step {number} does not fit into the chain {numbers}")
         if inside:
-            written[step.out] = _is_mean(step)
+            written.add(step.out)
     if not numbers or sorted(set(numbers)) != numbers:
         raise ValueError(f"a chain must be numbers of steps in order, got {numbers}")
 
@@ -146,8 +217,7 @@ def choose(
         for numbers in find(plan, sizes, layers):
             inputs, outputs = _ends(plan, numbers)
             steps = [plan.steps[n] for n in numbers]
-            means = {step.out for step in steps if _is_mean(step)}
-            copied = [slot for slot in inputs if _needs_tensor(slot, steps)] + [s for s in outputs if s not in means]
+            copied = [slot for slot in inputs if _needs_tensor(slot, steps)] + outputs
             inside = [n for n in numbers if n in sparse]
             saved = sum(alone[n] - sparse[n] for n in inside) - sum(map(copy, copied))
             if saved > 0:
@@ -175,31 +245,80 @@ def _ends(plan: Plan, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
     return sorted({ref.slot for step in steps for ref in refs(step)} - inside), sorted(inside & elsewhere)
 
 
-def _fits(plan: Plan, sizes: Sizes, number: int, sparse: set[int], written: dict[int, bool]) -> bool:
-    """Whether a step can follow in a chain that has written slots, each of them a mean or not."""
+def _fits(plan: Plan, sizes: Sizes, number: int, sparse: set[int], written: set[int]) -> bool:
+    """Whether a step can follow in a chain that has written slots."""
     step = plan.steps[number]
 
     def is_image(value) -> bool:
         return isinstance(value, Ref) and len(sizes.get(value.slot, ())) == 3
 
-    if not is_image(Ref(step.out)):
-        return False
-    # A mean leaves the chain, and can be read after it only.
-    if any(written.get(ref.slot) for ref in refs(step)):
-        return False
     if isinstance(step, Layer):
-        images = [step.input] if step.residual is None else [step.input, step.residual]
+        images = [step.input, Ref(step.out)] + ([] if step.residual is None else [step.residual])
         beside = max(step.padding[2:])
         return number in sparse and all(map(is_image, images)) and beside <= MOST_PADDING * sizes[step.out][2] + 1
-    if not step.args or not is_image(step.args[0]) or step.kwargs or refs(step.args[1:]):
+    kind, args = _kind(step), step.args
+    if kind is None or not args or step.kwargs or step.out not in sizes:
         return False
-    return step.args[0].slot in written if _is_mean(step) else step.target == POOL
+    operands = args[0] if kind == "concat" else args[:2] if kind in ("sum", "gate") else args[:1]
+    rest = args[2:] if kind in ("sum", "gate") else args[1:]
+    if not all(map(is_image, operands)) or refs(rest) or (kind != "mean" and not is_image(Ref(step.out))):
+        return False
+    follows = [operand.slot in written for operand in operands]
+    if kind == "max_pool":
+        return True
+    if kind == "avg_pool":
+        return all(follows) and (len(args) < 6 or args[5] is None)
+    if kind == "mean":
+        given = args[1]
+        whole = given == [1, 1] if step.target.endswith("pool2d.default") else sorted(d % 4 for d in given) == [2, 3]
+        return all(follows) and whole and len(args) <= 3
+    if kind == "affine":
+        return all(follows) and _affine(plan, step) is not None
+    if kind == "sum":
+        return any(follows) and sizes[args[0].slot] == sizes[args[1].slot] and not rest
+    if kind == "gate":
+        return any(follows) and not rest and (_is_gate(sizes, *args) or _is_gate(sizes, *args[::-1]))
+    if kind == "concat":
+        return all(follows) and args[1:] == [1]
+    return all(follows) and _bounds(step) is not None
 
 
-def _is_mean(step: Call | Layer) -> bool:
-    return isinstance(step, Call) and step.target == MEAN and list(step.args[1]) == [1, 1]
+def _kind(step: Call | Layer) -> str | None:
+    return None if isinstance(step, Layer) else KINDS.get(step.target)
+
+
+def _is_gate(sizes: Sizes, image: Ref, gate: Ref) -> bool:
+    channels, *_ = size = sizes[image.slot]
+    return sizes[gate.slot] == [channels, 1, 1] and len(size) == 3
+
+
+def _bounds(step: Call) -> tuple[float, float, str | None]:
+    """Of an activation: what it clamps to, or its name."""
+    if step.target in CLAMPS:
+        low, high = CLAMPS[step.target]
+        given = step.args[1:]
+        return (given[0] if given else low), (given[1] if len(given) > 1 else high), None
+    return -math.inf, math.inf, step.target.split(".")[1]
+
+
+def _affine(plan: Plan, step: Call) -> tuple[Tensor, Tensor] | None:
+    """The factors and summands of a BatchNorm whose statistics are constants, ``[channels]``."""
+    _, gamma, beta, mean, var, training, _, eps, *_ = step.args
+    if training or not all(isinstance(v, Const) for v in (mean, var)):
+        return None
+    if not all(v is None or isinstance(v, Const) for v in (gamma, beta)):
+        return None
+    mean, var = (plan.tensors[v.name].double() for v in (mean, var))
+    scale = (var + eps).rsqrt() * (1 if gamma is None else plan.tensors[gamma.name].double())
+    shift = (0 if beta is None else plan.tensors[beta.name].double()) - mean * scale
+    return scale.to(torch.float32), shift.to(torch.float32)
+
+
+def _image(size: list[int]) -> list[int]:
+    """A size with height and width."""
+    return [*size, 1, 1][:3]
 
 
 def _needs_tensor(slot: int, steps: list) -> bool:
     """Whether an input must be copied into the chain's layout: one that is only pooled is read where it is."""
-    return any(isinstance(step, Layer) for step in steps if slot in {ref.slot for ref in refs(step)})
+    return any(_kind(step) != "max_pool" for step in steps if slot in {ref.slot for ref in refs(step)})

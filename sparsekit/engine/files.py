@@ -20,7 +20,7 @@ from .. import _ops
 from ..formats import Pattern, pattern_from_mask, validate_csr
 from ..io.checkpoint import write_atomically
 from .chains import check as check_chain
-from .plan import Call, Const, Layer, Plan, Ref, resolve
+from .plan import ACTIVATIONS, Call, Const, Layer, Plan, Ref, resolve
 
 FORMAT = "sparsekit.engine"
 VERSION = 2
@@ -110,6 +110,8 @@ def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
             step = Layer(**_decode(item["layer"]))
             if step.kind not in ("conv2d", "linear"):
                 raise ValueError(f"there are no layers of kind {step.kind!r}")
+            if step.activation is not None and step.activation not in ACTIVATIONS.values():
+                raise ValueError(f"there is no activation {step.activation!r}")
         steps.append(step)
     inputs = [(dtype, list(shape)) for dtype, shape in header["inputs"]]
     per_image = [int(slot) for slot in header["per_image"]]

@@ -14,10 +14,13 @@ from torch import Tensor
 from .. import _ops
 from ..dispatch import Shape
 from ..formats import pattern_from_mask
-from .plan import Layer
+from .plan import ACTIVATIONS, Layer
 
 # Whether PyTorch has oneDNN's convolution with what follows fused, which inductor uses.
 FUSED_DENSE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+_ACTIVATE = {name: getattr(torch.ops.aten, f"{name}_").default for name in ACTIVATIONS.values()}
+_ONEDNN = {None: "none", "silu": "swish", **{name: name for name in ("sigmoid", "hardsigmoid", "hardswish")}}
 
 
 class Prepared:
@@ -72,12 +75,13 @@ class Prepared:
         return _ops.output_size(size, len(weight), weight.shape[2:], layer.stride, layer.padding, layer.dilation)
 
     def run(self, input: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-        """``clamp(layer(input) + bias + residual, low, high)``, on ``"sparse"`` or ``"dense"`` kernels."""
+        """``activation(clamp(layer(input) + bias + residual, low, high))``, on ``"sparse"`` or ``"dense"`` kernels."""
         layer = self.layer
         if backend == "sparse" and input.numel():
             geometry = (self.weight.shape[2:], layer.stride, layer.padding, layer.dilation, layer.groups)
             shared = (input, self._packed(), len(self.weight), self.bias, residual, layer.low, layer.high)
-            return _ops.run_linear(*shared) if layer.kind == "linear" else _ops.run_conv2d(*shared, *geometry)
+            out = _ops.run_linear(*shared) if layer.kind == "linear" else _ops.run_conv2d(*shared, *geometry)
+            return self._activate(out)
         if layer.kind == "linear":
             return self._finish(F.linear(input, self.weight, self.bias), residual)
         if input.shape[2:] == self.weight.shape[2:] == (1, 1) and layer.groups == 1 and not any(layer.padding):
@@ -112,23 +116,26 @@ class Prepared:
             weight = self._reordered = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, padding, stride, dilation, groups, input.shape
             )
-        clamps = self.layer.low > -math.inf or self.layer.high < math.inf
-        relu = clamps and self.layer.low == 0 and self.layer.high == math.inf
+        low, high, activation = self.layer.low, self.layer.high, self.layer.activation
         shared = (weight, self.bias, padding, stride, dilation, groups)
+        unbounded, relu = (low, high) == (-math.inf, math.inf), (low, high) == (0, math.inf)
         if residual is not None:
             out = torch.ops.mkldnn._convolution_pointwise.binary(
                 input, residual, *shared, "add", 1.0, "relu" if relu else None, [], None
             )
-            return out if relu or not clamps else out.clamp_(self.layer.low, self.layer.high)
-        kind = "relu" if relu else "hardtanh" if clamps else "none"
-        bounds = [self.layer.low, self.layer.high] if kind == "hardtanh" else []
+            return self._activate(out if relu or unbounded else out.clamp_(low, high))
+        kind = "relu" if relu else "hardtanh" if not unbounded else _ONEDNN.get(activation, "none")
+        bounds = [low, high] if kind == "hardtanh" else []
         return torch.ops.mkldnn._convolution_pointwise(input, *shared, kind, bounds, "")
+
+    def _activate(self, out: Tensor) -> Tensor:
+        return _ACTIVATE[self.layer.activation](out) if self.layer.activation else out
 
     def _finish(self, out: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None:
             out += residual
-        if self.layer.low == 0 and self.layer.high == math.inf:
+        if (self.layer.low, self.layer.high) == (0, math.inf):
             return out.relu_()
-        if self.layer.low == -math.inf and self.layer.high == math.inf:
-            return out
-        return out.clamp_(self.layer.low, self.layer.high)
+        if (self.layer.low, self.layer.high) != (-math.inf, math.inf):
+            return out.clamp_(self.layer.low, self.layer.high)
+        return self._activate(out)

@@ -1,7 +1,7 @@
 """A captured graph as a list of steps: layers with what is fused into them, and ATen ops for the rest.
 
 A conv2d or linear takes in the BatchNorm after it (folded into its weight), then an addition of another tensor of its
-shape, then a ReLU, ReLU6 or other clamp; it runs where the last of them stood.
+shape, then a ReLU, ReLU6 or other clamp or activation; it runs where the last of them stood.
 """
 
 from __future__ import annotations
@@ -14,9 +14,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from .. import _ops
 from .capture import Captured
 
 aten = torch.ops.aten
+# What clamps of a layer's result are called, and their bounds where no others are given.
+CLAMPS = {
+    "aten.relu.default": (0.0, math.inf),
+    "aten.relu6.default": (0.0, 6.0),
+    "aten.hardtanh.default": (-1.0, 1.0),
+}
+ACTIVATIONS = {f"aten.{name}.default": name for name in _ops.ACTIVATIONS if name}
 BATCH_NORMS = (aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 
 # Arithmetic of sizes, by name, and indexing into what an op returns.
@@ -52,13 +60,14 @@ class Call:
 
 @dataclass
 class Layer:
-    """A step that is a convolution or linear layer: ``clamp(layer(input) + bias + residual, low, high)``.
+    """A step that is a convolution or linear layer: ``activation(clamp(layer(input) + bias + residual, low, high))``.
 
     Attributes:
         kind: ``"conv2d"`` or ``"linear"``.
         weight, bias: names of tensors; the weight is dense, ``[out_channels, in_channels / groups, kh, kw]`` or
             ``[out_features, in_features]``, BatchNorm folded.
         padding: (top, bottom, left, right), for conv2d as the other geometry.
+        activation: None or one of :data:`ACTIVATIONS`.
         fused: what was taken in, for people.
     """
 
@@ -71,6 +80,7 @@ class Layer:
     residual: Ref | None = None
     low: float = -math.inf
     high: float = math.inf
+    activation: str | None = None
     stride: list[int] = field(default_factory=lambda: [1, 1])
     padding: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     dilation: list[int] = field(default_factory=lambda: [1, 1])
@@ -249,17 +259,20 @@ class _Lowering:
                 parts["fused"].append("add")
                 inside.append(last)
                 last = add
-        for target, name in (
-            (aten.relu.default, "ReLU"), (aten.relu6.default, "ReLU6"), (aten.hardtanh.default, "hardtanh"),
-        ):  # fmt: skip
-            clamp = only_user(last, target)
-            if clamp is not None:
-                bounds = {"ReLU": [0.0, math.inf], "ReLU6": [0.0, 6.0]}.get(name) or list(clamp.args[1:]) or [-1.0, 1.0]
-                parts["low"], parts["high"] = (*bounds, 1.0)[:2]
-                parts["fused"].append("ReLU6" if (parts["low"], parts["high"]) == (0, 6) else name)
-                inside.append(last)
-                last = clamp
-                break
+        users = list(last.users)
+        target = str(users[0].target) if len(users) == 1 else ""
+        if target in CLAMPS:
+            low, high = CLAMPS[target]
+            given = users[0].args[1:]
+            parts["low"], parts["high"] = given[0] if given else low, given[1] if len(given) > 1 else high
+            names = {(0, math.inf): "ReLU", (0, 6): "ReLU6"}
+            parts["fused"].append(names.get((parts["low"], parts["high"]), "clamp"))
+        elif target in ACTIVATIONS:
+            parts["activation"] = ACTIVATIONS[target]
+            parts["fused"].append(ACTIVATIONS[target])
+        if target in CLAMPS or target in ACTIVATIONS:
+            inside.append(last)
+            last = users[0]
         self.inside.update(inside)
         self.layers[last] = (first, parts)
 
@@ -317,6 +330,7 @@ class _Lowering:
             None if parts["residual"] is None else self._value(parts["residual"]),
             parts.get("low", -math.inf),
             parts.get("high", math.inf),
+            parts.get("activation"),
             fused=parts["fused"],
         )
         if kind == "conv2d":

@@ -14,7 +14,7 @@ from sparsekit import _ops
 from sparsekit.engine import chains, files
 from sparsekit.engine.plan import Layer
 
-from .common import own_cache, schedule_of  # noqa: F401
+from .common import assert_as_good, own_cache, schedule_of  # noqa: F401
 
 pytestmark = pytest.mark.skipif(sk.backend() == "reference", reason="chains need the C++ kernels")
 ISAS = [isa for isa in sk.available_backends() if isa != "reference"]
@@ -49,18 +49,62 @@ def prune(model, sparsity):
     return model
 
 
+AFTER = (nn.ReLU(), nn.ReLU6(), nn.Identity(), nn.SiLU(), nn.Hardswish(), nn.Hardsigmoid(), nn.Sigmoid())
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, channels, gate, keepdim):
+        super().__init__()
+        self.down, self.up, self.gate = nn.Conv2d(channels, 3, 1), nn.Conv2d(3, channels, 1), gate
+        self.keepdim = keepdim
+
+    def forward(self, x):
+        mean = x.mean((2, 3), keepdim=True) if self.keepdim else F.adaptive_avg_pool2d(x, 1)
+        gate = self.gate(self.up(F.silu(self.down(mean))))
+        return gate * x if self.keepdim else x * gate
+
+
+class Joined(nn.Module):
+    """Three things about one tensor, added or next to each other."""
+
+    def __init__(self, channels, how):
+        super().__init__()
+        self.norm, self.conv, self.how = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1), how
+        with torch.no_grad():
+            for t in (self.norm.weight, self.norm.bias, self.norm.running_mean):
+                t.normal_()
+
+    def forward(self, x):
+        x = self.conv(x)
+        y, z = F.hardswish(self.norm(x)), F.silu(x)
+        return F.relu6(y + z) + x if self.how == "sum" else torch.cat([y, x, z, y], 1)
+
+
 @st.composite
 def networks(draw):
-    """A stack of convolutions of any geometry, with pooling and additions, and an input for it."""
+    """A stack of convolutions of any geometry, with what may stand between them, and an input for it."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     channels, size = draw(st.integers(1, 20)), [draw(st.integers(1, 40)) for _ in range(2)]
     batch = draw(st.integers(1, 5))
     x = torch.randn(batch, channels, *size)
     layers = []
     for _ in range(draw(st.integers(2, 5))):
-        if min(size) >= 2 and draw(st.integers(0, 5)) == 0:
+        between = draw(st.integers(0, 8))
+        if between == 0 and min(size) >= 2:
             kernel, stride, ceil = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.booleans())
             layers.append(nn.MaxPool2d(kernel, stride, ceil_mode=ceil))
+        elif between == 1 and min(size) >= 2:
+            kernel, stride, ceil = draw(st.integers(2, 3)), draw(st.integers(1, 3)), draw(st.booleans())
+            layers.append(nn.AvgPool2d(kernel, stride, draw(st.integers(0, 1)), ceil, draw(st.booleans())))
+            if min(size) + 2 * layers[-1].padding < kernel:
+                layers.pop()
+        elif between == 2:
+            layers.append(Gated(channels, draw(st.sampled_from((nn.Sigmoid(), nn.Hardsigmoid()))), draw(st.booleans())))
+        elif between == 3 and channels < 30:
+            layers.append(Joined(channels, draw(st.sampled_from(("sum", "concat")))))
+            channels *= 1 if layers[-1].how == "sum" else 4
         else:
             kernel = [draw(st.sampled_from((1, 1, 3, 3, 5))) for _ in size]
             stride = [draw(st.sampled_from((1, 1, 1, 2, 3))) for _ in size]
@@ -74,9 +118,9 @@ def networks(draw):
             out = groups * draw(st.integers(1, 3)) if groups > 1 else draw(st.integers(1, 24))
             layers.append(nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias=draw(st.booleans())))
             channels = out
-            layers.append(draw(st.sampled_from((nn.ReLU(), nn.ReLU6(), nn.Identity()))))
+            layers.append(draw(st.sampled_from(AFTER)))
         with torch.no_grad():
-            size = list(nn.Sequential(*layers)(x).shape[2:])
+            size = list(nn.Sequential(*layers).eval()(x).shape[2:])
     if draw(st.booleans()):
         layers.append(nn.AdaptiveAvgPool2d(1))
     model = prune(nn.Sequential(*layers), draw(st.sampled_from((0.0, 0.5, 0.9, 1.0))))
@@ -131,6 +175,42 @@ def test_residual_blocks(size, isa):
         _ops.set_isa(before)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["Sigmoid", "SiLU", "Hardsigmoid", "Hardswish", "ReLU", "ReLU6", "Hardtanh"])
+def test_activations(name, isa):
+    """To 2 ulp of the result or of 1 everywhere, NaN and infinity included, for an activation by itself or fused."""
+    activation = getattr(nn, name)()
+    x = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e30, -100.0, 0.0, 88.0, 1e30, torch.inf, torch.nan])])
+    x = x.view(1, 1, 1, -1)
+    for between in (nn.Identity(), nn.MaxPool2d(1)):
+        model = nn.Sequential(nn.Conv2d(1, 2, 1), between, activation, nn.Conv2d(2, 2, 1)).eval()
+        with torch.no_grad():
+            for conv in (model[0], model[3]):
+                conv.weight.copy_(torch.eye(2)[:, : conv.in_channels, None, None])
+                conv.bias.zero_()
+            with sk.use_isa(isa):
+                engine = chained(model, x)
+                assert len(chains_of(engine)) == 1 and len(chains_of(engine)[0].numbers) == len(engine.plan.steps)
+                ours = engine(x)[0, 0]
+        theirs = activation(x.double())[0, 0].float()
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        torch.testing.assert_close(ours, theirs, rtol=4e-7, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["efficientnet_b0", "mobilenet_v3_small", "regnet_y_400mf", "densenet121", "googlenet"]
+)
+def test_models_are_few_chains(name):
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    extra = {"init_weights": True} if name == "googlenet" else {}
+    model = prune(getattr(torchvision.models, name)(num_classes=10, **extra), 0.7)
+    sk.pruning.recalibrate_batchnorm_(model, [torch.randn(8, 3, 128, 128)])
+    engine = chained(model.eval(), torch.randn(2, 3, 128, 128))
+    assert len(chains_of(engine)) <= 2
+    assert_as_good(engine, model, torch.randn(3, 3, 128, 128))
+
+
 def test_same_bits_for_any_number_of_threads():
     model = prune(nn.Sequential(Block(16, 8, 1), Block(32, 16, 2), nn.AdaptiveAvgPool2d(1)), 0.8)
     engine, threads = chained(model, torch.randn(2, 16, 28, 28)), torch.get_num_threads()
@@ -175,7 +255,7 @@ class Ends(nn.Module):
         y = self.a(x)
         gate = torch.sigmoid(x.mean((2, 3), keepdim=True))  # does not depend on y: runs before the chain
         z = self.b(y) + x
-        w = self.c(z * gate)  # runs in PyTorch between two chains
+        w = self.c(torch.tanh(z * gate))  # tanh runs in PyTorch between two chains
         v = self.d(w) + y
         return v, y, F.adaptive_avg_pool2d(F.max_pool2d(v, 3, 2, 1), 1)
 
@@ -287,7 +367,14 @@ def test_programs_check_what_they_are_given():
         (lambda: conv(p, values=torch.zeros(3)), "elements"),
         (lambda: conv(p, geometry=([3, 3], [1, 1], [0, 0, 0, 0], [1, 1], 1)), "geometry"),
         (lambda: _ops.program_max_pool2d(p, 0, 1, [3, 3], [1, 1], [0, 0], [1, 1]), "geometry"),
-        (lambda: _ops.program_mean(p, 0, 0), "output"),
+        (lambda: _ops.program_mean(p, 0, 1), "one pixel"),
+        (lambda: _ops.program_avg_pool2d(p, 0, 1, [2, 2], [1, 1], [0, 0]), "geometry"),
+        (lambda: _ops.program_elementwise(p, 0, 1, other=1), "before it is written"),
+        (lambda: _ops.program_elementwise(p, 0, 1, gate=0), "one pixel"),
+        (lambda: _ops.program_elementwise(p, 0, 1, scale=torch.ones(3)), "scale"),
+        (lambda: _ops.program_elementwise(p, -1, 1), "tensors of the program"),
+        (lambda: _ops.program_concat(p, [0, 0], 1), "channels"),
+        (lambda: _ops.program_concat(p, [-1], 1), "tensors of the program"),
         (lambda: _ops.program_store(p, 0, 3), "output"),
         (lambda: _ops.run_program([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 4)], p), "not finished"),
     ):
