@@ -18,6 +18,7 @@ from .chains import Chain, choose
 from .layers import Prepared
 from .plan import Call, Const, Layer, Plan, Ref, last_uses, refs, resolve
 
+BACKENDS = ("sparse", "dense")
 # Below this fraction of zeros nobody measures whether sparse is faster.
 LOWEST_SPARSITY = 0.3
 # Parts of the batch that tuning tries, each if the one before was a gain: a part's activations may fit a cache where
@@ -184,25 +185,21 @@ class Schedule:
 
         def measure(number: int, input: Tensor, residual: Tensor | None) -> Tensor:
             if number in keys:
-                cache.get(keys[number], lambda: self._seconds(number, input, residual, LAYER_SECONDS))
+                cache.seconds(keys[number], self._ways(number, input, residual), LAYER_SECONDS)
             return self._run_layer(number, input, residual)
 
-        if any(key not in cache for key in keys.values()):
+        if not all(cache.knows(key, BACKENDS) for key in keys.values()):
             self._run(inputs, self._steps, measure)
         for number, key in keys.items():
             choice = self.choices[number]
-            choice.seconds = cache[key]
+            choice.seconds = tuple(cache.known(key)[backend] for backend in BACKENDS)
             choice.backend, choice.reason = _faster(choice.seconds), "measured"
 
-    def _seconds(
-        self, number: int, input: Tensor, residual: Tensor | None, limit: float = math.inf
-    ) -> tuple[float, float]:
-        """Of a layer on sparse and on dense kernels; NaN where there are none."""
-        backends = ("sparse", "dense") if _can_run_sparse(input.shape) else ("dense",)
+    def _ways(self, number: int, input: Tensor, residual: Tensor | None) -> dict[str, Callable]:
+        """A layer on the kernels that there are."""
         layer = self.layers[number]
-        runs = {backend: lambda backend=backend: layer.run(input, residual, backend) for backend in backends}
-        seconds = seconds_in_turns(runs, limit=limit)
-        return seconds.get("sparse", math.nan), seconds["dense"]
+        backends = BACKENDS if _can_run_sparse(input.shape) else ("dense",)
+        return {backend: lambda backend=backend: layer.run(input, residual, backend) for backend in backends}
 
     def _find_chains(self, inputs: tuple[Tensor, ...]) -> list[list[int]]:
         """Numbers of the steps that would make chains, by measured and expected seconds."""
@@ -247,18 +244,18 @@ class Schedule:
         def run_dense(number: int, input: Tensor, residual: Tensor | None) -> Tensor:
             return self.layers[number].run(input, residual, "dense")
 
-        def measure() -> tuple[float, ...]:
+        ways = {
+            "dense": lambda: self._run(inputs, self._steps, run_dense),
+            "alone": lambda: self._run(inputs, self._steps),
+            "chained": lambda: self._run(inputs, self._items),
+        }
+        key = f"ways-{chains}-{self._key(inputs)}"
+        if not cache.knows(key, ways):
             self.join(chains)
-            runs = {
-                "dense": lambda: self._run(inputs, self._steps, run_dense),
-                "alone": lambda: self._run(inputs, self._steps),
-                "chained": lambda: self._run(inputs, self._items),
-            }
-            return tuple(seconds_in_turns(runs, limit=MODEL_SECONDS).values())
-
-        dense, alone, chained = cache.get(f"chains-{chains}-{self._key(inputs)}", measure)
-        self.join(chains if chained <= min(dense, alone) else [])
-        if dense < min(alone, chained):
+        seconds = cache.seconds(key, ways, MODEL_SECONDS)
+        fastest = min(seconds, key=seconds.get)
+        self.join(chains if fastest == "chained" else [])
+        if fastest == "dense":
             for choice in self.choices.values():
                 choice.backend, choice.reason = "dense", f"{choice.reason}; all of the model is faster dense"
         for number in {n for chain in self.chains for n in chain.numbers} & self.layers.keys():
@@ -274,10 +271,9 @@ class Schedule:
 
         best = None
         for part in (part for part in PARTS if part < len(inputs[0])):
-            runs = {str(way): run_in(way) for way in (best, part)}
             key = f"parts-{best}-{part}-{bool(self.chains)}-{self._key(inputs)}"
-            seconds = cache.get(key, lambda runs=runs: tuple(seconds_in_turns(runs, limit=MODEL_SECONDS).values()))
-            if seconds[1] > LEAST_GAIN * seconds[0]:
+            seconds = cache.seconds(key, {str(way): run_in(way) for way in (best, part)}, MODEL_SECONDS)
+            if seconds[str(part)] > LEAST_GAIN * seconds[str(best)]:
                 break
             best = part
         self.part = best
@@ -303,8 +299,9 @@ class Schedule:
             expected = (math.nan, math.nan)
             if _can_run_sparse(input.shape):
                 expected = dispatch.predict(layer.shape_on(input.shape), layer.nnz, train=False)
-            seconds = self._seconds(number, input, residual)
-            reports.append(LayerReport(layer.layer.name, shape, layer.sparsity, backend, why, *expected, *seconds))
+            seconds = seconds_in_turns(self._ways(number, input, residual))
+            measured = (seconds.get(way, math.nan) for way in BACKENDS)
+            reports.append(LayerReport(layer.layer.name, shape, layer.sparsity, backend, why, *expected, *measured))
             return self._run_layer(number, input, residual)
 
         self._run(inputs, self._steps, report)

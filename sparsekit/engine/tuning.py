@@ -1,15 +1,17 @@
 """What autotuning measured, kept on disk: ``~/.cache/sparsekit/tuning.json``, or under ``$SPARSEKIT_CACHE``.
 
-Entries are seconds, by machine (CPU, ISA, threads, version) and by what was measured (shape, non-zeros).
+Entries are seconds, by machine (CPU, ISA, threads, version), by what was measured (shape, non-zeros), and by the way
+that it was done.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ import torch
 from .. import _ops
 from .._version import __version__
 from ..io.checkpoint import write_atomically
+from ..profile import seconds_in_turns
 
 
 def path() -> Path:
@@ -44,20 +47,22 @@ class Cache:
 
     def __enter__(self) -> Cache:
         self._known = _read().get(machine(), {})
-        self._new: dict[str, list[float]] = {}
+        self._new: dict[str, dict[str, float]] = {}
         return self
 
-    def get(self, key: str, measure: Callable[[], tuple[float, ...]]) -> tuple[float, ...]:
-        """The seconds under ``key``, measured if nobody has."""
-        if key not in self._known:
-            self._known[key] = self._new[key] = list(measure())
-        return self[key]
+    def knows(self, key: str, ways: Iterable[str]) -> bool:
+        """Whether these ways of doing something were measured."""
+        return self._known.get(key, {}).keys() == set(ways)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
+    def known(self, key: str) -> dict[str, float]:
+        """The seconds that each way takes, by name."""
+        return self._known[key]
 
-    def __getitem__(self, key: str) -> tuple[float, ...]:
-        return tuple(self._known[key])
+    def seconds(self, key: str, ways: dict[str, Callable[[], object]], limit: float = math.inf) -> dict[str, float]:
+        """The seconds that each of some ways of doing something takes, measured if nobody has."""
+        if not self.knows(key, ways):
+            self._known[key] = self._new[key] = seconds_in_turns(ways, limit=limit)
+        return self.known(key)
 
     def __exit__(self, *error) -> None:
         if not self._new or error[0] is not None:
@@ -68,13 +73,14 @@ class Cache:
             write_atomically(path(), lambda name: Path(name).write_text(json.dumps(everything, indent=1)))
 
 
-def _read() -> dict[str, dict[str, list[float]]]:
+def _read() -> dict[str, dict[str, dict[str, float]]]:
     try:
         everything = json.loads(path().read_text())
-        valid = isinstance(everything, dict) and all(
-            isinstance(seconds, list) and all(isinstance(s, (int, float)) for s in seconds)
+        valid = all(
+            isinstance(seconds, (int, float))
             for entries in everything.values()
-            for seconds in entries.values()
+            for ways in entries.values()
+            for seconds in ways.values()
         )
         return everything if valid else {}
     except (OSError, ValueError, AttributeError):

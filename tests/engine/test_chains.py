@@ -329,7 +329,7 @@ def test_tuning_runs_what_is_fastest(fastest, monkeypatch):
         asked.append(functions)
         return {name: 0.9 if name == fastest else 1.0 for name in ("dense", "alone", "chained")}
 
-    monkeypatch.setattr("sparsekit.engine.schedule.seconds_in_turns", seconds)
+    monkeypatch.setattr("sparsekit.engine.tuning.seconds_in_turns", seconds)
     monkeypatch.setattr("sparsekit.dispatch.CHAIN_COPY", 0)
     for _ in range(2):
         engine = sk.compile(model, x)

@@ -392,9 +392,13 @@ def test_autotuning_is_measured_once():
     again = sk.compile(model, x)
     assert json.loads(tuning.path().read_text()) == everything
     assert schedule_of(again).choices == schedule_of(first).choices
-    tuning.path().write_text("{ not json")
-    sk.compile(model, x)
-    assert json.loads(tuning.path().read_text()).keys() == everything.keys()
+    keys = everything[tuning.machine()].keys()
+    other = {tuning.machine(): {key: {"another way": 1.0} for key in keys}}  # say, of an earlier sparsekit
+    for damaged in ("{ not json", "[1]", json.dumps({tuning.machine(): {"a": [1, 2]}}), json.dumps(other)):
+        tuning.path().write_text(damaged)
+        sk.compile(model, x)
+        measured = json.loads(tuning.path().read_text())[tuning.machine()]
+        assert all("dense" in measured[key] or "None" in measured[key] for key in keys)
 
 
 def test_explain():
