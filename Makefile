@@ -33,7 +33,7 @@ figures: $(STAMP)
 # Other engines, each in an environment of its own; DeepSparse's licence is for evaluation. PEERS="--batch 1" for less.
 bench-peers: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[export]'
-	test -d .venv-onnx || ($(PYTHON) -m venv .venv-onnx && .venv-onnx/bin/pip install --quiet onnxruntime openvino)
+	test -d .venv-onnx || ($(PYTHON) -m venv .venv-onnx && .venv-onnx/bin/pip install --quiet onnx onnxruntime openvino)
 	test -d .venv-deepsparse || ($(PYTHON) -m venv .venv-deepsparse && \
 	  .venv-deepsparse/bin/pip install --quiet deepsparse==1.8.0 'numpy<2' 'onnx<1.15')
 	$(BIN)/python -m benchmarks.peers $(PEERS)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 
 import sparsekit as sk
 from benchmarks.layers import measure
 from benchmarks.shapes import RESNET50, Layer
 from benchmarks.timing import keep_freed_memory
-from sparsekit.dispatch import Shape, sparse_work
+from sparsekit.dispatch import Shape, chain_work, sparse_work
+from sparsekit.profile import seconds_in_turns
 
 # Few channels and pixels, in large batches: what small networks are made of.
 SMALL = [
@@ -35,7 +37,55 @@ def _relative_fit(rows: list[list[float]], seconds: list[float]) -> np.ndarray:
         free.remove(int(solution.argmin()))
 
 
+def _shape(layer: Layer, batch: int) -> Shape:
+    out = layer.size // layer.stride
+    return Shape(
+        "conv2d", layer.in_channels, layer.out_channels, layer.kernel**2, 1, layer.stride**2, batch, layer.size**2, out**2
+    )  # fmt: skip
+
+
+def _chain_seconds(layers: list[Layer], sparsity: float, times: tuple[int, ...]) -> list[float]:
+    """Seconds an image, on one thread, of a chain that has ``layers``, which end as they begin, so many times."""
+    images = torch.randn(2, layers[0].in_channels, layers[0].size, layers[0].size)
+    runs = {}
+    for count in times:
+        convs = [
+            nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel, layer.stride, layer.kernel // 2)
+            for layer in layers * count
+        ]
+        model = sk.pruning.magnitude_(nn.Sequential(*convs).eval(), sparsity=sparsity, distribution="uniform")
+        engine = sk.compile(model, images, autotune=False)
+        engine._schedule_for((images,)).join([list(range(len(convs)))])
+        runs[str(count)] = lambda engine=engine: engine(images)
+    return [seconds / len(images) for seconds in seconds_in_turns(runs, runs=9).values()]
+
+
+def fit_chains() -> None:
+    """What a convolution costs inside of a chain: long chains against short ones, so that copies cancel."""
+    torch.set_num_threads(1)
+    rows, seconds, copies = [], [], []
+    for layer in RESNET50:
+        if layer.stride > 1:
+            continue
+        back = Layer(layer.out_channels, layer.in_channels, 1, 1, layer.size, 1)
+        for sparsity in SPARSITIES:
+            short, long = _chain_seconds([layer, back], sparsity, (1, 4))
+            pair = (long - short) / 3
+            work = [
+                chain_work(_shape(one, 1), round((1 - sparsity) * one.in_channels * one.out_channels * one.kernel**2))
+                for one in (layer, back)
+            ]
+            rows.append([sum(amounts) for amounts in zip(*work)])
+            seconds.append(pair)
+            copies.append((short - pair) / (2 * layer.in_channels * layer.size**2))
+    costs = _relative_fit(rows, seconds)
+    error = np.median(np.abs(np.array(rows) @ costs / np.array(seconds) - 1))
+    print(f"CHAIN_COSTS = ChainWork({', '.join(f'{cost:.2g}' for cost in costs)})  # median error {error:.0%}")
+    print(f"CHAIN_COPY = {np.median(copies):.2g}")
+
+
 def main() -> None:
+    fit_chains()
     torch.set_num_threads(2)
     keep_freed_memory()
     layers = [(layer, 8) for layer in RESNET50] + [(layer, 64) for layer in SMALL]
@@ -44,14 +94,10 @@ def main() -> None:
             rows, seconds, macs, dense_seconds = [], [], [], []
             for layer, batch in layers:
                 times = measure(layer, batch, SPARSITIES, runs=3)
-                out = layer.size // layer.stride
-                shape = Shape(
-                    "conv2d", layer.in_channels, layer.out_channels, layer.kernel**2, 1, layer.stride**2, batch,
-                    layer.size**2, out**2,
-                )  # fmt: skip
+                shape = _shape(layer, batch)
                 for sparsity in SPARSITIES:
                     key = f"{100 * sparsity:g}"
-                    work = sparse_work(shape, round((1 - sparsity) * shape.macs / (batch * out**2)))
+                    work = sparse_work(shape, round((1 - sparsity) * shape.macs / (batch * shape.out_pixels)))
                     rows.append([amount / 2 for amount in work])
                     seconds.append(times[f"{key}_fwd"])
                     rows.append(list(work))

@@ -1,6 +1,6 @@
 """Whether an engine is ever slower than PyTorch: `python -m benchmarks.never_slower [MODEL ...]`.
 
-Every convolutional classifier of torchvision at 0, 50 and 70 % sparsity (uniform, magnitude), batch 8, 224 x 224, two
+Every convolutional classifier of torchvision at 0, 50 and 70 % sparsity (uniform, magnitude), batch 4, 224 x 224, two
 threads: the engine against the better of eager NCHW and eager channels_last, both with BatchNorm folded; median of 15
 alternating runs, twice. Figures go to benchmarks/results/never_slower.json; models that are there are not measured again.
 """
@@ -24,7 +24,7 @@ from sparsekit.profile import seconds_in_turns
 RESULTS = Path(__file__).parent / "results" / "never_slower.json"
 SPARSITIES = (0.0, 0.5, 0.7)
 TRANSFORMERS = ("vit", "swin", "maxvit")
-BATCH, RUNS, TIMES = 8, 15, 2
+BATCH, RUNS, TIMES = 4, 15, 2
 
 
 def names() -> list[str]:

@@ -9,7 +9,7 @@ import sys
 import time
 
 
-def torch_model(folder, compile_with=None, layout="nchw"):
+def torch_model(folder, compile_with=None, layout="nchw", dtype=None):
     import torch
     from torchvision.models import resnet50
 
@@ -19,6 +19,8 @@ def torch_model(folder, compile_with=None, layout="nchw"):
     model.eval()
     if layout == "nhwc":
         model = model.to(memory_format=torch.channels_last)
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
     if compile_with == "inductor":
         import torch._inductor.config
 
@@ -28,10 +30,11 @@ def torch_model(folder, compile_with=None, layout="nchw"):
     def prepare(images):
         x = torch.from_numpy(images)
         x = x.contiguous(memory_format=torch.channels_last) if layout == "nhwc" else x
+        x = x if dtype is None else x.to(getattr(torch, dtype))
 
         def run():
             with torch.inference_mode():
-                return model(x).numpy()
+                return model(x).float().numpy()
 
         if compile_with != "sparsekit":
             return run
@@ -43,23 +46,73 @@ def torch_model(folder, compile_with=None, layout="nchw"):
     return prepare
 
 
-def onnxruntime_model(folder):
+def torch_int8(folder):
+    """PyTorch's quantized kernels, calibrated on the images that are timed."""
+    import warnings
+
+    import torch
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    from torchvision.models import resnet50
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(2)
+    model = resnet50()
+    model.load_state_dict(torch.load(f"{folder}.pt", weights_only=True))
+
+    def prepare(images):
+        x = torch.from_numpy(images)
+        with torch.inference_mode():
+            observed = prepare_fx(model.eval(), get_default_qconfig_mapping("x86"), (x[:4],))
+            observed(x[:4])
+            quantized = convert_fx(observed)
+
+        def run():
+            with torch.inference_mode():
+                return quantized(x).numpy()
+
+        return run
+
+    return prepare
+
+
+def int8_onnx(folder, images):
+    """The model quantized by ONNX Runtime's tools, per channel, calibrated on a few of the images."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):
+        batches = iter([{"x": images[:4]}])
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    path = f"{folder}-{len(images)}-int8.onnx"
+    types = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
+    quantize_static(f"{folder}.onnx", path, Reader(), per_channel=True, **types)
+    return path
+
+
+def onnxruntime_model(folder, int8=False):
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 2
-    session = onnxruntime.InferenceSession(f"{folder}.onnx", options, providers=["CPUExecutionProvider"])
-    return lambda images: lambda: session.run(None, {"x": images})[0]
+    def prepare(images):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 2
+        path = int8_onnx(folder, images) if int8 else f"{folder}.onnx"
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return lambda: session.run(None, {"x": images})[0]
+
+    return prepare
 
 
-def openvino_model(folder):
+def openvino_model(folder, precision="f32", int8=False):
     import openvino
 
     def prepare(images):
         core = openvino.Core()
-        model = core.read_model(f"{folder}.onnx")
+        model = core.read_model(int8_onnx(folder, images) if int8 else f"{folder}.onnx")
         model.reshape(list(images.shape))
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 2, "INFERENCE_PRECISION_HINT": "f32"}
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 2, "INFERENCE_PRECISION_HINT": precision}
         compiled = core.compile_model(model, "CPU", settings)
         return lambda: compiled(images)[0]
 
@@ -84,6 +137,12 @@ PEERS = {
     "onnxruntime": onnxruntime_model,
     "openvino": openvino_model,
     "deepsparse": deepsparse_model,
+    # Dense in other precisions.
+    "bf16 eager": lambda folder: torch_model(folder, layout="nhwc", dtype="bfloat16"),
+    "bf16 openvino": lambda folder: openvino_model(folder, precision="bf16"),
+    "int8 torch": torch_int8,
+    "int8 onnxruntime": lambda folder: onnxruntime_model(folder, int8=True),
+    "int8 openvino": lambda folder: openvino_model(folder, int8=True),
 }
 
 

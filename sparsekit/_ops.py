@@ -435,9 +435,9 @@ def program_elementwise(
     )
 
 
-def program_concat(program: int, inputs: Sequence[int], out: int) -> None:
-    """Add: ``out = torch.cat(inputs, 1)``."""
-    torch.ops.sparsekit_cpu.program_concat(program, inputs, out)
+def program_gather(program: int, inputs: Sequence[int], channels: Sequence[int], out: int) -> None:
+    """Add: ``out = torch.cat(inputs, 1)[:, channels]``."""
+    torch.ops.sparsekit_cpu.program_gather(program, inputs, channels, out)
 
 
 def program_store(program: int, input: int, output: int) -> None:

@@ -143,21 +143,35 @@ def predict(shape: Shape, nnz: int, train: bool) -> tuple[float, float]:
     return sparse, dense
 
 
-# The same within a chain of an engine (sparsekit.engine.chains), where tensors come in the layout that the kernels want,
-# from a cache, and an image's weights from further away.
-#   visit: one output lane; weight: one kept weight fetched for an image.
-CHAIN_FMA, CHAIN_MOVE, CHAIN_VISIT, CHAIN_WEIGHT = 2.2e-11, 1.1e-10, 8e-11, 5e-10
+class ChainWork(NamedTuple):
+    """What a convolution does for an image within a chain of an engine (:mod:`sparsekit.engine.chains`), where tensors
+    come in the layout that the kernels want, from a cache, and an image's weights from further away."""
+
+    fma: float
+    weight: float
+    visit: float
+    move: float
+
+
+def chain_work(shape: Shape, nnz: int) -> ChainWork:
+    """The work for one image of a layer with ``nnz`` kept weights, in the units of :data:`CHAIN_COSTS`."""
+    side = math.isqrt(shape.out_pixels)
+    lanes = _whole_registers(side * (side + 1))
+    moved = shape.in_channels * shape.in_pixels + shape.out_channels * shape.out_pixels
+    return ChainWork(nnz * lanes, nnz, shape.out_channels * lanes, moved)
+
+
+# Seconds per unit on one thread, from `make bench-costs` as SPARSE_COSTS.
+#   fma: one kept weight times one lane; weight: one kept weight fetched; visit: one output lane; move: one element.
+CHAIN_COSTS = ChainWork(2.1e-11, 1.4e-10, 1.6e-10, 0)
 #   an element copied into a chain or out of it.
-CHAIN_COPY = 2e-10
+CHAIN_COPY = 5.4e-10
 
 
 def predict_in_chain(shape: Shape, nnz: int) -> float:
     """Expected seconds of a convolution on the sparse kernels within a chain."""
     ratio = SPARSE_COSTS[_ops.backend()].fma / SPARSE_COSTS["avx512"].fma
-    side = math.isqrt(shape.out_pixels)
-    lanes = _whole_registers(side * (side + 1))
-    moved = shape.in_channels * shape.in_pixels + shape.out_channels * shape.out_pixels
-    work = nnz * (CHAIN_FMA * lanes + CHAIN_WEIGHT) + CHAIN_VISIT * shape.out_channels * lanes + CHAIN_MOVE * moved
+    work = sum(cost * amount for cost, amount in zip(CHAIN_COSTS, chain_work(shape, nnz)))
     return ratio * shape.batch * work / torch.get_num_threads()
 
 

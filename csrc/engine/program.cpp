@@ -251,10 +251,11 @@ void Program::add_elementwise(Elementwise e, int64_t in, int64_t out) {
   });
 }
 
-void Program::add_concat(const std::vector<int64_t>& in, int64_t out) {
-  std::vector<std::pair<int64_t, int64_t>> from;  // per channel of `out`
+void Program::add_gather(const std::vector<int64_t>& in, const std::vector<int64_t>& channels, int64_t out) {
+  std::vector<std::pair<int64_t, int64_t>> all, from;
   for (int64_t tensor : in)
-    for (int64_t c = 0; c < size(tensor).channels; ++c) from.emplace_back(tensor, c);
+    for (int64_t c = 0; c < size(tensor).channels; ++c) all.emplace_back(tensor, c);
+  for (int64_t c : channels) from.push_back(all.at(c));
   add_channels(in, out, kNone, from.size(), [=, this](const Frame& frame, int64_t c) {
     std::memcpy(plane(frame, out, c), plane(frame, from[c].first, from[c].second), layout(out).lanes * sizeof(float));
   });

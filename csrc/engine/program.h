@@ -50,8 +50,8 @@ class Program {
     Activation activation;
   };
   void add_elementwise(Elementwise e, int64_t in, int64_t out);
-  // Channels after channels.
-  void add_concat(const std::vector<int64_t>& in, int64_t out);
+  // Channels of `out` are `channels` of all those of `in`, one tensor after another.
+  void add_gather(const std::vector<int64_t>& in, const std::vector<int64_t>& channels, int64_t out);
   void add_store(int64_t in, int64_t output);
   void finish();
 

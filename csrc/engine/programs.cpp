@@ -172,19 +172,21 @@ void program_elementwise_op(int64_t number, int64_t input, int64_t out, int64_t 
   b->program.add_elementwise(std::move(e), input, out);
 }
 
-void program_concat_op(int64_t number, Ints inputs, int64_t out) {
+void program_gather_op(int64_t number, Ints inputs, Ints channels, int64_t out) {
   const auto b = open(number);
-  Program::Size size = size_of(*b, out);
+  const Program::Size size = size_of(*b, out);
+  int64_t count = 0;
   for (int64_t input : inputs) {
     STD_TORCH_CHECK(input >= 0, "inputs must be tensors of the program");
     const Program::Size from = size_of(*b, input);
     STD_TORCH_CHECK(from.h == size.h && from.w == size.w, "inputs must have the height and width of out");
     check_read(*b, input);
-    size.channels -= from.channels;
+    count += from.channels;
   }
-  STD_TORCH_CHECK(size.channels == 0, "inputs must have the channels of out together");
+  STD_TORCH_CHECK(int64_t(channels.size()) == size.channels, "channels must be as many as out has");
+  for (int64_t c : channels) STD_TORCH_CHECK(c >= 0 && c < count, "channels must lie in [0, ", count, "), got ", c);
   check_write(*b, out);
-  b->program.add_concat(inputs, out);
+  b->program.add_gather(inputs, channels, out);
 }
 
 void program_store_op(int64_t number, int64_t input, int64_t output) {
@@ -251,7 +253,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
   m.def(
       "program_elementwise(int program, int input, int out, int gate, int other, Tensor? scale, Tensor? shift, float "
       "low, float high, int activation) -> ()");
-  m.def("program_concat(int program, int[] inputs, int out) -> ()");
+  m.def("program_gather(int program, int[] inputs, int[] channels, int out) -> ()");
   m.def("program_store(int program, int input, int output) -> ()");
   m.def("finish_program(int program) -> ()");
   m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program) -> ()");
@@ -265,7 +267,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
   m.impl("program_avg_pool2d", TORCH_BOX(&sparsekit::program_avg_pool2d_op));
   m.impl("program_mean", TORCH_BOX(&sparsekit::program_mean_op));
   m.impl("program_elementwise", TORCH_BOX(&sparsekit::program_elementwise_op));
-  m.impl("program_concat", TORCH_BOX(&sparsekit::program_concat_op));
+  m.impl("program_gather", TORCH_BOX(&sparsekit::program_gather_op));
   m.impl("program_store", TORCH_BOX(&sparsekit::program_store_op));
   m.impl("finish_program", TORCH_BOX(&sparsekit::finish_program_op));
 }

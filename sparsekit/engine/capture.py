@@ -65,6 +65,7 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
             program = torch.export.export(model, examples, dynamic_shapes=_for_signature(model, dynamic))
             if not _make_functional(program.graph):
                 program = program.run_decompositions({})
+            _name_channels(program.graph)
     except Exception as error:
         raise ValueError(
             f"model cannot be captured as one graph: {_first_line(error)}; torch.compile(model, backend='sparsekit') "
@@ -117,6 +118,47 @@ def _make_functional(graph: fx.Graph) -> bool:
             node.target = functional
             written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
     return True
+
+
+def _name_channels(graph: fx.Graph) -> None:
+    """Say what is done to channels, without the sizes of images: shuffling them, and taking a part of them."""
+    aten = torch.ops.aten
+    views = (aten.view.default, aten.reshape.default)
+
+    def before(node: fx.Node, targets: tuple) -> fx.Node | None:
+        source = node.args[0] if node.args else None
+        return source if isinstance(source, fx.Node) and source.target in targets and len(source.users) == 1 else None
+
+    for node in list(graph.nodes):
+        if node.target in views and node.meta["val"].dim() == 4:
+            # view(n, groups, c / groups, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+            copy = before(node, (aten.contiguous.default, aten.clone.default)) or node
+            turned = before(copy, (aten.transpose.int,))
+            split = before(turned, views) if turned is not None and turned.args[1:] == (1, 2) else None
+            source = split.args[0] if split is not None and split.meta["val"].dim() == 5 else None
+            shapes = [tuple(map(str, n.meta["val"].shape)) for n in (source, split, node) if n is not None]
+            if (
+                source is None
+                or shapes[0] != shapes[2]
+                or shapes[0][0] != shapes[1][0]
+                or shapes[0][2:] != shapes[1][3:]
+            ):
+                continue
+            target, args = aten.channel_shuffle.default, (source, split.meta["val"].shape[1])
+        elif node.target is operator.getitem and node.args[0].target is aten.chunk.default:
+            source, _, *dim = node.args[0].args
+            if dim != [1] or source.meta["val"].dim() != 4:
+                continue
+            parts = [part.shape[1] for part in node.args[0].meta["val"]]
+            start = sum(parts[: node.args[1]])
+            target, args = aten.slice.Tensor, (source, 1, start, start + parts[node.args[1]])
+        else:
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(target, args)
+        new.meta = node.meta
+        node.replace_all_uses_with(new)
+    graph.eliminate_dead_code()
 
 
 def _name(node: fx.Node) -> str:

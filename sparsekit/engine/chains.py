@@ -30,6 +30,8 @@ KINDS = {
     "aten.add.Tensor": "sum",
     "aten.mul.Tensor": "gate",
     "aten.cat.default": "concat",
+    "aten.slice.Tensor": "slice",
+    "aten.channel_shuffle.default": "shuffle",
     **dict.fromkeys(CLAMPS, "activation"),
     **dict.fromkeys(ACTIVATIONS, "activation"),
 }
@@ -135,8 +137,14 @@ class _Builder:
         elif kind == "gate":
             first, second = images if _is_gate(self.sizes, *args) else images[::-1]
             self.elementwise(step, input=first, gate=second)
-        elif kind == "concat":
-            self.add(_ops.program_concat, images, self.new(step.out))
+        elif kind in ("concat", "slice", "shuffle"):
+            count = sum(self.sizes[ref.slot][0] for ref in refs(args))
+            channels = torch.arange(count)
+            if kind == "slice":
+                channels = channels[args[2] : args[3]]
+            elif kind == "shuffle":
+                channels = channels.view(args[1], -1).T.flatten()
+            self.add(_ops.program_gather, images, channels.tolist(), self.new(step.out))
         elif kind == "mean":
             self.add(_ops.program_mean, images[0], self.new(step.out))
         elif kind == "avg_pool":
@@ -278,8 +286,10 @@ def _fits(plan: Plan, sizes: Sizes, number: int, sparse: set[int], written: set[
         return any(follows) and sizes[args[0].slot] == sizes[args[1].slot] and not rest
     if kind == "gate":
         return any(follows) and not rest and (_is_gate(sizes, *args) or _is_gate(sizes, *args[::-1]))
-    if kind == "concat":
-        return all(follows) and args[1:] == [1]
+    if kind in ("concat", "slice"):
+        return all(follows) and args[1] == 1 and len(args) == (2 if kind == "concat" else 4)
+    if kind == "shuffle":
+        return all(follows)
     return all(follows) and _bounds(step) is not None
 
 

@@ -404,8 +404,8 @@ def _input(node: fx.Node, any_size: bool) -> tuple[str, list[int | None]]:
 # Ops that treat every image by itself, and every size of images alike.
 PER_IMAGE = {
     "_native_batch_norm_legit_no_training", "adaptive_avg_pool2d", "adaptive_max_pool2d", "avg_pool2d", "batch_norm",
-    "clamp", "clone", "contiguous", "conv2d", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu",
-    "linear", "max_pool2d", "relu", "relu6", "sigmoid", "silu", "sym_size", "tanh",
+    "channel_shuffle", "clamp", "clone", "contiguous", "conv2d", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh",
+    "leaky_relu", "linear", "max_pool2d", "relu", "relu6", "sigmoid", "silu", "sym_size", "tanh",
 }  # fmt: skip
 # The same where both operands are tensors: a number may have been computed from the size.
 ARITHMETIC = {"add", "div", "mul", "sub"}
@@ -434,8 +434,7 @@ def _is_batched(captured: Captured) -> bool:
             return False
         per_image = (
             name in PER_IMAGE | ARITHMETIC | {"operator.getitem"}
-            or (name == "cat" and second == 1)
-            or (name == "chunk" and node.args[2:] == (1,))
+            or (name in ("cat", "slice") and second == 1)
             or (name == "mean" and isinstance(second, (list, tuple)) and _within_image(node.args[0], second))
             or (name in ("view", "flatten", "reshape") and _keeps_batch(node, batch))
         )
@@ -465,7 +464,8 @@ def _takes_any_size(captured: Captured) -> bool:
             free = (
                 name in PER_IMAGE
                 or (name in ARITHMETIC and isinstance(second, fx.Node))
-                or name in ("cat", "chunk", "flatten", "mean")
+                or name in ("cat", "flatten", "mean")
+                or (name == "slice" and second == 1)
                 or name.startswith("operator.")  # sizes of the batch, the only ones that are not numbers here
             )
         if not free:

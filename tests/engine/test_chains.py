@@ -79,7 +79,15 @@ class Joined(nn.Module):
     def forward(self, x):
         x = self.conv(x)
         y, z = F.hardswish(self.norm(x)), F.silu(x)
-        return F.relu6(y + z) + x if self.how == "sum" else torch.cat([y, x, z, y], 1)
+        if self.how == "sum":
+            return F.relu6(y + z) + x
+        n, c, h, w = x.shape
+        joined = torch.cat([y, x, z, y], 1)
+        if self.how == "concat":
+            return joined
+        shuffled = joined.view(n, 4, c, h, w).transpose(1, 2).contiguous().view(n, 4 * c, h, w)
+        first, second = shuffled.chunk(2, 1)
+        return torch.cat([second, first, second[:, :1]], 1)
 
 
 @st.composite
@@ -103,8 +111,8 @@ def networks(draw):
         elif between == 2:
             layers.append(Gated(channels, draw(st.sampled_from((nn.Sigmoid(), nn.Hardsigmoid()))), draw(st.booleans())))
         elif between == 3 and channels < 30:
-            layers.append(Joined(channels, draw(st.sampled_from(("sum", "concat")))))
-            channels *= 1 if layers[-1].how == "sum" else 4
+            layers.append(Joined(channels, draw(st.sampled_from(("sum", "concat", "shuffle")))))
+            channels = {"sum": channels, "concat": 4 * channels, "shuffle": 4 * channels + 1}[layers[-1].how]
         else:
             kernel = [draw(st.sampled_from((1, 1, 3, 3, 5))) for _ in size]
             stride = [draw(st.sampled_from((1, 1, 1, 2, 3))) for _ in size]
@@ -373,8 +381,9 @@ def test_programs_check_what_they_are_given():
         (lambda: _ops.program_elementwise(p, 0, 1, gate=0), "one pixel"),
         (lambda: _ops.program_elementwise(p, 0, 1, scale=torch.ones(3)), "scale"),
         (lambda: _ops.program_elementwise(p, -1, 1), "tensors of the program"),
-        (lambda: _ops.program_concat(p, [0, 0], 1), "channels"),
-        (lambda: _ops.program_concat(p, [-1], 1), "tensors of the program"),
+        (lambda: _ops.program_gather(p, [0, 0], [0, 1, 2, 3], 1), "as many as out has"),
+        (lambda: _ops.program_gather(p, [0], [0, 2], 1), "got 2"),
+        (lambda: _ops.program_gather(p, [-1], [0, 1], 1), "tensors of the program"),
         (lambda: _ops.program_store(p, 0, 3), "output"),
         (lambda: _ops.run_program([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 4)], p), "not finished"),
     ):
