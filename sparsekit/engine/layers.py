@@ -6,6 +6,7 @@ import math
 import threading
 import weakref
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from .. import _ops
 from ..dispatch import Shape
-from ..formats import pattern_from_mask
 from .plan import ACTIVATIONS, Layer
 
 # Whether PyTorch has oneDNN's convolution with what follows fused, which inductor uses.
@@ -36,16 +36,26 @@ class Prepared:
         self.layer = layer
         self.weight = tensors[layer.weight]
         self.bias = None if layer.bias is None else tensors[layer.bias]
-        self.nnz = int(torch.count_nonzero(self.weight))
-        self.sparsity = 1 - self.nnz / max(self.weight.numel(), 1)
         self._number: int | None = None
         self._reordered: Tensor | None = None
         self._lock = threading.Lock()
 
+    @cached_property
+    def nnz(self) -> int:
+        return int(torch.count_nonzero(self.weight))
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.nnz / max(self.weight.numel(), 1)
+
     def compressed(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight's values, crow_indices and col_indices."""
-        pattern = pattern_from_mask(self.weight != 0, self.layer.groups)
-        return _ops.compress(self.weight, pattern), pattern.crow_indices, pattern.col_indices
+        rows, columns = self.weight.flatten(1).shape
+        kept = self.weight.flatten().nonzero().squeeze(1)
+        row = kept // columns
+        crow = torch.zeros(rows + 1, dtype=torch.int32)
+        crow[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+        return self.weight.flatten()[kept], crow, (kept - row * columns).int()
 
     def unpack(self) -> None:
         """Free what only :meth:`run` needs, and makes when it needs it."""
