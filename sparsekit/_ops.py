@@ -450,6 +450,11 @@ def finish_program(program: int) -> None:
     torch.ops.sparsekit_cpu.finish_program(program)
 
 
+def program_floats(program: int) -> int:
+    """The floats that an image takes on its way through a finished program."""
+    return torch.ops.sparsekit_cpu.program_floats(program)
+
+
 def run_program(outputs: Sequence[Tensor], inputs: Sequence[Tensor], program: int) -> None:
     """Run it on images ``[n, channels, h, w]``, NCHW or channels_last."""
     torch.ops.sparsekit_cpu.run_program(outputs, [_dense_layout(input) for input in inputs], program)

@@ -61,6 +61,8 @@ class Program {
   const Size& size(int64_t tensor) const { return tensor < 0 ? inputs_.at(-1 - tensor) : tensors_.at(tensor).size; }
   const std::vector<Size>& inputs() const { return inputs_; }
   const std::vector<Size>& outputs() const { return outputs_; }
+  // Of memory that an image takes on its way, once finished.
+  int64_t floats() const { return floats_; }
 
  private:
   // What the tensors of one height and width have in common.

@@ -205,6 +205,8 @@ void finish_program_op(int64_t number) {
   b->weights.clear();
 }
 
+int64_t program_floats_op(int64_t number) { return programs().at(number)->program.floats(); }
+
 std::vector<Images> checked(const std::vector<Tensor>& tensors, const std::vector<Program::Size>& sizes, int64_t batch,
                             const char* name) {
   STD_TORCH_CHECK(tensors.size() == sizes.size(), "the program has ", sizes.size(), " ", name, ", not ",
@@ -256,6 +258,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
   m.def("program_gather(int program, int[] inputs, int[] channels, int out) -> ()");
   m.def("program_store(int program, int input, int output) -> ()");
   m.def("finish_program(int program) -> ()");
+  m.def("program_floats(int program) -> int");
   m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program) -> ()");
 }
 
@@ -269,6 +272,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
   m.impl("program_elementwise", TORCH_BOX(&sparsekit::program_elementwise_op));
   m.impl("program_gather", TORCH_BOX(&sparsekit::program_gather_op));
   m.impl("program_store", TORCH_BOX(&sparsekit::program_store_op));
+  m.impl("program_floats", TORCH_BOX(&sparsekit::program_floats_op));
   m.impl("finish_program", TORCH_BOX(&sparsekit::finish_program_op));
 }
 
