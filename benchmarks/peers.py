@@ -4,8 +4,7 @@ dense engines in bfloat16 and INT8 beside them, marked as such.
 Every engine runs in a process of its own (benchmarks/peer_worker.py) on the same weights and images, all with two
 threads, in turns of random order; a figure is the median over rounds of a round's median. DeepSparse's licence allows
 evaluation: it lives in an environment of its own, and nothing but this benchmark knows of it. Outputs are compared.
-Figures go to benchmarks/results/peers.json, where a cell that is measured again is replaced; a peer that cannot be
-started is named and left out.
+Figures go to benchmarks/results/peers.json; a peer that cannot be started is named and left out.
 """
 
 from __future__ import annotations
@@ -185,12 +184,13 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.8, 0.9, 0.95, 0.98])
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the other cells of the last run: nothing changed since"
+    )
     args = parser.parse_args()
     names = ["sparsekit", *(name for name in args.peers if name != "sparsekit")]
     results = {"cpu": cpu_name(), "torch": torch.__version__, "rounds": args.rounds}
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    same = all(known.get(key) == value for key, value in results.items())
-    results["cells"] = known["cells"] if same else {}
+    results["cells"] = json.loads(RESULTS.read_text())["cells"] if args.keep else {}
     with tempfile.TemporaryDirectory() as folder:
         for level in args.sparsity:
             model = export(level, Path(folder))

@@ -298,8 +298,7 @@ def _kind(step: Call | Layer) -> str | None:
 
 
 def _is_gate(sizes: Sizes, image: Ref, gate: Ref) -> bool:
-    channels, *_ = size = sizes[image.slot]
-    return sizes[gate.slot] == [channels, 1, 1] and len(size) == 3
+    return sizes[gate.slot] == [sizes[image.slot][0], 1, 1]
 
 
 def _bounds(step: Call) -> tuple[float, float, str | None]:

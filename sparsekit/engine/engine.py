@@ -51,8 +51,9 @@ def compile(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], autot
     _check_model(model, inputs)
     source = snapshot(model)
     plan = lower(capture(source, inputs))
-    # Only where other image sizes make another plan.
-    engine = Engine(plan, source if any(None not in shape[1:] for _, shape in plan.inputs) else None)
+    # Only where other sizes make another plan.
+    fixed = any(shape[:1] != [None] or None not in shape[1:] for _, shape in plan.inputs)
+    engine = Engine(plan, source if fixed else None)
     return engine.autotune_(*inputs) if autotune else engine.decide_(*inputs)
 
 
@@ -141,7 +142,7 @@ class Engine(nn.Module):
                 )
 
     def _schedule_for(self, inputs: tuple[Tensor, ...]) -> Schedule:
-        key = _sizes(inputs)
+        key = self._sizes(inputs)
         if (schedule := self._schedules.get(key)) is None:
             with self._lock:
                 if (schedule := self._schedules.get(key)) is None:
@@ -159,6 +160,11 @@ class Engine(nn.Module):
         return next((p for p in known if all(map(_fits, inputs, (shape for _, shape in p.inputs)))), None) or lower(
             capture(self._source[0], inputs)
         )
+
+    def _sizes(self, inputs: tuple[Tensor, ...]) -> tuple:
+        """What schedules are kept by: everything but the batch, and that too where the model depends on it."""
+        shapes = (shape for _, shape in self.plan.inputs)
+        return tuple(tuple(t.shape[shape[:1] == [None] :]) for t, shape in zip(inputs, shapes))
 
     def _keep(self, key: tuple, schedule: Schedule) -> None:
         kept = {**self._schedules, key: schedule}
@@ -181,7 +187,7 @@ class Engine(nn.Module):
         with torch.no_grad(), self._lock:
             schedule = Schedule(self._plan_for(inputs))
             choose(schedule, inputs)
-            self._keep(_sizes(inputs), schedule)
+            self._keep(self._sizes(inputs), schedule)
         return self
 
     def explain(self, *inputs: Tensor) -> Explanation:
@@ -200,7 +206,10 @@ class Engine(nn.Module):
             return self._schedule_for(inputs).explain(inputs)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the engine to one safetensors file, weights compressed, atomically; :func:`sparsekit.load` reads it."""
+        """Write the engine to one safetensors file, weights compressed, atomically; :func:`sparsekit.load` reads it.
+
+        Where the model depends on the image size, the file holds it for the size that it was compiled for only.
+        """
         files.write(path, self.plan, self._choices())
 
     def _choices(self) -> dict:
@@ -230,8 +239,3 @@ class Engine(nn.Module):
 
 def _fits(tensor: Tensor, shape: list[int | None]) -> bool:
     return all(size in (None, actual) for size, actual in zip(shape, tensor.shape))
-
-
-def _sizes(inputs: tuple[Tensor, ...]) -> tuple:
-    """What schedules are kept by: everything but the batch."""
-    return tuple(tuple(t.shape[1:]) for t in inputs)

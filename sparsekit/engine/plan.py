@@ -397,8 +397,13 @@ def _input(node: fx.Node, any_size: bool) -> tuple[str, list[int | None]]:
     if not isinstance(value, Tensor):
         raise ValueError(f"inputs must be tensors, got {type(value).__name__}")
     fixed = 2 if any_size and value.dim() == 4 else value.dim()
-    shape = [s if isinstance(s, int) and i < fixed else None for i, s in enumerate(value.shape)]
+    shape = [_number(s) if i < fixed else None for i, s in enumerate(value.shape)]
     return str(value.dtype).removeprefix("torch."), shape
+
+
+def _number(size) -> int | None:
+    """A size as a number, if the model was captured for this one only; its control flow may have fixed a symbol."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 # Ops that treat every image by itself, and every size of images alike.
@@ -425,7 +430,7 @@ def _computed(captured: Captured) -> list[tuple[fx.Node, str, Any]]:
 def _is_batched(captured: Captured) -> bool:
     """Whether every value is one per image along its first dimension, computed from that image alone."""
     images = [node.meta["val"] for node in captured.inputs]
-    if len(images) != 1 or isinstance(images[0].shape[0], int):
+    if len(images) != 1 or not images[0].dim() or _number(images[0].shape[0]) is not None:
         return False
     batch = images[0].shape[0]
     for node, name, second in _computed(captured):

@@ -145,6 +145,8 @@ class Schedule:
             ValueError: as :meth:`decide`.
         """
         shapes = self._predict(inputs)
+        if not inputs:
+            return
         with tuning.Cache() as cache:
             self._measure_layers(inputs, shapes, cache)
             self._tune_chains(inputs, cache)
@@ -203,7 +205,7 @@ class Schedule:
 
     def _find_chains(self, inputs: tuple[Tensor, ...]) -> list[list[int]]:
         """Numbers of the steps that would make chains, by measured and expected seconds."""
-        if not inputs:
+        if not inputs or not inputs[0].dim():
             return []
         batch, threads = len(inputs[0]), torch.get_num_threads()
         alone, sparse = {}, {}

@@ -587,3 +587,31 @@ def test_memory_is_reused_only_where_nobody_looks():
         for ours, theirs in zip(engine(x), model(x)):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert torch.equal(x, before)
+
+
+class Asks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) * (2 if x.shape[0] == 4 else 1)
+
+
+def test_a_model_that_asks_for_its_batch_is_captured_again():
+    model = Asks().eval()
+    engine = sk.compile(model, torch.randn(4, 3, 8, 8), autotune=False)
+    for batch in (4, 7, 4):
+        x = torch.randn(batch, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_without_dimensions():
+    for autotune in (False, True):
+        assert sk.compile(Scaled().eval(), torch.tensor(3.0), autotune=autotune)(torch.tensor(4.0)) == 8
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return x * 2
