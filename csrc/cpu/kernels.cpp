@@ -15,7 +15,6 @@ namespace {
 // Registers of lanes per strip, and at most. More would not lower the load rate much and would need a larger tile.
 constexpr int kStrip = kLanes == 16 ? 4 : 8;
 constexpr int kMostStrip = kLanes == 16 ? 5 : 8;
-constexpr int kPrefetchSlots = 8;
 constexpr int kLineFloats = 16;  // in a cache line
 
 // Prefetches a strip's share of what is wanted soon, a few lines with every row of the weight.
@@ -46,54 +45,77 @@ class Ahead {
   int64_t row_ = 0, float_ = 0, left_ = 0, per_step_ = 0;
 };
 
-// A strip of N registers, `tail` lanes in the last. What is constant is copied to locals: stores of registers may alias
-// anything, as far as the compiler knows.
-template <int N>
-void spmm_strip(const float* const tile, Ahead ahead, const Rows& rows, const Results& results, int64_t first_lane,
+// What a strip of spmm does, known at compile time: rows can be so short that every branch counts.
+enum Does : unsigned {
+  kStarts = 1,
+  kHasBias = 2,
+  kFinishes = 4,  // clamps or masks
+  kHasPairs = 8,
+  kAhead = 16,     // prefetches what is wanted soon
+  kAnything = 32,  // asks at run time; streams and has a short last register where others cannot
+};
+
+// A strip of N registers, `tail` lanes in the last. All lanes are neighbours, or those of kRun registers if that is not
+// 0. What is constant is copied to locals: stores of registers may alias anything, as far as the compiler knows.
+template <int N, int kRun, unsigned kDoes>
+void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& results, const int64_t first_lane,
                 const int64_t tail) {
   // Independent sums, so that FMAs do not wait for each other: eight for two units of a latency of four cycles.
   constexpr int kSums = N >= 6 || (N >= 5 && kRegisters < 32) ? 1 : N >= 2 ? 2 : 4;
   constexpr float kInfinity = __builtin_inff();
-  const int64_t count = rows.count, pairs = rows.pairs, stride = results.stride, start_stride = results.start_stride;
+  constexpr bool kAsks = (kDoes & kAnything) != 0;
+  const int64_t count = rows.count, pairs = kAsks || kDoes & kHasPairs ? rows.pairs : 0;
+  const int64_t stride = results.stride, start_stride = results.start_stride;
   const int32_t* const order = rows.order;
   const int32_t* const begin = rows.begin;
   const uint32_t* offsets = rows.offsets + begin[0];
   const float* values = rows.values + begin[0];
+  const float* const lanes = tile.lanes + first_lane;
   float* const out = results.data + first_lane;
   const float* const start = results.start ? results.start + first_lane : nullptr;
   const float* const bias = results.bias;
   const int32_t* const mask = results.mask ? results.mask + first_lane : nullptr;
-  const bool read_elsewhere = start && start != out, whole = tail == kLanes;
-  const bool stream = results.stream && whole, prefetch = !results.stream;
-  const bool clamped = results.low > -kInfinity || results.high < kInfinity;
+  const bool starts = kAsks ? start != nullptr : kDoes & kStarts, read_elsewhere = starts && start != out;
+  const bool has_bias = kAsks ? bias != nullptr : (kDoes & kHasBias) != 0;
+  const bool capped = results.high < kInfinity;
+  const bool finishes = kAsks ? mask || capped || results.low > -kInfinity : (kDoes & kFinishes) != 0;
+  const bool whole = !kAsks || tail == kLanes, stream = kAsks && results.stream && whole;
   const Vec low = broadcast(results.low), high = broadcast(results.high);
+  Mask kept[N];
+  for (int v = 0; v < N; ++v) kept[v] = mask_of(mask ? mask + v * kLanes : nullptr);
+  // Where a register is, from the first of its row on.
+  const int64_t tile_jump = tile.jump, jump = results.jump;
+  constexpr int kTogether = kRun ? kRun : N;
+  auto in_tile = [=](int v) { return v / kTogether * tile_jump + v % kTogether * kLanes; };
+  auto in_row = [=](int v) { return v / kTogether * jump + v % kTogether * kLanes; };
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t row = order[r], soon = order[r + kPrefetchSlots < count ? r + kPrefetchSlots : r];
-    ahead.step();
-    if (prefetch)
-      for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + v * kLanes, 1);
+    const int64_t row = order[r], soon = order[r + Rows::kAhead];
+    if (kAsks || kDoes & kAhead) ahead.step();
+    if (!kAsks || !results.stream)
+      for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + in_row(v), 1);
     if (read_elsewhere)
-      for (int v = 0; v < N; ++v) __builtin_prefetch(start + soon * start_stride + v * kLanes);
+      for (int v = 0; v < N; ++v) __builtin_prefetch(start + soon * start_stride + in_row(v));
     Vec sum[kSums][N];
+    const Vec first = has_bias ? broadcast(bias[row]) : zero();
     for (int s = 0; s < kSums; ++s)
-      for (int v = 0; v < N; ++v) sum[s][v] = zero();
-    if (start) {
+      for (int v = 0; v < N; ++v) sum[s][v] = s == 0 ? first : zero();
+    if (starts) {
       const float* const from = start + row * start_stride;
-      for (int v = 0; v < N - 1; ++v) sum[0][v] = load(from + v * kLanes);
-      sum[0][N - 1] = whole ? load(from + (N - 1) * kLanes) : load(from + (N - 1) * kLanes, tail);
+      for (int v = 0; v < N; ++v) {
+        const Vec x = whole || v + 1 < N ? load(from + in_row(v)) : load(from + in_row(v), tail);
+        sum[kSums - 1][v] = kSums == 1 ? add(x, first) : x;
+      }
     }
-    if (bias)
-      for (int v = 0; v < N; ++v) sum[kSums - 1][v] = add(sum[kSums - 1][v], broadcast(bias[row]));
-    if (pairs) {
+    if (kAsks ? pairs > 0 : (kDoes & kHasPairs) != 0) {
 #if defined(__AVX512F__)
       Vec from_left[N], from_right[N];
       for (int v = 0; v < N; ++v) from_left[v] = from_right[v] = zero();
       for (int64_t i = 0; i < pairs; ++i, offsets += 2, values += 2) {
         const Vec w0 = broadcast(values[0]), w1 = broadcast(values[1]);
-        const float* const x0 = tile + offsets[0];
-        const float* const x1 = tile + offsets[1];
-        for (int v = 0; v < N; ++v) from_left[v] = fma(w0, load(x0 + v * kLanes), from_left[v]);
-        for (int v = 0; v < N; ++v) from_right[v] = fma(w1, load(x1 + v * kLanes), from_right[v]);
+        const float* const x0 = lanes + offsets[0];
+        const float* const x1 = lanes + offsets[1];
+        for (int v = 0; v < N; ++v) from_left[v] = fma(w0, load(x0 + in_tile(v)), from_left[v]);
+        for (int v = 0; v < N; ++v) from_right[v] = fma(w1, load(x1 + in_tile(v)), from_right[v]);
       }
       for (int v = 0; v < N; ++v) {
         sum[0][v] = add(sum[0][v], shift_in_last(v ? from_left[v - 1] : zero(), from_left[v]));
@@ -103,60 +125,116 @@ void spmm_strip(const float* const tile, Ahead ahead, const Rows& rows, const Re
 #else
       for (int64_t i = 0; i < 2 * pairs; ++i, ++offsets, ++values) {
         const Vec w = broadcast(*values);
-        const float* const x = tile + *offsets + (i % 2 ? 1 : -1);
-        for (int v = 0; v < N; ++v) sum[0][v] = fma(w, load(x + v * kLanes), sum[0][v]);
+        const float* const x = lanes + *offsets + (i % 2 ? 1 : -1);
+        for (int v = 0; v < N; ++v) sum[0][v] = fma(w, load(x + in_tile(v)), sum[0][v]);
       }
 #endif
     }
     int64_t left = begin[r + 1] - begin[r] - 2 * pairs;
     for (; left >= 4; left -= 4, offsets += 4, values += 4) {
       const Vec w = load4(values);
-      const float* const x0 = tile + offsets[0];
-      const float* const x1 = tile + offsets[1];
-      const float* const x2 = tile + offsets[2];
-      const float* const x3 = tile + offsets[3];
+      const float* const x0 = lanes + offsets[0];
+      const float* const x1 = lanes + offsets[1];
+      const float* const x2 = lanes + offsets[2];
+      const float* const x3 = lanes + offsets[3];
       const Vec w0 = lane<0>(w), w1 = lane<1>(w), w2 = lane<2>(w), w3 = lane<3>(w);
-      for (int v = 0; v < N; ++v) sum[0][v] = fma(w0, load(x0 + v * kLanes), sum[0][v]);
-      for (int v = 0; v < N; ++v) sum[1 % kSums][v] = fma(w1, load(x1 + v * kLanes), sum[1 % kSums][v]);
-      for (int v = 0; v < N; ++v) sum[2 % kSums][v] = fma(w2, load(x2 + v * kLanes), sum[2 % kSums][v]);
-      for (int v = 0; v < N; ++v) sum[3 % kSums][v] = fma(w3, load(x3 + v * kLanes), sum[3 % kSums][v]);
+      for (int v = 0; v < N; ++v) sum[0][v] = fma(w0, load(x0 + in_tile(v)), sum[0][v]);
+      for (int v = 0; v < N; ++v) sum[1 % kSums][v] = fma(w1, load(x1 + in_tile(v)), sum[1 % kSums][v]);
+      for (int v = 0; v < N; ++v) sum[2 % kSums][v] = fma(w2, load(x2 + in_tile(v)), sum[2 % kSums][v]);
+      for (int v = 0; v < N; ++v) sum[3 % kSums][v] = fma(w3, load(x3 + in_tile(v)), sum[3 % kSums][v]);
     }
     for (; left > 0; --left, ++offsets, ++values) {
       const Vec w = broadcast(*values);
-      const float* const x = tile + *offsets;
-      for (int v = 0; v < N; ++v) sum[0][v] = fma(w, load(x + v * kLanes), sum[0][v]);
+      const float* const x = lanes + *offsets;
+      for (int v = 0; v < N; ++v) sum[0][v] = fma(w, load(x + in_tile(v)), sum[0][v]);
     }
     for (int s = 1; s < kSums; ++s)
       for (int v = 0; v < N; ++v) sum[0][v] = add(sum[0][v], sum[s][v]);
-    if (clamped)
-      for (int v = 0; v < N; ++v) sum[0][v] = min(high, max(low, sum[0][v]));
-    if (mask)
-      for (int v = 0; v < N; ++v) sum[0][v] = keep(sum[0][v], mask + v * kLanes);
+    if (finishes) {
+      for (int v = 0; v < N; ++v) sum[0][v] = max(low, sum[0][v]);
+      if (capped)
+        for (int v = 0; v < N; ++v) sum[0][v] = min(high, sum[0][v]);
+      for (int v = 0; v < N; ++v) sum[0][v] = keep(sum[0][v], kept[v]);
+    }
     float* const to = out + row * stride;
-    if (stream) {
-      for (int v = 0; v < N; ++v) stream_store(to + v * kLanes, sum[0][v]);
-    } else {
-      for (int v = 0; v < N - 1; ++v) store(to + v * kLanes, sum[0][v]);
-      whole ? store(to + (N - 1) * kLanes, sum[0][N - 1]) : store(to + (N - 1) * kLanes, sum[0][N - 1], tail);
+    for (int v = 0; v < N; ++v) {
+      if (stream) {
+        stream_store(to + in_row(v), sum[0][v]);
+      } else {
+        whole || v + 1 < N ? store(to + in_row(v), sum[0][v]) : store(to + in_row(v), sum[0][v], tail);
+      }
     }
   }
 }
 
-constexpr decltype(&spmm_strip<1>) kSpmmStrips[] = {spmm_strip<1>, spmm_strip<2>, spmm_strip<3>, spmm_strip<4>,
-                                                    spmm_strip<5>, spmm_strip<6>, spmm_strip<7>, spmm_strip<8>};
+using SpmmStrip = decltype(&spmm_strip<1, 0, 0>);
+
+// The strip that does what `does` says; its bits above kBit are those of kDoes.
+template <int N, int kRun, unsigned kDoes = 0, unsigned kBit = kRun ? kHasPairs : kAhead>
+SpmmStrip strip_that(unsigned does) {
+  constexpr unsigned kBoth = kHasPairs | kAhead;
+  if constexpr ((kDoes & kBoth) == kBoth) {
+    return spmm_strip<N, kRun, kAnything>;
+  } else if constexpr (kBit == 0) {
+    return spmm_strip<N, kRun, kDoes>;
+  } else {
+    return does & kBit ? strip_that<N, kRun, kDoes | kBit, kBit / 2>(does) : strip_that<N, kRun, kDoes, kBit / 2>(does);
+  }
+}
+
+// Of `vectors` registers in runs of `run`, for some runs only (see runs_at_once).
+template <int N = kMostStrip, int kRun = 0>
+SpmmStrip strip_of(int64_t vectors, int64_t run, unsigned does) {
+  constexpr int kNext = kRun ? 2 * kRun : kLineFloats / kLanes;
+  if (vectors == N && (kRun ? run == kRun : run >= N))
+    return does & kAnything ? spmm_strip<N, kRun, kAnything> : strip_that<N, kRun>(does);
+  if constexpr (kNext < N && N % kNext == 0) {
+    if (vectors == N) return strip_of<N, kNext>(vectors, run, does);
+  }
+  if constexpr (N > 1) return strip_of<N - 1, 0>(vectors, run, does);
+  return nullptr;
+}
+
+// How many runs of so many registers a strip can hold.
+int64_t runs_at_once(int64_t run) {
+  for (int64_t known = kLineFloats / kLanes; 2 * known <= kMostStrip; known *= 2)
+    if (run == known) return kMostStrip / run;
+  return 1;
+}
 
 void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t lanes) {
-  // Strips of about kStrip registers, equally long, so that the last is not a short one.
+  const bool clamps = results.low > -__builtin_inff() || results.high < __builtin_inff();
+  const unsigned does = (results.start ? kStarts : 0) | (results.bias ? kHasBias : 0) |
+                        (results.mask || clamps ? kFinishes : 0) | (rows.pairs ? kHasPairs : 0) |
+                        (tile.soon.data ? kAhead : 0) | (results.stream ? kAnything : 0);
+  if (tile.run < lanes) {
+    const int64_t runs = lanes / tile.run, vectors = tile.run / kLanes, most = runs_at_once(vectors);
+    const int64_t strips = (runs + most - 1) / most;
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      const int64_t first = runs * strip / strips, count = runs * (strip + 1) / strips - first;
+      const Tile part{tile.lanes + first * tile.jump, {}, tile.run, tile.jump};
+      Results to = results;
+      to.data += first * results.jump;
+      if (to.start) to.start += first * results.jump;
+      if (to.mask) to.mask += first * tile.run;
+      if (count == 1) {
+        spmm(part, rows, to, tile.run);
+      } else {
+        strip_of(count * vectors, vectors, does)(part, Ahead({}, 0, 1, 0), rows, to, 0, kLanes);
+      }
+    }
+    return;
+  }
   const int64_t all = (lanes + kLanes - 1) / kLanes;
+  // Strips of about kStrip registers, equally long, so that the last is not a short one.
   const int64_t fewest = (all + kMostStrip - 1) / kMostStrip, even = (all + kStrip / 2) / kStrip;
   const int64_t strips = even > fewest ? even : fewest;
   for (int64_t strip = 0; strip < strips; ++strip) {
     const int64_t first = all * strip / strips, vectors = all * (strip + 1) / strips - first;
     const int64_t begin = first * kLanes, left = lanes - begin;
     const int64_t tail = left >= vectors * kLanes ? kLanes : left - (vectors - 1) * kLanes;
-    const float* x = tile.lanes + begin;
     const Ahead ahead(tile.soon, strip, strips, rows.count);
-    kSpmmStrips[vectors - 1](x, ahead, rows, results, begin, tail);
+    strip_of(vectors, vectors, tail < kLanes ? kAnything : does)(tile, ahead, rows, results, begin, tail);
   }
   if (results.stream) stream_fence();
 }
@@ -296,7 +374,7 @@ void sddmm_strip(const float* tile, Ahead ahead, const Rows& rows, const float* 
     ahead.step();
     if (j == end) continue;
     const float* from = dy + rows.order[r] * dy_stride;
-    const float* soon = dy + rows.order[r + kPrefetchSlots < rows.count ? r + kPrefetchSlots : r] * dy_stride;
+    const float* soon = dy + rows.order[r + Rows::kAhead] * dy_stride;
     for (int f = 0; f < N * kLanes; f += kLineFloats) __builtin_prefetch(soon + f);
     Vec d[N];
     for (int v = 0; v < N - 1; ++v) d[v] = load(from + v * kLanes);
@@ -579,7 +657,7 @@ void pointwise_as(const Pointwise& p, float* to, const float* from, int64_t lane
   for (int64_t i = 0; i < lanes; i += kLanes) {
     Vec v = fma(load(from + i), factor, p.other ? add(shift, load(p.other + i)) : shift);
     v = activate<activation>(max(low, min(high, v)));
-    store(to + i, p.mask ? keep(v, p.mask + i) : v);
+    store(to + i, p.mask ? keep(v, mask_of(p.mask + i)) : v);
   }
 }
 

@@ -13,8 +13,10 @@
 namespace sparsekit {
 
 struct Rows {
+  static constexpr int64_t kAhead = 8;  // slots
+
   const int32_t* begin;     // [count + 1]
-  const int32_t* order;     // [count], row of every slot
+  const int32_t* order;     // [count + kAhead], row of every slot; those behind the last are prefetched only
   const uint32_t* offsets;  // [nnz], in floats, into the tile
   const float* values;      // [nnz]
   int64_t count;
@@ -30,10 +32,13 @@ struct Soon {
   int64_t channel, channels, row, rows, floats;
 };
 
-// A block of channels as the microkernels read it: a packed copy, or the source itself.
+// A block of channels as the microkernels read it: a packed copy, or the source itself. Its lanes, and those of
+// results, are neighbours, or for spmm in runs: `run` of them, a multiple of 16, and the next run `jump` floats on from
+// the last.
 struct Tile {
   const float* lanes;
   Soon soon;
+  int64_t run = INT64_MAX, jump = 0;
 };
 
 // Where results of spmm go, and what is done to them on the way. Null pointers stand for zeros.
@@ -44,8 +49,9 @@ struct Results {
   const float* start;  // what the sums start from, besides the bias; may be `data` itself
   int64_t start_stride;
   const int32_t* mask;  // [lanes], 0 where a zero is written instead, else -1; null: nowhere
-  bool stream;          // write past the caches; wants rows aligned to 64 bytes
+  bool stream;          // write past the caches; wants rows aligned to 64 bytes; not with runs
   float low, high;      // bounds that results are clamped to; infinite where there are none
+  int64_t jump = 0;     // of data and start
 };
 
 enum class Activation : int64_t { none, sigmoid, silu, hardsigmoid, hardswish };

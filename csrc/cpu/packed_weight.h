@@ -33,7 +33,7 @@ class PackedWeight {
         group_floats_(together ? walk.source_channels * walk.channel_stride : 0) {
     const int64_t lists = groups_ * blocks_;
     begin_.resize(lists * rows_ + 1);
-    order_.resize(lists * rows_);
+    order_.resize(lists * rows_ + Rows::kAhead);
     slot_.resize(lists * rows_);
     length_.resize(lists * rows_);
     if (shifting_.on) {

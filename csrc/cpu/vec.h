@@ -43,10 +43,12 @@ inline Vec shift_in_last(Vec a, Vec b) {
 inline Vec shift_in_first(Vec a, Vec b) {
   return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b), _mm512_castps_si512(a), 1));
 }
-// v where mask is -1, 0 where it is 0.
-inline Vec keep(Vec v, const int32_t* mask) {
-  return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_loadu_si512(mask)));
+// v where mask is -1, 0 where it is 0; nullptr keeps all.
+using Mask = __mmask16;
+inline Mask mask_of(const int32_t* mask) {
+  return mask ? _mm512_movepi32_mask(_mm512_loadu_si512(mask)) : (__mmask16)-1;
 }
+inline Vec keep(Vec v, Mask mask) { return _mm512_maskz_mov_ps(mask, v); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -82,7 +84,10 @@ inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec max_or_nan(Vec a, Vec b) {
   return _mm256_blendv_ps(b, a, _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
 }
-inline Vec keep(Vec v, const int32_t* mask) {
+using Mask = const int32_t*;
+inline Mask mask_of(const int32_t* mask) { return mask; }
+inline Vec keep(Vec v, Mask mask) {
+  if (!mask) return v;
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_loadu_si256((const __m256i*)mask)));
 }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -124,8 +129,10 @@ inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max_or_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
-inline Vec keep(Vec v, const int32_t* mask) {
-  for (int i = 0; i < kLanes; ++i) v[i] = mask[i] ? v[i] : 0;
+using Mask = const int32_t*;
+inline Mask mask_of(const int32_t* mask) { return mask; }
+inline Vec keep(Vec v, Mask mask) {
+  for (int i = 0; mask && i < kLanes; ++i) v[i] = mask[i] ? v[i] : 0;
   return v;
 }
 inline Vec mul(Vec a, Vec b) { return a * b; }

@@ -456,11 +456,11 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
   const int64_t end = std::min(layout.lanes, units * (strip + 1) / conv.strips * lanes);
   Results out{nullptr, layout.channel};
   out.start_stride = layout.channel;
-  out.mask = layout.mask.empty() ? nullptr : layout.mask.data() + begin;
   source += begin;
   for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b) {
     const bool first = b == 0 && &term == &conv.terms.front();
     const bool last = b + 1 == term.blocks && &term == &conv.terms.back();
+    out.mask = last && !layout.mask.empty() ? layout.mask.data() + begin : nullptr;
     out.low = last ? conv.epilogue.low : -kInfinity;
     out.high = last ? conv.epilogue.high : kInfinity;
     for (int64_t split = splits.first; split < splits.first + splits.count; ++split) {

@@ -74,6 +74,7 @@ def pruned(model, sparsity, size, seed=0):
 @pytest.mark.parametrize("name, sparsity, size, batch", MODELS)
 def test_equals_eager(name, sparsity, size, batch):
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    torch.manual_seed(0)
     model = pruned(getattr(torchvision.models, name)(weights=None, num_classes=10, **extra), sparsity, size)
     x = torch.randn(batch, 3, *size)
     engine = sk.compile(model, x, autotune=False)
