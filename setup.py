@@ -9,7 +9,12 @@ from glob import glob
 from setuptools import find_packages, setup
 
 # The kernels are compiled once per ISA and chosen at run time, so no file but these may use more than the baseline.
-ISA_FLAGS = {"generic": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}
+ISA_FLAGS = {
+    "generic": [],
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": ["-march=x86-64-v4"],
+    "zen4": ["-march=x86-64-v4", "-DSPARSEKIT_SHUFFLES"],
+}
 CSRC = os.path.abspath("csrc")
 # g++ 12 takes the undefined lanes of its own AVX-512 intrinsics for mistakes.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]

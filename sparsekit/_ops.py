@@ -23,7 +23,8 @@ from torch import Tensor
 from . import reference
 from .formats import Pattern
 
-ISAS = ("generic", "avx2", "avx512")
+# zen4 is avx512 for cores that load one register a cycle.
+ISAS = ("generic", "avx2", "avx512", "zen4")
 
 _LIBRARY = torch.library.Library("sparsekit", "DEF")
 _state = {"native": False, "isa": "reference"}
@@ -44,7 +45,7 @@ def _load() -> None:
 
 
 def backend() -> str:
-    """What runs float32 on the CPU now: ``"avx512"``, ``"avx2"``, ``"generic"`` or ``"reference"``."""
+    """What runs float32 on the CPU now: ``"zen4"``, ``"avx512"``, ``"avx2"``, ``"generic"`` or ``"reference"``."""
     return _state["isa"]
 
 
@@ -52,15 +53,15 @@ def available_backends() -> tuple[str, ...]:
     """The values that :func:`set_isa` accepts on this machine, slowest first."""
     if not _state["native"]:
         return ("reference",)
-    best = ISAS.index(torch.ops.sparsekit_cpu.best_isa())
-    return ("reference", *ISAS[: best + 1])
+    best = torch.ops.sparsekit_cpu.best_isa()
+    return ("reference", *(ISAS if best == "avx512" else ISAS[: ISAS.index(best) + 1]))
 
 
 def set_isa(isa: str) -> None:
     """Choose the kernels for float32 on the CPU.
 
     Args:
-        isa: ``"generic"``, ``"avx2"``, ``"avx512"``, or ``"reference"`` for plain PyTorch.
+        isa: ``"generic"``, ``"avx2"``, ``"avx512"``, ``"zen4"``, or ``"reference"`` for plain PyTorch.
 
     Raises:
         ValueError: this machine or this build cannot run ``isa``.

@@ -119,6 +119,7 @@ LANES = 16  # floats in the widest register
 #   fma: one kept weight times one lane; move: one input or output element brought in or out; row: one row of an image
 #   copied in or out.
 SPARSE_COSTS = {
+    "zen4": Work(2.9e-11, 1.5e-10, 4.7e-9),
     "avx512": Work(2.9e-11, 1.5e-10, 4.7e-9),
     "avx2": Work(3.5e-11, 1.9e-10, 3.6e-9),
     "generic": Work(6.8e-11, 3.5e-10, 3.3e-9),

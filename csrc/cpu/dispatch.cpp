@@ -9,6 +9,7 @@ namespace {
 
 const Kernels* find(const char* name) {
 #if defined(__x86_64__)
+  if (!std::strcmp(name, "zen4")) return cpu_supports("zen4") ? &zen4::kernels : nullptr;
   if (!std::strcmp(name, "avx512")) return cpu_supports("avx512") ? &avx512::kernels : nullptr;
   if (!std::strcmp(name, "avx2")) return cpu_supports("avx2") ? &avx2::kernels : nullptr;
 #endif
@@ -28,13 +29,19 @@ bool cpu_supports(const char* isa) {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (!std::strcmp(isa, "avx512")) return v4;
+  if (!std::strcmp(isa, "avx512") || !std::strcmp(isa, "zen4")) return v4;
   if (!std::strcmp(isa, "avx2")) return v3;
 #endif
   return !std::strcmp(isa, "generic");
 }
 
-const char* best_isa() { return cpu_supports("avx512") ? "avx512" : cpu_supports("avx2") ? "avx2" : "generic"; }
+const char* best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (cpu_supports("zen4") && __builtin_cpu_is("amdfam19h")) return "zen4";
+#endif
+  return cpu_supports("avx512") ? "avx512" : cpu_supports("avx2") ? "avx2" : "generic";
+}
 
 bool set_isa(const char* isa) {
   const Kernels* found = find(isa);

@@ -132,7 +132,7 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
     }
     int64_t left = begin[r + 1] - begin[r] - 2 * pairs;
     for (; left >= 4; left -= 4, offsets += 4, values += 4) {
-      const Vec w = load4(values);
+      const Weights w = load4(values);
       const float* const x0 = lanes + offsets[0];
       const float* const x1 = lanes + offsets[1];
       const float* const x2 = lanes + offsets[2];

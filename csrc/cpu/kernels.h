@@ -118,6 +118,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace zen4 {
+extern const Kernels kernels;
+}
 #endif
 
 // The table in use; dispatch.cpp sets it.

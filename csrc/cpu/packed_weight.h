@@ -7,20 +7,15 @@
 
 namespace sparsekit {
 
-// Lets a microkernel add taps one column beside its lanes by shifting their sums (Rows::pairs), so that it loads whole
-// lines: rows of lanes must be whole registers, with zeros at their ends.
-struct Shifting {
-  bool on = false;
-  int64_t zeros = 0;  // offset in the source of as many zeros as there are lanes
-};
-
 // The weight as the microkernels read it: per group, block of channels and split of the rows, slots of (offset, value).
 class PackedWeight {
  public:
   // For spmm (with values), or for sddmm (without; slots are filled up to a multiple of 4 with offsets of no meaning).
-  // together: one list for the rows of all groups, over a source that holds all channels.
+  // together: one list for the rows of all groups, over a source that holds all channels. shifting: taps one column
+  // beside their lanes are added by shifting their sums (Rows::pairs), so that whole lines are loaded; rows of lanes
+  // must be whole registers, with zeros at their ends.
   PackedWeight(const Walk& walk, const Part& part, const Csr& csr, int64_t block_channels, int64_t splits,
-               bool with_values, bool together = false, Shifting shifting = {})
+               bool with_values, bool together = false, bool shifting = false)
       : rows_(together ? walk.rows * walk.groups : walk.rows),
         groups_(together ? 1 : walk.groups),
         blocks_(std::max<int64_t>(1, ceil_div(walk.source_channels, block_channels))),
@@ -28,7 +23,6 @@ class PackedWeight {
         splits_(splits),
         taps_(part.taps.size()),
         shifting_(shifting),
-        block_floats_(block_channels * walk.channel_stride),
         group_rows_(walk.rows),
         group_floats_(together ? walk.source_channels * walk.channel_stride : 0) {
     const int64_t lists = groups_ * blocks_;
@@ -36,7 +30,7 @@ class PackedWeight {
     order_.resize(lists * rows_ + Rows::kAhead);
     slot_.resize(lists * rows_);
     length_.resize(lists * rows_);
-    if (shifting_.on) {
+    if (shifting_) {
       for (const Tap& tap : part.taps) beside_.push_back(tap.phase < 0 ? 0 : tap.dx);
       pairs_.resize(lists * splits_);
     }
@@ -53,7 +47,11 @@ class PackedWeight {
                                    walk.left + tap.dx + tap.elsewhere;
       }
     count(csr, offset_of);
-    if (shifting_.on) pair(csr);
+    if (shifting_) {
+      const Phase& p = walk.phases[0];
+      centre_ = p.base + p.up * walk.pitch + walk.left;
+      pair(csr);
+    }
     sort(with_values ? 1 : 4);
     offsets_.resize(size());
     if (with_values) values_.resize(size() + 4);  // read four at a time
@@ -72,7 +70,7 @@ class PackedWeight {
             offsets_.data(),
             values_.data(),
             first_row(split + 1) - first_row(split),
-            shifting_.on ? pairs_[(group * blocks_ + block) * splits_ + split] : 0};
+            shifting_ ? pairs_[(group * blocks_ + block) * splits_ + split] : 0};
   }
 
   // Move sums that are in packed order to the order of the CSR.
@@ -136,8 +134,8 @@ class PackedWeight {
     return count;
   }
 
-  // As many pairs of a left and a right tap as a row has on average; rows that have fewer get zeros, what they have
-  // more of is loaded where it is. A constant number, for the branch predictor.
+  // As many pairs of a left and a right tap as a row has on average; rows that have fewer get values of zero, what they
+  // have more of is loaded where it is. A constant number, for the branch predictor.
   void pair(const Csr& csr) {
     std::vector<Beside> counts(length_.size());
     parallel(csr.rows, [&](int64_t first, int64_t last) {
@@ -184,7 +182,7 @@ class PackedWeight {
       for (int64_t r = first; r < last; ++r)
         each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
           int64_t to = begin_[slot_[list]];
-          if (shifting_.on) return fill_pairs(csr, offset_of, r, list, j, end, to);
+          if (shifting_) return fill_pairs(csr, offset_of, r, list, j, end, to);
           for (; j < end; ++j) {
             const int32_t offset = offset_of[csr.col[j]];
             if (offset < 0) continue;
@@ -199,12 +197,11 @@ class PackedWeight {
   // Left and right taps take turns, at the offsets of the column between them; then the others.
   void fill_pairs(const Csr& csr, const std::vector<int32_t>& offset_of, int64_t row, int64_t list, int64_t j,
                   int64_t end, int64_t to) {
-    const int64_t block = list / rows_ % blocks_, in_list = list % rows_;
+    const int64_t in_list = list % rows_;
     int64_t split = 0;
     while (first_row(split + 1) <= in_list) ++split;
     const int64_t pairs = pairs_[list / rows_ * splits_ + split];
-    const uint32_t zeros = shifting_.zeros - block * block_floats_;
-    for (int64_t i = 0; i < 2 * pairs; ++i) offsets_[to + i] = zeros, values_[to + i] = 0;
+    for (int64_t i = 0; i < 2 * pairs; ++i) offsets_[to + i] = centre_, values_[to + i] = 0;
     int64_t left = 0, right = 0, rest = to + 2 * pairs;
     for (; j < end; ++j) {
       const int64_t dx = beside_[csr.col[j] % taps_];
@@ -217,8 +214,8 @@ class PackedWeight {
   }
 
   int64_t rows_, groups_, blocks_, block_channels_, splits_, taps_;
-  Shifting shifting_;
-  int64_t block_floats_;
+  bool shifting_;
+  uint32_t centre_ = 0;                // offset of the lanes themselves, in the first channel
   std::vector<int64_t> beside_;        // per tap, its column
   std::vector<int32_t> pairs_;         // per group, block and split
   int64_t group_rows_, group_floats_;  // between the groups of one list

@@ -55,12 +55,23 @@ inline Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_I
 // v * 2^n for whole n in [-126, 127].
 inline Vec scale(Vec v, Vec n) { return _mm512_scalef_ps(v, n); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-// Four weights in every 128-bit quarter; lane<i> of it is a broadcast that needs no load.
-inline Vec load4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+// Four weights, of which lane<i> is a broadcast. Where a core loads two registers a cycle, shuffles would only compete
+// with FMAs; where it loads one (SPARSEKIT_SHUFFLES), they save a load.
+#if defined(SPARSEKIT_SHUFFLES)
+using Weights = Vec;
+inline Weights load4(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 template <int I>
-inline Vec lane(Vec v) {
+inline Vec lane(Weights v) {
   return _mm512_permute_ps(v, I * 0x55);
 }
+#else
+using Weights = const float*;
+inline Weights load4(const float* p) { return p; }
+template <int I>
+inline Vec lane(Weights p) {
+  return broadcast(p[I]);
+}
+#endif
 
 #elif defined(__AVX2__)
 
@@ -98,9 +109,10 @@ inline Vec scale(Vec v, Vec n) {
   return _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
 }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
-inline Vec load4(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
+using Weights = Vec;
+inline Weights load4(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
 template <int I>
-inline Vec lane(Vec v) {
+inline Vec lane(Weights v) {
   return _mm256_permute_ps(v, I * 0x55);
 }
 
@@ -146,9 +158,10 @@ inline Vec scale(Vec v, Vec n) {
   return v * (Vec)((__builtin_convertvector(n, Int) + 127) << 23);
 }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-inline Vec load4(const float* p) { return load(p); }
+using Weights = Vec;
+inline Weights load4(const float* p) { return load(p); }
 template <int I>
-inline Vec lane(Vec v) {
+inline Vec lane(Weights v) {
   return broadcast(v[I]);
 }
 

@@ -184,23 +184,23 @@ Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels ch
   const int64_t x0 = tile.x - walk.left, y0 = tile.y - p.up, rows = walk.tile_h + p.up + p.down;
   const int64_t width = ceil_div(walk.source_w - p.offset_w, walk.step_w);
   const int64_t height = ceil_div(walk.source_h - p.offset_h, walk.step_h);
-  const int64_t from = std::clamp<int64_t>(-x0, 0, walk.pitch), to = std::clamp<int64_t>(width - x0, from, walk.pitch);
+  const int64_t lanes = walk.row_lanes();
+  const int64_t from = std::clamp<int64_t>(-x0, 0, lanes), to = std::clamp<int64_t>(width - x0, from, lanes);
   const int64_t top = from < to ? std::clamp<int64_t>(-y0, 0, rows) : rows;
   const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
   float* phase = block + p.base;
   // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
   const bool columns_move = walk.tile_w < walk.grid_w;
   if (top > 0 || bottom < rows || columns_move)
-    for (int64_t c = 0; c < channels.count; ++c) {
-      float* packed = phase + c * walk.channel_stride;
-      std::fill(packed, packed + top * walk.pitch, 0.0f);
-      std::fill(packed + bottom * walk.pitch, packed + rows * walk.pitch, 0.0f);
-      if (columns_move && (from > 0 || to < walk.pitch))
-        for (int64_t r = top; r < bottom; ++r) {
-          std::fill(packed + r * walk.pitch, packed + r * walk.pitch + from, 0.0f);
-          std::fill(packed + r * walk.pitch + to, packed + (r + 1) * walk.pitch, 0.0f);
+    for (int64_t c = 0; c < channels.count; ++c)
+      for (int64_t r = 0; r < rows; ++r) {
+        float* packed = phase + c * walk.channel_stride + r * walk.pitch;
+        const bool missing = r < top || r >= bottom;
+        if (missing || columns_move) {
+          std::fill(packed, packed + (missing ? lanes : from), 0.0f);
+          std::fill(packed + (missing ? lanes : to), packed + lanes, 0.0f);
         }
-    }
+      }
   return {phase + top * walk.pitch + from,
           s.data + tile.image * s.image + channels.first * s.channel + ((y0 + top) * walk.step_h + p.offset_h) * s.row +
               ((x0 + from) * walk.step_w + p.offset_w) * s.col,

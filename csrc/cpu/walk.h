@@ -5,6 +5,7 @@
 // forward. A Walk is that common form.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -49,13 +50,15 @@ struct Walk {
   int64_t left = 0, right = 0;  // columns that taps reach beyond the grid's
 
   // The lanes are a grid of grid_h x grid_w pixels of every part, cut into tiles of tile_h x tile_w, pitch lanes from
-  // one row to the next.
+  // one row to the next. In an engine a packed block may also hold row after row of all channels: pitch is then that of
+  // all of them.
   int64_t grid_h, grid_w, tile_h, tile_w, pitch, channel_stride;
   int64_t lead = 0;     // floats before the first pixel of a phase
   bool direct = false;  // the source itself serves as packed block
 
   int64_t tiles_h() const { return ceil_div(grid_h, tile_h); }
   int64_t tiles_w() const { return ceil_div(grid_w, tile_w); }
+  int64_t row_lanes() const { return std::min(pitch, channel_stride); }  // of a channel in the packed block
   int64_t tiles() const { return images * tiles_h() * tiles_w(); }
   // Floats from one row of results to the next, where they are not written in place.
   int64_t result_stride() const { return round_up((tile_h - 1) * pitch + tile_w, kAlign) + kAlign; }

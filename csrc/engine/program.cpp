@@ -23,7 +23,7 @@ constexpr int64_t kFewestTasks = 4;            // of a layer, by splitting its r
 constexpr int64_t kRowNnz = 13;                // non-zeros of a row in a block of channels, at least
 constexpr double kMostWaste = 1.15;            // of lanes, that aligned rows may cost
 constexpr int64_t kPackedFloats = 320 * 1024;  // of a packed source that the second-level cache holds as a whole
-constexpr int64_t kCopyChannels = 32;          // that a thread copies at once
+constexpr int64_t kTeam = 2;                   // threads that share an image, at least if there are so many
 
 // That a strip reads while they stay in the first-level cache, of which results and weights need a part.
 int64_t first_level_floats() {
@@ -43,8 +43,10 @@ struct Program::Term {
   Walk walk;
   Csr weight;
   int64_t in;
-  bool direct;         // reads the tensor itself
-  int64_t packed = 0;  // else: where the packed source is in an image's memory
+  bool direct;          // reads the tensor itself
+  bool shifts = false;  // its weight is packed for it
+  bool whole = true;    // all channels are packed at once
+  int64_t packed = 0;   // where the packed source is in an image's memory
   int64_t block = 0, blocks = 0;
   std::unique_ptr<PackedWeight> kernel;
 
@@ -58,7 +60,8 @@ struct Program::Conv {
   Epilogue epilogue;
   std::vector<float> bias;  // [rows]
   int64_t layer;
-  int64_t unit = 1;  // registers of lanes that no strip divides
+  int64_t unit = 1;   // registers of lanes that no strip divides
+  int64_t parts = 1;  // strips of a row
   int64_t strips = 0, splits = 0;
 };
 
@@ -102,32 +105,51 @@ Images Program::images(const Frame& frame, int64_t tensor) const {
     return images;
   }
   const Layout& layout = this->layout(tensor);
-  return {data(frame, tensor), 0, layout.channel, layout.pitch, 1};
+  return {data(frame, tensor), 0, layout.channel, row_stride(tensor), 1};
+}
+
+float* Program::lanes(const Frame& frame, int64_t tensor, int64_t channel, int64_t run) const {
+  return data(frame, tensor) + run * run_stride(tensor) + channel * layout(tensor).channel;
 }
 
 void Program::add_load(int64_t in, int64_t out) {
   auto add_steps = [=, this] {
-    const Layout& layout = this->layout(out);
     const Size& size = tensors_[out].size;
     // The walk of a pointwise convolution, of which only the copying is done.
     Walk walk = forward_walk({1, size.channels, size.h, size.w, 1, size.h, size.w, 1, 1, 1, 1, 0, 0, 1, 1, 1}, {}, {});
     walk.tile_h = size.h;
     walk.tile_w = size.w;
-    walk.pitch = layout.pitch;
-    walk.channel_stride = layout.channel;
+    walk.pitch = row_stride(out);
+    walk.channel_stride = layout(out).channel;
     walk.phases[0].base = 0;
-    steps_.push_back(
-        {size.channels, kCopyChannels, [=, this, &layout](const Frame& frame, int64_t first, int64_t last) {
-           copy(walk, frame, in, {first, last - first}, data(frame, out) + first * layout.channel);
-         }});
+    add_copy(walk, in, {0, size.channels}, [=, this](const Frame& frame) { return data(frame, out); });
   };
   add_layer({{in}, out, kNone, add_steps});
 }
 
-// Channels of `in` into the packed block of a walk.
-void Program::copy(Walk walk, const Frame& frame, int64_t in, Range channels, float* block) const {
-  walk.source = images(frame, in);
-  pack_source(walk, {0, 0, 0, walk.grid_h, walk.grid_w}, {channels.first, channels.count}, block);
+// Copies channels of `in` into the packed block of a walk.
+void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block) {
+  const bool by_rows = walk.pitch > walk.channel_stride;
+  steps_.push_back({by_rows ? walk.tile_h : channels.count, [=, this](const Frame& frame, int64_t first, int64_t last) {
+                      Walk part = walk;
+                      part.source = images(frame, in);
+                      float* to = block(frame);
+                      Channels some{channels.first, channels.count};
+                      if (by_rows) {
+                        for (Phase& p : part.phases) {
+                          // With the first and last rows come those beyond them.
+                          const int64_t begin = first == 0 ? -p.up : first;
+                          const int64_t end = last == walk.tile_h ? last + p.down : last;
+                          p.base += (begin + p.up) * walk.pitch;
+                          p.up = -begin;
+                          p.down = end - walk.tile_h;
+                        }
+                      } else {
+                        some = {channels.first + first, last - first};
+                        to += first * walk.channel_stride;
+                      }
+                      pack_source(part, {0, 0, 0, walk.grid_h, walk.grid_w}, some, to);
+                    }});
 }
 
 void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in, int64_t out, int64_t residual,
@@ -143,9 +165,10 @@ void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in,
   const int64_t most = std::max(walk.left, walk.right), both = walk.left + walk.right;
   const bool shared = ceil_div(g.in_w, walk.step_w) <= g.out_w + most - walk.left;
   layout.side = std::max(layout.side, shared ? most : both);
-  if (direct) {
+  if (direct && (walk.phases[0].up || walk.phases[0].down)) {
     layout.up = std::max(layout.up, walk.phases[0].up);
     layout.down = std::max(layout.down, walk.phases[0].down);
+    tensors_.at(in).halo = true;
   }
   std::vector<int64_t> reads{in};
   if (residual != kNone) reads.push_back(residual);
@@ -185,7 +208,7 @@ void Program::join_residuals() {
 
 void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
   auto add_steps = [=, this] {
-    steps_.push_back({g.out_h, 1, [=, this](const Frame& frame, int64_t first, int64_t last) {
+    steps_.push_back({g.out_h, [=, this](const Frame& frame, int64_t first, int64_t last) {
                         thread_local Scratch scratch;
                         float* const row = scratch.get(pool_scratch(g));
                         for (int64_t y = first; y < last; ++y)
@@ -197,7 +220,7 @@ void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
 
 void Program::add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out) {
   auto add_steps = [=, this] {
-    steps_.push_back({g.out_h, 1, [=, this](const Frame& frame, int64_t first, int64_t last) {
+    steps_.push_back({g.out_h, [=, this](const Frame& frame, int64_t first, int64_t last) {
                         thread_local Scratch scratch;
                         float* const row = scratch.get(pool_scratch(g));
                         for (int64_t y = first; y < last; ++y)
@@ -207,30 +230,29 @@ void Program::add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_
   add_layer({{in}, out, kNone, add_steps});
 }
 
-// A layer that is f(frame, channel) for every channel.
-void Program::add_channels(std::vector<int64_t> reads, int64_t writes, int64_t in_place, int64_t channels,
-                           std::function<void(const Frame&, int64_t)> f) {
+// A layer that is f(frame, channel, run) for every channel of every run of what it writes.
+void Program::add_runs(std::vector<int64_t> reads, int64_t writes, int64_t in_place,
+                       std::function<void(const Frame&, int64_t, int64_t)> f) {
   auto add_steps = [=, this] {
-    steps_.push_back({channels, kCopyChannels, [=](const Frame& frame, int64_t first, int64_t last) {
-                        for (int64_t c = first; c < last; ++c) f(frame, c);
+    const int64_t channels = size(writes).channels;
+    steps_.push_back({channels * layout(writes).runs, [=](const Frame& frame, int64_t first, int64_t last) {
+                        for (int64_t i = first; i < last; ++i) f(frame, i % channels, i / channels);
                       }});
   };
   add_layer({std::move(reads), writes, in_place, add_steps});
 }
 
-float* Program::plane(const Frame& frame, int64_t tensor, int64_t channel) const {
-  return data(frame, tensor) + channel * layout(tensor).channel;
-}
-
 void Program::add_mean(int64_t in, int64_t out) {
-  add_channels({in}, out, kNone, size(in).channels, [=, this](const Frame& frame, int64_t c) {
-    const float* const from = plane(frame, in, c);
+  add_runs({in}, out, kNone, [=, this](const Frame& frame, int64_t c, int64_t) {
     float sums[kAlign] = {};  // lanes without a pixel are zero
-    for (int64_t i = 0; i < layout(in).lanes; i += kAlign)
-      for (int64_t k = 0; k < kAlign; ++k) sums[k] += from[i + k];
+    for (int64_t run = 0; run < layout(in).runs; ++run) {
+      const float* const from = lanes(frame, in, c, run);
+      for (int64_t i = 0; i < layout(in).lanes; i += kAlign)
+        for (int64_t k = 0; k < kAlign; ++k) sums[k] += from[i + k];
+    }
     double total = 0;
     for (float sum : sums) total += sum;
-    *plane(frame, out, c) = total / (size(in).h * size(in).w);
+    *lanes(frame, out, c, 0) = total / (size(in).h * size(in).w);
   });
 }
 
@@ -238,16 +260,16 @@ void Program::add_elementwise(Elementwise e, int64_t in, int64_t out) {
   std::vector<int64_t> reads{in};
   for (int64_t tensor : {e.gate, e.other})
     if (tensor != kNone) reads.push_back(tensor);
-  add_channels(reads, out, in, size(in).channels, [=, this](const Frame& frame, int64_t c) {
+  add_runs(reads, out, in, [=, this](const Frame& frame, int64_t c, int64_t run) {
     Pointwise p{e.scale.empty() ? 1 : e.scale[c],
                 e.shift.empty() ? 0 : e.shift[c],
-                e.other == kNone ? nullptr : plane(frame, e.other, c),
+                e.other == kNone ? nullptr : lanes(frame, e.other, c, run),
                 layout(out).mask.empty() ? nullptr : layout(out).mask.data(),
                 e.low,
                 e.high,
                 e.activation};
-    if (e.gate != kNone) p.scale *= *plane(frame, e.gate, c);
-    kernels().pointwise(p, plane(frame, out, c), plane(frame, in, c), layout(out).lanes);
+    if (e.gate != kNone) p.scale *= *lanes(frame, e.gate, c, 0);
+    kernels().pointwise(p, lanes(frame, out, c, run), lanes(frame, in, c, run), layout(out).lanes);
   });
 }
 
@@ -256,40 +278,57 @@ void Program::add_gather(const std::vector<int64_t>& in, const std::vector<int64
   for (int64_t tensor : in)
     for (int64_t c = 0; c < size(tensor).channels; ++c) all.emplace_back(tensor, c);
   for (int64_t c : channels) from.push_back(all.at(c));
-  add_channels(in, out, kNone, from.size(), [=, this](const Frame& frame, int64_t c) {
-    std::memcpy(plane(frame, out, c), plane(frame, from[c].first, from[c].second), layout(out).lanes * sizeof(float));
+  add_runs(in, out, kNone, [=, this](const Frame& frame, int64_t c, int64_t run) {
+    std::memcpy(lanes(frame, out, c, run), lanes(frame, from[c].first, from[c].second, run),
+                layout(out).lanes * sizeof(float));
   });
 }
 
 void Program::add_store(int64_t in, int64_t output) {
-  add_channels({in}, kNone, kNone, size(in).channels, [=, this](const Frame& frame, int64_t c) {
-    const Images& to = (*frame.outputs)[output];
-    kernels().scatter(to.data + frame.image * to.image + c * to.channel, to.row, to.col, plane(frame, in, c),
-                      layout(in).pitch, size(in).h, size(in).w);
-  });
+  auto add_steps = [=, this] {
+    const Size& size = tensors_[in].size;
+    const int64_t rows = size.h / layout(in).runs;  // of a run
+    auto run = [=, this](const Frame& frame, int64_t first, int64_t last) {
+      const Images& to = (*frame.outputs)[output];
+      float* const image = to.data + frame.image * to.image;
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t c = i % size.channels, run = i / size.channels;
+        kernels().scatter(image + c * to.channel + run * to.row, to.row, to.col, lanes(frame, in, c, run),
+                          row_stride(in), rows, size.w);
+      }
+    };
+    steps_.push_back({size.channels * layout(in).runs, run});
+  };
+  add_layer({{in}, kNone, kNone, add_steps});
 }
 
 void Program::set_layouts() {
   for (Layout& layout : layouts_) {
     layout.pitch = layout.w + layout.side;
     // Rows of whole lines, or of half a line more, let the taps of a 3 x 3 be loaded by whole lines.
-    for (const int64_t unit : {kAlign, kAlign / 2}) {
-      const int64_t whole = round_up(layout.pitch, unit);
-      if (!layout.side || whole > kMostStripVectors * kAlign || whole > kMostWaste * layout.pitch) continue;
-      layout.pitch = whole;
-      layout.shifting = true;
-      break;
+    const int64_t lines = round_up(layout.pitch, kAlign), halves = round_up(layout.pitch, kAlign / 2);
+    const bool by_rows = layout.h > 1 && lines <= kMostWaste * layout.pitch;
+    if (by_rows || (layout.side && halves <= kMostWaste * layout.pitch)) {
+      layout.shifting = layout.side && layout.pitch <= kMostStripVectors * kAlign;
+      if (by_rows || layout.shifting) layout.pitch = by_rows ? lines : halves;
     }
-    layout.lead = round_up(layout.up * layout.pitch + layout.side, kAlign);
-    layout.lanes = round_up((layout.h - 1) * layout.pitch + layout.w, kAlign);
-    // What lies behind a plane serves the next as what lies before it.
-    layout.channel = layout.lanes + std::max(layout.lead, round_up(layout.down * layout.pitch + layout.side, kAlign));
-    // An odd number of lines: the planes of a strip spread over all sets of a cache.
-    if (layout.channel / kAlign % 2 == 0) layout.channel += kAlign;
-    if (layout.lanes == layout.h * layout.w) continue;
-    layout.mask.resize(layout.lanes);
-    for (int64_t i = 0; i < layout.lanes; ++i)
-      layout.mask[i] = i % layout.pitch < layout.w && i / layout.pitch < layout.h ? -1 : 0;
+    if (by_rows) {
+      layout.runs = layout.h;
+      layout.lanes = layout.channel = layout.pitch;
+      layout.lead = round_up(layout.side, kAlign);
+    } else {
+      layout.lead = round_up(layout.up * layout.pitch + layout.side, kAlign);
+      layout.lanes = round_up((layout.h - 1) * layout.pitch + layout.w, kAlign);
+      // What lies behind a plane serves the next as what lies before it.
+      layout.channel = layout.lanes + std::max(layout.lead, round_up(layout.down * layout.pitch + layout.side, kAlign));
+      // An odd number of lines: the planes of a strip spread over all sets of a cache.
+      if (layout.channel / kAlign % 2 == 0) layout.channel += kAlign;
+    }
+    if (layout.lanes * layout.runs == layout.h * layout.w) continue;
+    layout.mask.resize(by_rows ? std::max(kStripVectors * kAlign, layout.pitch) : layout.lanes);
+    const int64_t rows = by_rows ? INT64_MAX : layout.h;
+    for (size_t i = 0; i < layout.mask.size(); ++i)
+      layout.mask[i] = int64_t(i) % layout.pitch < layout.w && int64_t(i) / layout.pitch < rows ? -1 : 0;
   }
 }
 
@@ -298,25 +337,33 @@ int64_t Program::reserve(int64_t floats) {
   return floats_ - round_up(floats, kAlign);
 }
 
-// Tensors share memory with those of their own layout only, so that zeros around images stay zero.
+// Tensors share memory with those of their own layout only, so that zeros around images stay zero; where these are rows
+// above and below, also with those of as many channels only.
 void Program::place_tensors() {
   struct Place {
-    int64_t layout, channels = 0, at = 0;
+    int64_t layout, halo;  // channels of a tensor with rows of zeros, or 0
+    int64_t channels = 0, at = 0;
     bool busy = false;
   };
   std::vector<Place> places;
   std::vector<int64_t> place_of(tensors_.size(), kNone);
-  // The free place of the layout that suits best: the smallest that is large enough, else the largest.
+  auto halo = [&](const Tensor& tensor) {
+    return tensor.halo && layouts_[tensor.layout].runs > 1 ? tensor.size.channels : 0;
+  };
+  auto suits = [&](const Place& place, const Tensor& tensor) {
+    return place.layout == tensor.layout && (place.halo ? place.halo == tensor.size.channels : halo(tensor) == 0);
+  };
+  // The free place that suits best: the smallest that is large enough, else the largest.
   auto choose = [&](const Tensor& tensor) -> int64_t {
     const int64_t wanted = tensor.size.channels;
     int64_t best = kNone;
     auto worse = [&](int64_t a, int64_t b) { return a >= wanted ? b >= wanted && b < a : b > a; };
     for (size_t i = 0; i < places.size(); ++i) {
-      if (places[i].busy || places[i].layout != tensor.layout) continue;
+      if (places[i].busy || !suits(places[i], tensor)) continue;
       if (best == kNone || worse(places[best].channels, places[i].channels)) best = i;
     }
     if (best != kNone) return best;
-    places.push_back({tensor.layout});
+    places.push_back({tensor.layout, halo(tensor)});
     return places.size() - 1;
   };
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -324,7 +371,8 @@ void Program::place_tensors() {
     auto dies = [&](int64_t tensor) { return tensor >= 0 && tensor != kNone && tensors_[tensor].last <= int64_t(i); };
     if (layer.writes != kNone) {
       const Tensor& tensor = tensors_[layer.writes];
-      const int64_t place = dies(layer.in_place) ? place_of[layer.in_place] : choose(tensor);
+      const bool over = dies(layer.in_place) && suits(places[place_of[layer.in_place]], tensor);
+      const int64_t place = over ? place_of[layer.in_place] : choose(tensor);
       places[place].channels = std::max(places[place].channels, tensor.size.channels);
       places[place].busy = true;
       place_of[layer.writes] = place;
@@ -336,7 +384,9 @@ void Program::place_tensors() {
   }
   for (Place& place : places) {
     const Layout& layout = layouts_[place.layout];
-    place.at = reserve(layout.lead + place.channels * layout.channel) + layout.lead;
+    const int64_t run = place.channels * layout.channel, above = place.halo ? layout.up * run : 0;
+    const int64_t below = layout.runs > 1 ? (place.halo ? layout.down * run : 0) + kAlign : 0;
+    place.at = reserve(layout.lead + above + layout.runs * run + below) + layout.lead + above;
   }
   for (size_t i = 0; i < tensors_.size(); ++i)
     if (place_of[i] != kNone) tensors_[i].at = places[place_of[i]].at;
@@ -346,76 +396,109 @@ void Program::finish() {
   join_residuals();
   set_layouts();
   place_tensors();
-  int64_t most = 0;
-  for (const Layout& layout : layouts_) most = std::max(most, layout.lanes);
-  zeros_ = reserve(most);
-  for (const Layer& layer : layers_) layer.add_steps();
+  for (const Layer& layer : layers_) {
+    layer.add_steps();
+    if (layer.writes != kNone && layout(layer.writes).runs > 1) alone_ = steps_.size();
+  }
+}
+
+void Program::choose_strips(Conv& conv) {
+  const Layout& layout = this->layout(conv.out);
+  auto even = [](int64_t vectors) {
+    return std::max(ceil_div(vectors, kMostStripVectors), (vectors + kStripVectors / 2) / kStripVectors);
+  };
+  const int64_t row = layout.pitch / kAlign;
+  if (layout.runs > 1) {
+    if (row > kMostStripVectors) conv.parts = even(row);
+    conv.strips = ceil_div(layout.h, std::max<int64_t>(1, kStripVectors / row)) * conv.parts;
+    return;
+  }
+  bool shifts = false;
+  for (const Term& term : conv.terms) shifts |= term.shifts;
+  if (shifts) conv.unit = layout.pitch % kAlign ? 2 * layout.pitch / kAlign : row;
+  const int64_t vectors = layout.lanes / kAlign;
+  conv.strips = shifts ? ceil_div(vectors, std::max<int64_t>(1, kStripVectors / conv.unit) * conv.unit) : even(vectors);
+}
+
+Program::Strip Program::strip(const Conv& conv, int64_t index) const {
+  const Layout& layout = this->layout(conv.out);
+  if (layout.runs == 1) {
+    const int64_t units = ceil_div(layout.lanes / kAlign, conv.unit), unit = conv.unit * kAlign;
+    const int64_t begin = units * index / conv.strips * unit, end = units * (index + 1) / conv.strips * unit;
+    return {0, 1, begin, std::min(layout.lanes, end) - begin};
+  }
+  const int64_t vectors = layout.pitch / kAlign, part = index % conv.parts, rows = index / conv.parts;
+  const int64_t of = conv.strips / conv.parts, row = layout.h * rows / of, lane = vectors * part / conv.parts;
+  return {row, layout.h * (rows + 1) / of - row, lane * kAlign, (vectors * (part + 1) / conv.parts - lane) * kAlign};
 }
 
 void Program::add_conv_steps(Conv& conv) {
   const Layout& layout = this->layout(conv.out);
-  const int64_t vectors = layout.lanes / kAlign;
-  conv.strips = std::max(ceil_div(vectors, kMostStripVectors), (vectors + kStripVectors / 2) / kStripVectors);
-  std::vector<Shifting> shifting(conv.terms.size());
-  for (size_t t = 0; t < conv.terms.size(); ++t) {
-    Term& term = conv.terms[t];
+  const bool by_rows = layout.runs > 1;
+  for (Term& term : conv.terms) {
     Walk& walk = term.walk;
     walk.tile_h = walk.grid_h;
     walk.tile_w = walk.grid_w;
     walk.pitch = layout.pitch;
+    term.shifts = term.direct && layout.shifting && (walk.left || walk.right);
+    walk.lead = term.direct ? 0 : round_up(walk.left, kAlign) - walk.left;
+    place_phases(walk);
+    term.block = walk.groups > 1 ? term.channels()
+                                 : block_channels(walk, term.weight, kStripLanes, kRowNnz, first_level_floats());
+    term.blocks = ceil_div(term.channels(), term.block);
     if (term.direct) {
       walk.phases[0].base = 0;
+      walk.pitch = row_stride(term.in);
       walk.channel_stride = layout.channel;
-      if (layout.shifting && (walk.left || walk.right)) shifting[t] = shift(conv, term);
-    } else {
-      walk.lead = round_up(walk.left, kAlign) - walk.left;
-      place_phases(walk);
+      if (term.shifts && !by_rows && layout.pitch % kAlign) shift_half_lines(term);
+      continue;
     }
+    term.whole = conv.terms.size() > 1 || term.channels() * walk.channel_stride <= kPackedFloats;
+    const int64_t channels = term.whole ? term.channels() : term.block;
+    int64_t floats = channels * walk.channel_stride;
+    if (by_rows) {
+      walk.channel_stride = layout.pitch;
+      walk.pitch = channels * layout.pitch;
+      floats = 0;
+      for (Phase& p : walk.phases) {
+        p.base = floats + walk.lead;
+        floats += (p.up + walk.tile_h + p.down) * walk.pitch;
+      }
+    }
+    term.packed = reserve(floats + walk.lead + layout.pitch + kAlign);
   }
+  choose_strips(conv);
   conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.strips), 1, ceil_div(conv.terms[0].rows(), 64));
-  for (size_t t = 0; t < conv.terms.size(); ++t) {
-    Term& term = conv.terms[t];
-    term.block = term.walk.groups > 1
-                     ? term.channels()
-                     : block_channels(term.walk, term.weight, kStripLanes, kRowNnz, first_level_floats());
-    term.blocks = ceil_div(term.channels(), term.block);
+  for (Term& term : conv.terms) {
     term.kernel = std::make_unique<PackedWeight>(term.walk, term.walk.parts[0], term.weight, term.block, conv.splits,
-                                                 true, true, shifting[t]);
+                                                 true, true, term.shifts);
     term.weight = {};
   }
-  // Copies channels [from, from + count) of a term's source.
-  auto add_copy = [&](const Term& term, int64_t from, int64_t count) {
-    steps_.push_back(
-        {count, ceil_div(count, kFewestTasks), [&term, this, from](const Frame& frame, int64_t first, int64_t last) {
-           copy(term.walk, frame, term.in, {from + first, last - first},
-                frame.memory + term.packed + first * term.walk.channel_stride);
-         }});
-  };
-  // f(strip, splits) for items [first, last), of which a strip's splits of the rows follow each other.
+  // Adds blocks of a term's kernel to all strips. A strip's splits of the rows follow each other.
   auto add = [&](auto f) {
-    steps_.push_back({conv.strips * conv.splits, 1, [&conv, f](const Frame& frame, int64_t first, int64_t last) {
+    steps_.push_back({conv.strips * conv.splits, [&conv, f](const Frame& frame, int64_t first, int64_t last) {
                         for (int64_t at = first, end; at < last; at = end) {
                           end = std::min(last, (at / conv.splits + 1) * conv.splits);
                           f(frame, at / conv.splits, Range{at % conv.splits, end - at});
                         }
                       }});
   };
-  Term& only = conv.terms[0];
-  if (conv.terms.size() == 1 && !only.direct && only.channels() * only.walk.channel_stride > kPackedFloats) {
+  auto packed = [](const Term& term) { return [at = term.packed](const Frame& frame) { return frame.memory + at; }; };
+  for (Term& term : conv.terms) {
+    if (term.direct) continue;
+    if (term.whole) {
+      add_copy(term.walk, term.in, {0, term.channels()}, packed(term));
+      continue;
+    }
     // Block by block, so that the packed source stays in a cache.
-    only.packed = reserve(only.block * only.walk.channel_stride + only.walk.pitch);
-    for (int64_t b = 0; b < only.blocks; ++b) {
-      add_copy(only, b * only.block, std::min(only.block, only.channels() - b * only.block));
-      add([&conv, &only, this, b](const Frame& frame, int64_t strip, Range splits) {
-        run_conv(conv, only, frame, frame.memory + only.packed, {b, 1}, strip, splits);
+    for (int64_t b = 0; b < term.blocks; ++b) {
+      const int64_t first = b * term.block;
+      add_copy(term.walk, term.in, {first, std::min(term.block, term.channels() - first)}, packed(term));
+      add([&conv, &term, this, b](const Frame& frame, int64_t strip, Range splits) {
+        run_conv(conv, term, frame, frame.memory + term.packed, {b, 1}, strip, splits);
       });
     }
     return;
-  }
-  for (Term& term : conv.terms) {
-    if (term.direct) continue;
-    term.packed = reserve(term.channels() * term.walk.channel_stride + term.walk.pitch);
-    add_copy(term, 0, term.channels());
   }
   add([&conv, this](const Frame& frame, int64_t strip, Range splits) {
     for (const Term& term : conv.terms) {
@@ -427,86 +510,107 @@ void Program::add_conv_steps(Conv& conv) {
   });
 }
 
-// Makes strips of whole rows.
-Shifting Program::shift(Conv& conv, Term& term) {
-  Walk& walk = term.walk;
-  const Layout& layout = this->layout(conv.out);
-  conv.unit = layout.pitch % kAlign ? 2 * layout.pitch / kAlign : layout.pitch / kAlign;
-  conv.strips = ceil_div(layout.lanes / kAlign, std::max<int64_t>(1, kStripVectors / conv.unit) * conv.unit);
-  const int64_t pixels = tensors_[term.in].at, from = pixels - layout.lead;
-  if (layout.pitch % kAlign) {
-    // Every other row begins in the middle of a line: these are read from a copy that lies half a line off.
-    const int64_t floats = layout.lead + term.channels() * layout.channel;
-    const int64_t to = reserve(floats + kAlign) + kAlign / 2;
-    for (Tap& tap : walk.parts[0].taps)
-      if (tap.dy % 2) tap.elsewhere = to - from;
-    steps_.push_back({1, 1, [=](const Frame& frame, int64_t, int64_t) {
-                        std::memcpy(frame.memory + to, frame.memory + from, floats * sizeof(float));
-                      }});
-  }
-  return {true, zeros_ - (pixels - walk.phases[0].up * walk.pitch - walk.left)};
+// Every other row begins in the middle of a line: those are read from a copy that lies half a line off.
+void Program::shift_half_lines(Term& term) {
+  constexpr int64_t kPieces = 16;
+  const Layout& layout = this->layout(term.in);
+  const int64_t from = tensors_[term.in].at - layout.lead, floats = layout.lead + term.channels() * layout.channel;
+  const int64_t to = reserve(floats + kAlign) + kAlign / 2;
+  for (Tap& tap : term.walk.parts[0].taps)
+    if (tap.dy % 2) tap.elsewhere = to - from;
+  steps_.push_back({kPieces, [=](const Frame& frame, int64_t first, int64_t last) {
+                      const int64_t begin = floats * first / kPieces, end = floats * last / kPieces;
+                      std::memcpy(frame.memory + to + begin, frame.memory + from + begin,
+                                  (end - begin) * sizeof(float));
+                    }});
 }
 
 // Adds blocks of a term to a strip; `source` is that of the first.
 void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
-                       int64_t strip, Range splits) const {
+                       int64_t index, Range splits) const {
   const Layout& layout = this->layout(conv.out);
-  const int64_t units = ceil_div(layout.lanes / kAlign, conv.unit), lanes = conv.unit * kAlign;
-  const int64_t begin = units * strip / conv.strips * lanes;
-  const int64_t end = std::min(layout.lanes, units * (strip + 1) / conv.strips * lanes);
+  const Strip strip = this->strip(conv, index);
   Results out{nullptr, layout.channel};
   out.start_stride = layout.channel;
-  source += begin;
+  out.jump = run_stride(conv.out);
+  Tile tile{source + strip.row * term.walk.pitch + strip.lane, {}};
+  if (strip.rows > 1) tile.run = strip.lanes, tile.jump = term.walk.pitch;
   for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b) {
     const bool first = b == 0 && &term == &conv.terms.front();
     const bool last = b + 1 == term.blocks && &term == &conv.terms.back();
-    out.mask = last && !layout.mask.empty() ? layout.mask.data() + begin : nullptr;
+    out.mask = last && !layout.mask.empty() ? layout.mask.data() + strip.lane : nullptr;
     out.low = last ? conv.epilogue.low : -kInfinity;
     out.high = last ? conv.epilogue.high : kInfinity;
     for (int64_t split = splits.first; split < splits.first + splits.count; ++split) {
-      const int64_t row = term.kernel->first_row(split), at = row * layout.channel + begin;
+      const int64_t row = term.kernel->first_row(split);
+      const int64_t at = row * layout.channel + strip.row * out.jump + strip.lane;
       out.data = data(frame, conv.out) + at;
       out.bias = first ? conv.bias.data() + row : nullptr;
       out.start = !first ? out.data : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
-      kernels().spmm({source, {}}, term.kernel->rows(0, b, split), out, end - begin);
+      kernels().spmm(tile, term.kernel->rows(0, b, split), out, strip.rows * strip.lanes);
     }
-    source += term.block * term.walk.channel_stride;
+    tile.lanes += term.block * term.walk.channel_stride;
   }
 }
 
-// An image that all threads work on: each takes tasks of a step until there are none, then waits until all are done.
-// Whoever waits has no task in hand, so this ends however few threads there are in truth.
-class Program::Together {
+// Threads that go through the same steps and share the items of each. Every thread has its share, the same in every
+// step, so that it finds in its caches what it wrote, and takes from the others' when it is done; then it waits until
+// all items are done. Whoever waits has none in hand, so this ends however few threads there are in truth.
+class Program::Team {
  public:
-  explicit Together(const std::vector<Step>& steps) : steps_(steps) {
-    for (const Step& step : steps) turns_.emplace_back(ceil_div(step.items, step.chunk));
-  }
+  explicit Team(int64_t size) : size_(size), shares_(size) {}
+  int64_t size() const { return size_; }
 
-  void run(const Frame& frame) {
-    parallel(torch::stable::get_num_threads(), [&](int64_t thread, int64_t) {
-      for (size_t i = 0; i < steps_.size(); ++i) {
-        Turn& turn = turns_[i];
-        const Step& step = steps_[i];
-        for (Queue::Worker task(turn.queue, thread, false); !task.done(); task.advance()) {
-          const int64_t first = task.task() * step.chunk;
-          step.run(frame, first, std::min(step.items, first + step.chunk));
-          turn.done.fetch_add(1, std::memory_order_release);
+  // What one thread knows.
+  class Member {
+   public:
+    Member(Team& team, int64_t rank) : team_(team), rank_(rank) {}
+
+    // f(first, last) for some of the items; returns when all are done.
+    template <class F>
+    void share(int64_t items, const F& f) {
+      if (team_.size_ == 1) return f(int64_t(0), items);
+      ++round_;
+      all_ += items;
+      for (int64_t i = 0; i < team_.size_; ++i)
+        for (Range some; (some = team_.take(round_, items, (rank_ + i) % team_.size_)).count > 0;) {
+          f(some.first, some.first + some.count);
+          team_.done_.fetch_add(some.count, std::memory_order_release);
         }
-        for (int64_t tries = 0; turn.done.load(std::memory_order_acquire) < turn.tasks; ++tries)
-          if (tries > 1000) std::this_thread::yield();
-      }
-    });
-  }
+      for (int64_t tries = 0; team_.done_.load(std::memory_order_acquire) < all_; ++tries)
+        if (tries > 1000) std::this_thread::yield();
+    }
+
+   private:
+    Team& team_;
+    const int64_t rank_;
+    int64_t round_ = 0, all_ = 0;  // steps so far, and their items
+  };
 
  private:
-  struct Turn {
-    explicit Turn(int64_t tasks) : tasks(tasks), queue(tasks, 1) {}
-    const int64_t tasks;
-    Queue queue;
-    std::atomic<int64_t> done = 0;
+  static constexpr int64_t kRound = int64_t(1) << 32, kTakes = 8;  // of a share, one after another
+  // The step in which it was last taken from, times kRound, plus how many of its items are taken.
+  struct alignas(64) Share {
+    std::atomic<int64_t> taken = 0;
   };
-  const std::vector<Step>& steps_;
-  std::deque<Turn> turns_;
+
+  Range take(int64_t round, int64_t items, int64_t owner) {
+    const int64_t begin = items * owner / size_, count = items * (owner + 1) / size_ - begin;
+    std::atomic<int64_t>& taken = shares_[owner].taken;
+    int64_t old = taken.load(std::memory_order_relaxed);
+    while (old / kRound <= round) {
+      const int64_t first = old / kRound < round ? 0 : old % kRound;
+      const int64_t some = std::min(count - first, ceil_div(count, kTakes));
+      if (some <= 0) break;
+      if (taken.compare_exchange_weak(old, round * kRound + first + some, std::memory_order_relaxed))
+        return {begin + first, some};
+    }
+    return {0, 0};
+  }
+
+  const int64_t size_;
+  std::vector<Share> shares_;
+  std::atomic<int64_t> done_ = 0;
 };
 
 std::unique_ptr<Program::Memory> Program::take_memory() {
@@ -527,19 +631,54 @@ void Program::give_back(std::unique_ptr<Memory> memory) {
 }
 
 void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images) {
-  const int64_t threads = torch::stable::get_num_threads(), alone = images / threads * threads;
-  Queue queue(alone, 1);
-  parallel(std::min(threads, alone), [&](int64_t thread, int64_t) {
-    auto memory = take_memory();
-    for (Queue::Worker image(queue, thread, false); !image.done(); image.advance())
-      for (const Step& step : steps_) step.run({memory->data(), &inputs, &outputs, image.task()}, 0, step.items);
-    give_back(std::move(memory));
-  });
-  for (int64_t image = alone; image < images; ++image) {
-    auto memory = take_memory();
-    Together(steps_).run({memory->data(), &inputs, &outputs, image});
-    give_back(std::move(memory));
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t teams = alone_ == 0 ? 1 : std::clamp<int64_t>(threads / kTeam, 1, std::max<int64_t>(1, images));
+  auto first_of = [=](int64_t all, int64_t team) { return all * team / teams; };
+  std::deque<Team> members;
+  std::vector<std::vector<std::unique_ptr<Memory>>> memory(teams);  // of the images at hand
+  for (int64_t team = 0; team < teams; ++team) {
+    const int64_t size = first_of(threads, team + 1) - first_of(threads, team);
+    const int64_t count = first_of(images, team + 1) - first_of(images, team);
+    members.emplace_back(size);
+    for (int64_t i = 0; i < std::min(size, count); ++i) memory[team].push_back(take_memory());
   }
+  auto run = [&](int64_t team, int64_t rank) {
+    const int64_t size = members[team].size();
+    const int64_t begin = first_of(images, team), end = first_of(images, team + 1);
+    Team::Member member(members[team], rank);
+    auto frame = [&](int64_t image, int64_t i) { return Frame{memory[team][i]->data(), &inputs, &outputs, image}; };
+    auto together = [&](int64_t image, int64_t i, size_t steps) {
+      for (size_t s = 0; s < steps; ++s)
+        member.share(steps_[s].items,
+                     [&](int64_t first, int64_t last) { steps_[s].run(frame(image, i), first, last); });
+    };
+    auto alone = [&](int64_t image, int64_t i) {
+      for (size_t s = alone_; s < steps_.size(); ++s) steps_[s].run(frame(image, i), 0, steps_[s].items);
+    };
+    const int64_t whole = (end - begin) / size * size;  // images of which every member can have as many
+    if (alone_ == 0) {
+      member.share(whole, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) alone(begin + i, rank);
+      });
+    } else {
+      for (int64_t at = begin; at < begin + whole; at += size) {
+        for (int64_t i = 0; i < size; ++i) together(at + i, i, alone_);
+        member.share(size, [&](int64_t first, int64_t last) {
+          for (int64_t i = first; i < last; ++i) alone(at + i, i);
+        });
+      }
+    }
+    for (int64_t image = begin + whole; image < end; ++image) together(image, 0, steps_.size());
+  };
+  parallel(threads, [&](int64_t first, int64_t last) {
+    for (int64_t team = 0; team < teams; ++team)
+      for (int64_t rank = 0; rank < members[team].size(); ++rank) {
+        const int64_t thread = first_of(threads, team) + rank;
+        if (first <= thread && thread < last) run(team, rank);
+      }
+  });
+  for (auto& some : memory)
+    for (auto& m : some) give_back(std::move(m));
 }
 
 }  // namespace sparsekit

@@ -1,10 +1,13 @@
 // A chain of layers of an engine that runs image by image, in one layout, with nothing of PyTorch in between.
 //
-// All channels of a tensor are planes of `pitch` floats a row, so far apart that the zeros around an image are there
-// for every tap of the layers that read it: a kept weight is one offset into the tensor, and no layer copies its input
-// (those with a stride do). Tensors of one height and width share the layout, hence a layer's output is at the same
-// place of its plane as what it came from. A thread runs an image through all layers, in memory that stays in its
-// caches; images that are left over when all are shared out are computed by all threads together, layer by layer.
+// Tensors lie row by row, all channels of a row one after another, or, where rows are short, as planes, so far apart
+// that the zeros around an image are there for every tap of the layers that read it: a kept weight is one offset into
+// the tensor, and no layer copies its input (those with a stride do). Tensors of one height and width share the layout,
+// hence a layer's output is at the same place of its row or plane as what it came from.
+//
+// Two threads share an image: each computes the same rows in every layer, so that it finds them in its own caches.
+// Small layers at the end of the chain, which have no rows to share out, are computed by every thread for an image of
+// its own.
 #pragma once
 
 #include <functional>
@@ -65,18 +68,22 @@ class Program {
   int64_t floats() const { return floats_; }
 
  private:
-  // What the tensors of one height and width have in common.
+  // What the tensors of one height and width have in common. A tensor is [runs][channels][channel] floats.
   struct Layout {
     int64_t h, w;
-    int64_t side = 0, up = 0, down = 0;        // zeros that taps reach to the left and right, above and below
-    int64_t pitch = 0, lead = 0, channel = 0;  // floats: of a row, before the first pixel, of a plane
-    int64_t lanes = 0;                         // floats from the first pixel on that are computed: whole registers
-    bool shifting = false;                     // PackedWeight may use it
-    std::vector<int32_t> mask;                 // [lanes], 0 where there is no pixel; empty where all are
+    int64_t side = 0, up = 0, down = 0;  // zeros that taps reach to the left and right, above and below
+    int64_t pitch = 0;                   // floats of a row
+    int64_t runs = 1;                    // h, where tensors lie row by row
+    int64_t channel = 0;                 // floats from a channel of a run to the next
+    int64_t lanes = 0;                   // of these, that are computed: whole registers
+    int64_t lead = 0;                    // floats before the first pixel
+    bool shifting = false;               // PackedWeight may use it
+    std::vector<int32_t> mask;           // of a strip, 0 where there is no pixel; empty where all are
   };
   struct Tensor {
     Size size;
     int64_t layout;
+    bool halo = false;  // wants zeros above and below
     int64_t last = -1;  // layer that reads it
     int64_t at = 0;     // its first pixel in an image's memory
   };
@@ -95,32 +102,42 @@ class Program {
     const std::vector<Images>* outputs;
     int64_t image;
   };
-  // Work on items [first, last) of some number; threads that share an image take `chunk` at a time.
+  // Work on items [first, last) of some number.
   struct Step {
-    int64_t items, chunk;
+    int64_t items;
     std::function<void(const Frame&, int64_t first, int64_t last)> run;
   };
   struct Range {
     int64_t first, count;
   };
+  // Lanes that spmm computes at once: some of a plane or row, or `rows` whole rows.
+  struct Strip {
+    int64_t row, rows, lane, lanes;
+  };
   class Memory;
-  class Together;
+  class Team;
 
   int64_t layout_of(int64_t h, int64_t w);
   void add_layer(Layer layer);
-  void add_channels(std::vector<int64_t> reads, int64_t writes, int64_t in_place, int64_t channels,
-                    std::function<void(const Frame&, int64_t channel)> f);
+  void add_runs(std::vector<int64_t> reads, int64_t writes, int64_t in_place,
+                std::function<void(const Frame&, int64_t channel, int64_t run)> f);
   void join_residuals();
   void set_layouts();
   void place_tensors();
   int64_t reserve(int64_t floats);
   const Layout& layout(int64_t tensor) const { return layouts_[tensors_[tensor].layout]; }
   float* data(const Frame& frame, int64_t tensor) const;
-  float* plane(const Frame& frame, int64_t tensor, int64_t channel) const;
+  int64_t run_stride(int64_t tensor) const { return tensors_[tensor].size.channels * layout(tensor).channel; }
+  int64_t row_stride(int64_t tensor) const {
+    return layout(tensor).runs > 1 ? run_stride(tensor) : layout(tensor).pitch;
+  }
+  float* lanes(const Frame& frame, int64_t tensor, int64_t channel, int64_t run) const;
   Images images(const Frame& frame, int64_t tensor) const;
   void add_conv_steps(Conv& conv);
-  Shifting shift(Conv& conv, Term& term);
-  void copy(Walk walk, const Frame& frame, int64_t in, Range channels, float* block) const;
+  void choose_strips(Conv& conv);
+  Strip strip(const Conv& conv, int64_t index) const;
+  void shift_half_lines(Term& term);
+  void add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block);
   void run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
                 int64_t strip, Range splits) const;
   std::unique_ptr<Memory> take_memory();
@@ -132,8 +149,8 @@ class Program {
   std::vector<std::unique_ptr<Conv>> convs_;
   std::vector<Layer> layers_;
   std::vector<Step> steps_;
+  size_t alone_ = 0;    // steps from here on have no rows to share out
   int64_t floats_ = 0;  // of an image's memory
-  int64_t zeros_ = 0;   // where in it as many zeros are as a plane has lanes
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Memory>> free_;  // memory that no image has at hand
