@@ -523,10 +523,10 @@ constexpr float kLowest = -__builtin_inff();
 void max_pool_row_channels_last(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y) {
   const int64_t top = y * g.stride_h - g.pad_top;
   const Taps down(top, g.kernel_h, g.dilation_h, g.in_h);
-  for (int64_t c = 0; c < g.channels; c += kLanes) {
-    const int64_t count = g.channels - c < kLanes ? g.channels - c : kLanes;
-    for (int64_t x = 0; x < g.out_w; x += kLanes) {
-      const int64_t pixels = g.out_w - x < kLanes ? g.out_w - x : kLanes;
+  for (int64_t x = 0; x < g.out_w; x += kLanes) {
+    const int64_t pixels = g.out_w - x < kLanes ? g.out_w - x : kLanes;
+    for (int64_t c = 0; c < g.channels; c += kLanes) {
+      const int64_t count = g.channels - c < kLanes ? g.channels - c : kLanes;
       Vec best[kLanes];
       for (int64_t i = 0; i < pixels; ++i) {
         const int64_t left = (x + i) * g.stride_w - g.pad_left;

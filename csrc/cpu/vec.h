@@ -33,8 +33,7 @@ inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 // The larger; NaN if one of them is.
 inline Vec max_or_nan(Vec a, Vec b) {
-  const __mmask16 take = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-  return _mm512_mask_mov_ps(b, take, a);
+  return _mm512_mask_add_ps(max(a, b), _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q), a, b);
 }
 // The registers a and b are neighbours: b with the last lane of a before it, a with the first lane of b behind it.
 inline Vec shift_in_last(Vec a, Vec b) {
