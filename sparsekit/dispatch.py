@@ -119,14 +119,14 @@ LANES = 16  # floats in the widest register
 #   fma: one kept weight times one lane; move: one input or output element brought in or out; row: one row of an image
 #   copied in or out.
 SPARSE_COSTS = {
-    "zen4": Work(2.9e-11, 1.5e-10, 4.7e-9),
-    "avx512": Work(2.9e-11, 1.5e-10, 4.7e-9),
-    "avx2": Work(3.5e-11, 1.9e-10, 3.6e-9),
-    "generic": Work(6.8e-11, 3.5e-10, 3.3e-9),
+    "zen4": Work(3.1e-11, 1.5e-10, 5.1e-9),
+    "avx512": Work(3.1e-11, 1.6e-10, 4.3e-9),
+    "avx2": Work(3.8e-11, 1.9e-10, 4.9e-9),
+    "generic": Work(7.2e-11, 3.1e-10, 4.6e-9),
     "reference": Work(1.0, 1.0, 1.0),
 }
 #   mac: one multiply-add of PyTorch's dense kernel, by the ISA that PyTorch itself uses.
-DENSE_COSTS = {"AVX512": 1.3e-11, "AVX2": 2.8e-11, "NO AVX": 2.0e-10, "DEFAULT": 2.0e-10}
+DENSE_COSTS = {"AVX512": 1.4e-11, "AVX2": 2.8e-11, "NO AVX": 2.0e-10, "DEFAULT": 2.0e-10}
 GROUPED_DENSE_FACTOR = 4.0
 OVERHEAD_SECONDS = 6e-5
 
@@ -164,9 +164,9 @@ def chain_work(shape: Shape, nnz: int) -> ChainWork:
 
 # Seconds per unit on one thread, from `make bench-costs` as SPARSE_COSTS.
 #   fma: one kept weight times one lane; weight: one kept weight fetched; visit: one output lane; move: one element.
-CHAIN_COSTS = ChainWork(2.1e-11, 1.4e-10, 1.6e-10, 0)
+CHAIN_COSTS = ChainWork(2.1e-11, 4.5e-11, 1.7e-11, 7.5e-11)
 #   an element copied into a chain or out of it.
-CHAIN_COPY = 5.4e-10
+CHAIN_COPY = 7.3e-10
 
 
 def predict_in_chain(shape: Shape, nnz: int) -> float:

@@ -39,7 +39,7 @@ class PreparedWalk {
     const int64_t channels = std::max<int64_t>(1, walk_.source_channels);
     const int64_t fits = kTileFloats / channels / kStripLanes * kStripLanes;
     merge_rows(walk_);
-    choose_tile(walk_, walk_.direct ? kDirectLanes : std::clamp(fits, kStripLanes, kTileLanes), 16);
+    choose_tile(walk_, walk_.direct ? kDirectLanes : std::clamp(fits, kStripLanes, kTileLanes), 16, true);
     // Few tiles: cut the rows too, so that every thread has work; the price is that every thread packs the tile.
     const int64_t wanted = 2 * torch::stable::get_num_threads();
     splits_ =
@@ -50,7 +50,7 @@ class PreparedWalk {
     for (const Part& part : walk_.parts) {
       results_at_.push_back(part.empty ? 0 : results_);
       if (part.empty) continue;
-      weights_.emplace_back(walk_, part, csr, block_, splits_, true);
+      weights_.emplace_back(walk_, part, csr, block_, splits_, true, false, walk_.shifting);
       results_ += ceil_div(walk_.rows, splits_) * walk_.result_stride();
     }
   }
@@ -112,7 +112,12 @@ class PreparedWalk {
             const bool finish = b + 1 == blocks_;
             out.low = finish ? epilogue.low : -kInfinity;
             out.high = finish ? epilogue.high : kInfinity;
-            kernels().spmm(source, weights_[w++].rows(group, b, split), out, tile.lanes(walk));
+            int64_t lanes = tile.lanes(walk);
+            if (walk.shifting && !in_place) {
+              lanes = tile.h * walk.pitch;
+              source.run = source.jump = out.jump = walk.pitch;
+            }
+            kernels().spmm(source, weights_[w++].rows(group, b, split), out, lanes);
             source.soon = {};
           }
         }

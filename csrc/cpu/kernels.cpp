@@ -17,15 +17,21 @@ constexpr int kStrip = kLanes == 16 ? 4 : 8;
 constexpr int kMostStrip = kLanes == 16 ? 5 : 8;
 constexpr int kLineFloats = 16;  // in a cache line
 
+// The share of a strip in what is wanted soon.
+Soon share_of(Soon soon, int64_t strip, int64_t strips) {
+  const int64_t first = soon.channels * strip / strips;
+  soon.channels = soon.channels * (strip + 1) / strips - first;
+  soon.data = soon.channels > 0 && soon.data ? soon.data + first * soon.channel : nullptr;
+  return soon;
+}
+
 // Prefetches a strip's share of what is wanted soon, a few lines with every row of the weight.
 class Ahead {
  public:
-  // Strip `strip` of `strips`, in which the weight has `rows` rows.
-  Ahead(const Soon& soon, int64_t strip, int64_t strips, int64_t rows) : soon_(soon) {
+  // In a strip, the weight has `rows` rows.
+  Ahead(const Soon& soon, int64_t rows) : soon_(soon) {
     if (!soon.data || rows == 0) return;
-    const int64_t first = soon.channels * strip / strips, last = soon.channels * (strip + 1) / strips;
-    soon_.data += first * soon.channel;
-    left_ = (last - first) * soon.rows * ((soon.floats + kLineFloats - 1) / kLineFloats);
+    left_ = soon.channels * soon.rows * ((soon.floats + kLineFloats - 1) / kLineFloats);
     per_step_ = (left_ + rows - 1) / rows;
   }
 
@@ -170,12 +176,9 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
 using SpmmStrip = decltype(&spmm_strip<1, 0, 0>);
 
 // The strip that does what `does` says; its bits above kBit are those of kDoes.
-template <int N, int kRun, unsigned kDoes = 0, unsigned kBit = kRun ? kHasPairs : kAhead>
+template <int N, int kRun, unsigned kDoes = 0, unsigned kBit = kAhead>
 SpmmStrip strip_that(unsigned does) {
-  constexpr unsigned kBoth = kHasPairs | kAhead;
-  if constexpr ((kDoes & kBoth) == kBoth) {
-    return spmm_strip<N, kRun, kAnything>;
-  } else if constexpr (kBit == 0) {
+  if constexpr (kBit == 0) {
     return spmm_strip<N, kRun, kDoes>;
   } else {
     return does & kBit ? strip_that<N, kRun, kDoes | kBit, kBit / 2>(does) : strip_that<N, kRun, kDoes, kBit / 2>(does);
@@ -212,7 +215,7 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
     const int64_t strips = (runs + most - 1) / most;
     for (int64_t strip = 0; strip < strips; ++strip) {
       const int64_t first = runs * strip / strips, count = runs * (strip + 1) / strips - first;
-      const Tile part{tile.lanes + first * tile.jump, {}, tile.run, tile.jump};
+      const Tile part{tile.lanes + first * tile.jump, share_of(tile.soon, strip, strips), tile.run, tile.jump};
       Results to = results;
       to.data += first * results.jump;
       if (to.start) to.start += first * results.jump;
@@ -220,7 +223,7 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
       if (count == 1) {
         spmm(part, rows, to, tile.run);
       } else {
-        strip_of(count * vectors, vectors, does)(part, Ahead({}, 0, 1, 0), rows, to, 0, kLanes);
+        strip_of(count * vectors, vectors, does)(part, Ahead(part.soon, rows.count), rows, to, 0, kLanes);
       }
     }
     return;
@@ -233,7 +236,7 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
     const int64_t first = all * strip / strips, vectors = all * (strip + 1) / strips - first;
     const int64_t begin = first * kLanes, left = lanes - begin;
     const int64_t tail = left >= vectors * kLanes ? kLanes : left - (vectors - 1) * kLanes;
-    const Ahead ahead(tile.soon, strip, strips, rows.count);
+    const Ahead ahead(share_of(tile.soon, strip, strips), rows.count);
     strip_of(vectors, vectors, tail < kLanes ? kAnything : does)(tile, ahead, rows, results, begin, tail);
   }
   if (results.stream) stream_fence();
@@ -402,8 +405,8 @@ void sddmm(const Tile& tile, const Rows& rows, const float* dy, int64_t dy_strid
     const int64_t vectors = left >= kStripDy * kLanes ? kStripDy : (left + kLanes - 1) / kLanes;
     const int64_t tail = left >= kStripDy * kLanes ? kLanes : left - (vectors - 1) * kLanes;
     const float* x = tile.lanes + begin;
-    const Ahead ahead(tile.soon, begin / (kStripDy * kLanes), (lanes + kStripDy * kLanes - 1) / (kStripDy * kLanes),
-                      rows.count);
+    const int64_t strips = (lanes + kStripDy * kLanes - 1) / (kStripDy * kLanes);
+    const Ahead ahead(share_of(tile.soon, begin / (kStripDy * kLanes), strips), rows.count);
     const float* d = dy + begin;
     kSddmmStrips[vectors - 1](x, ahead, rows, d, dy_stride, tail, grad);
   }

@@ -32,7 +32,7 @@ class PackedWeight {
     length_.resize(lists * rows_);
     if (shifting_) {
       for (const Tap& tap : part.taps) beside_.push_back(tap.phase < 0 ? 0 : tap.dx);
-      pairs_.resize(lists * splits_);
+      pairs_.resize(lists);
     }
     std::vector<int32_t> offset_of(walk.source_channels * taps_);
     for (int64_t c = 0; c < walk.source_channels; ++c)
@@ -70,7 +70,7 @@ class PackedWeight {
             offsets_.data(),
             values_.data(),
             first_row(split + 1) - first_row(split),
-            shifting_ ? pairs_[(group * blocks_ + block) * splits_ + split] : 0};
+            shifting_ ? pairs_[group * blocks_ + block] : 0};
   }
 
   // Move sums that are in packed order to the order of the CSR.
@@ -142,16 +142,14 @@ class PackedWeight {
       for (int64_t r = first; r < last; ++r)
         each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) { counts[list] = beside(csr, j, end); });
     });
-    for (int64_t l = 0; l < groups_ * blocks_; ++l)
-      for (int64_t split = 0; split < splits_; ++split) {
-        int64_t taps = 0;
-        const int64_t first = l * rows_ + first_row(split), last = l * rows_ + first_row(split + 1);
-        for (int64_t r = first; r < last; ++r) taps += counts[r].left + counts[r].right;
-        const int32_t pairs = taps / (2 * std::max<int64_t>(1, last - first));
-        pairs_[l * splits_ + split] = pairs;
-        for (int64_t r = first; r < last; ++r)
-          length_[r] += 2 * pairs - std::min(counts[r].left, pairs) - std::min(counts[r].right, pairs);
-      }
+    for (int64_t l = 0; l < groups_ * blocks_; ++l) {
+      const int64_t first = l * rows_, last = first + rows_;
+      int64_t taps = 0;
+      for (int64_t r = first; r < last; ++r) taps += counts[r].left + counts[r].right;
+      const int32_t pairs = pairs_[l] = taps / (2 * std::max<int64_t>(1, rows_));
+      for (int64_t r = first; r < last; ++r)
+        length_[r] += 2 * pairs - std::min(counts[r].left, pairs) - std::min(counts[r].right, pairs);
+    }
   }
 
   void sort(int64_t multiple) {
@@ -197,18 +195,17 @@ class PackedWeight {
   // Left and right taps take turns, at the offsets of the column between them; then the others.
   void fill_pairs(const Csr& csr, const std::vector<int32_t>& offset_of, int64_t row, int64_t list, int64_t j,
                   int64_t end, int64_t to) {
-    const int64_t in_list = list % rows_;
-    int64_t split = 0;
-    while (first_row(split + 1) <= in_list) ++split;
-    const int64_t pairs = pairs_[list / rows_ * splits_ + split];
+    const int64_t pairs = pairs_[list / rows_];
     for (int64_t i = 0; i < 2 * pairs; ++i) offsets_[to + i] = centre_, values_[to + i] = 0;
     int64_t left = 0, right = 0, rest = to + 2 * pairs;
     for (; j < end; ++j) {
+      const int32_t offset = offset_of[csr.col[j]];
+      if (offset < 0) continue;
       const int64_t dx = beside_[csr.col[j] % taps_];
       const int64_t at = dx == -1 && left < pairs   ? to + 2 * left++
                          : dx == 1 && right < pairs ? to + 2 * right++ + 1
                                                     : rest++;
-      offsets_[at] = offset_of[csr.col[j]] + row / group_rows_ * group_floats_ - (at < to + 2 * pairs ? dx : 0);
+      offsets_[at] = offset + row / group_rows_ * group_floats_ - (at < to + 2 * pairs ? dx : 0);
       values_[at] = csr.values[csr.permutation ? csr.permutation[j] : j];
     }
   }
@@ -217,7 +214,7 @@ class PackedWeight {
   bool shifting_;
   uint32_t centre_ = 0;                // offset of the lanes themselves, in the first channel
   std::vector<int64_t> beside_;        // per tap, its column
-  std::vector<int32_t> pairs_;         // per group, block and split
+  std::vector<int32_t> pairs_;         // per group and block
   int64_t group_rows_, group_floats_;  // between the groups of one list
   std::vector<int32_t> begin_, order_, slot_, length_;
   std::vector<uint32_t> offsets_;

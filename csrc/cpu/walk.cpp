@@ -9,7 +9,9 @@ namespace {
 // a part of it each. Not the number of threads, on which results must not depend.
 constexpr int64_t kSingleTiles = 2;
 
-constexpr int64_t kWriteAhead = 4;  // channels, of a target that is not written in place
+constexpr int64_t kMostShifted = 80;  // lanes of a row, which one strip holds
+constexpr double kMostWaste = 1.15;   // of lanes, that rows of whole lines may cost
+constexpr int64_t kWriteAhead = 4;    // channels, of a target that is not written in place
 
 int64_t floor_div(int64_t n, int64_t by) { return n >= 0 ? n / by : -ceil_div(-n, by); }
 
@@ -66,7 +68,7 @@ void merge_rows(Walk& walk) {
                 walk.source.channel * walk.source_channels < INT32_MAX;
 }
 
-void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
+void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead, bool shift) {
   const int64_t halo = walk.left + walk.right;
   int64_t pieces = ceil_div(walk.grid_w + halo, lanes_wanted), align = 2 * kAlign;
   if (walk.images * walk.grid_h == 1 && walk.grid_w >= kSingleTiles * kStripLanes)
@@ -84,6 +86,13 @@ void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
   const int64_t shared = std::min(walk.left, walk.right);
   if (walk.tile_w == walk.grid_w && ceil_div(walk.source_w, walk.step_w) <= walk.grid_w + walk.right - shared)
     walk.pitch -= shared;
+  const int64_t lines = round_up(walk.pitch, kAlign);
+  if (shift && walk.phases.size() == 1 && halo > 0 && walk.tile_w == walk.grid_w && lines <= kMostShifted &&
+      lines <= kMostWaste * walk.pitch) {
+    walk.shifting = true;
+    walk.pitch = lines;
+    walk.lead = round_up(walk.left, kAlign) - walk.left;
+  }
   walk.tile_h = 1;
   double best = 0;
   const bool single = walk.images * pieces == 1 && walk.grid_h * walk.pitch >= kSingleTiles * kStripLanes;
@@ -98,7 +107,8 @@ void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead) {
   // Rows that begin with a cache line, where they need no more registers: a third of the taps of a 3 x 3 are then
   // aligned.
   const int64_t rows_between = (walk.tile_h - 1) * walk.pitch, whole = (walk.tile_h - 1) * round_up(walk.pitch, kAlign);
-  if (halo > 0 && ceil_div(whole + walk.tile_w, kAlign) == ceil_div(rows_between + walk.tile_w, kAlign))
+  if (halo > 0 && !walk.shifting &&
+      ceil_div(whole + walk.tile_w, kAlign) == ceil_div(rows_between + walk.tile_w, kAlign))
     walk.pitch = round_up(walk.pitch, kAlign);
   place_phases(walk);
 }
@@ -263,7 +273,7 @@ const float* block_at(const Walk& walk, const TileAt& tile, Channels channels, f
 
 bool writes_in_place(const Walk& walk) {
   return walk.target_step_h == 1 && walk.target_step_w == 1 && walk.target.col == 1 &&
-         (walk.tile_h == 1 || walk.target.row == walk.pitch);
+         (walk.tile_h == 1 || (walk.target.row == walk.pitch && !walk.shifting));
 }
 
 float* target_at(const Walk& walk, const TileAt& tile, int64_t channel) {

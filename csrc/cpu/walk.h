@@ -53,8 +53,9 @@ struct Walk {
   // one row to the next. In an engine a packed block may also hold row after row of all channels: pitch is then that of
   // all of them.
   int64_t grid_h, grid_w, tile_h, tile_w, pitch, channel_stride;
-  int64_t lead = 0;     // floats before the first pixel of a phase
-  bool direct = false;  // the source itself serves as packed block
+  int64_t lead = 0;       // floats before the first pixel of a phase
+  bool shifting = false;  // PackedWeight may use it
+  bool direct = false;    // the source itself serves as packed block
 
   int64_t tiles_h() const { return ceil_div(grid_h, tile_h); }
   int64_t tiles_w() const { return ceil_div(grid_w, tile_w); }
@@ -89,8 +90,9 @@ bool aligned(const float* p, int64_t stride);
 void merge_rows(Walk& walk);
 
 // Lane count and pitch of the tile. `lanes_wanted` bounds the tile; of the heights within it, the one that computes and
-// copies the fewest lanes per pixel wins, where `overhead` is the work per row of the weight and tile, in lanes.
-void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead);
+// copies the fewest lanes per pixel wins, where `overhead` is the work per row of the weight and tile, in lanes. shift:
+// rows may be whole lines, so that taps beside their lanes need not be loaded from there.
+void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead, bool shift = false);
 
 // Where the phases lie in a channel of the packed block, and how long a channel is, for the tile and pitch at hand.
 void place_phases(Walk& walk);
