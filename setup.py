@@ -4,6 +4,7 @@
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import find_packages, setup
@@ -33,14 +34,18 @@ def extension():
         """Compiles csrc/cpu/kernels.cpp once per ISA, then the extension that picks among them."""
 
         def build_extension(self, ext):
-            for isa, flags in ISA_FLAGS.items():
-                ext.extra_objects += self.compiler.compile(
+            def compile_for(isa):
+                return self.compiler.compile(
                     ["csrc/cpu/kernels.cpp"],
                     output_dir=os.path.join(self.build_temp, isa),
                     include_dirs=[CSRC],
-                    extra_postargs=[*SHARED_FLAGS, *QUIET, *flags, f"-DSPARSEKIT_ISA={isa}"],
+                    extra_postargs=[*SHARED_FLAGS, *QUIET, *ISA_FLAGS[isa], f"-DSPARSEKIT_ISA={isa}"],
                     depends=ext.depends,
                 )
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for objects in pool.map(compile_for, ISA_FLAGS):
+                    ext.extra_objects += objects
             super().build_extension(ext)
 
     return {

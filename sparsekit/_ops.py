@@ -12,6 +12,8 @@ Ops never fall back in silence: :func:`backend` says what runs.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -42,6 +44,13 @@ def _load() -> None:
     torch.ops.load_library(str(files[0]))
     _state["native"] = True
     set_isa(os.environ.get("SPARSEKIT_ISA") or torch.ops.sparsekit_cpu.best_isa())
+
+
+@functools.cache
+def build_id() -> str:
+    """Tells builds of the compiled library from each other; ``"reference"`` if there is none."""
+    files = sorted(Path(__file__).parent.glob("_C*.so"))
+    return hashlib.sha256(files[0].read_bytes()).hexdigest()[:12] if files else "reference"
 
 
 def backend() -> str:

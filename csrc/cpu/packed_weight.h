@@ -192,11 +192,18 @@ class PackedWeight {
     });
   }
 
-  // Left and right taps take turns, at the offsets of the column between them; then the others.
+  // Left and right taps take turns, at the offsets of the column between them; then the others. Pairs that are not
+  // there read a pixel that the row reads anyway, if there is one: an Inf of another would make NaN of it.
   void fill_pairs(const Csr& csr, const std::vector<int32_t>& offset_of, int64_t row, int64_t list, int64_t j,
                   int64_t end, int64_t to) {
     const int64_t pairs = pairs_[list / rows_];
-    for (int64_t i = 0; i < 2 * pairs; ++i) offsets_[to + i] = centre_, values_[to + i] = 0;
+    uint32_t pixel = centre_;
+    for (int64_t k = j; k < end; ++k)
+      if (offset_of[csr.col[k]] >= 0) {
+        pixel = offset_of[csr.col[k]] - beside_[csr.col[k] % taps_] + row / group_rows_ * group_floats_;
+        break;
+      }
+    for (int64_t i = 0; i < 2 * pairs; ++i) offsets_[to + i] = pixel, values_[to + i] = 0;
     int64_t left = 0, right = 0, rest = to + 2 * pairs;
     for (; j < end; ++j) {
       const int32_t offset = offset_of[csr.col[j]];

@@ -63,6 +63,8 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, examples, dynamic_shapes=_for_signature(model, dynamic))
+            if not _takes_any_batch(program, dynamic):
+                program = torch.export.export(model, inputs)
             if not _make_functional(program.graph):
                 program = program.run_decompositions({})
             _name_channels(program.graph)
@@ -86,6 +88,13 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
     return Captured(
         program.graph, constants, sources, [n for n in placeholders if n.name in user], program.call_spec.out_spec
     )
+
+
+def _takes_any_batch(program: torch.export.ExportedProgram, dynamic: tuple) -> bool:
+    """Whether control flow asked nothing about the batch, so that what was traced holds for all of two images and more."""
+    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
+    guards = [guard for v in values if isinstance(v, Tensor) for guard in v.fake_mode.shape_env.guards]
+    return len(program.range_constraints) >= any(dynamic) and not guards
 
 
 def _make_functional(graph: fx.Graph) -> bool:

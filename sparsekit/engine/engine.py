@@ -25,6 +25,9 @@ def compile(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], autot
     op. It takes any batch size, and any image size that the model takes: at the first call with another than that of
     ``example_inputs`` it chooses anew, by the cost table (:meth:`Engine.autotune_` measures).
 
+    NaN and Inf pass through kept weights, though an Inf may come out as NaN; a pruned weight times Inf, which PyTorch's
+    dense kernels turn into NaN, mostly adds nothing.
+
     Args:
         model: any module in eval mode, on the CPU; it is not changed.
         example_inputs: what ``model`` is called with, ``[n, channels, h, w]`` for a CNN: a tensor, or a tuple of them.

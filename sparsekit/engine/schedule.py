@@ -22,7 +22,8 @@ BACKENDS = ("sparse", "dense")
 # Below this fraction of zeros nobody measures whether sparse is faster.
 LOWEST_SPARSITY = 0.3
 # Parts of the batch that tuning tries, each if the one before was a gain: a part's activations may fit a cache where
-# the batch's do not.
+# the batch's do not. With chains, whose time per image does not depend on the batch, the first is tried by nobody: it
+# also keeps what feeds them small enough for malloc to have the memory at hand.
 PARTS = (8, 4, 2, 1)
 # Seconds after which tuning compares no longer: backends of a layer, and ways to run all of the model.
 LAYER_SECONDS, MODEL_SECONDS = 0.03, 1.0
@@ -72,7 +73,8 @@ class Schedule:
         """The plan's outputs, flat."""
         if self.part is None or len(inputs[0]) <= self.part:
             return self._outputs(self._run(inputs, self._items))
-        parts = [self._outputs(self._run((part,), self._items)) for part in inputs[0].split(self.part)]
+        count = -(-len(inputs[0]) // self.part)
+        parts = [self._outputs(self._run((part,), self._items)) for part in inputs[0].chunk(count)]
         return [torch.cat(part) for part in zip(*parts)]
 
     def _run(self, inputs: tuple[Tensor, ...], items: list, run_layer: Callable | None = None) -> list:
@@ -222,6 +224,8 @@ class Schedule:
 
     def join(self, chains: list[list[int]]) -> None:
         """Make chains of these steps, and of no others; their layers run sparse."""
+        images = max(PARTS[0], 4 * torch.get_num_threads())
+        self.part = images if chains and self.plan.batched else None
         if chains == [chain.numbers for chain in self.chains]:
             return
 
@@ -249,7 +253,7 @@ class Schedule:
         ways = {
             "dense": lambda: self._run(inputs, self._steps, run_dense),
             "alone": lambda: self._run(inputs, self._steps),
-            "chained": lambda: self._run(inputs, self._items),
+            "chained": lambda: self.run(inputs),
         }
         key = f"ways-{chains}-{self._key(inputs)}"
         if not cache.knows(key, ways):
@@ -271,8 +275,8 @@ class Schedule:
 
             return run
 
-        best = None
-        for part in (part for part in PARTS if part < len(inputs[0])):
+        best = self.part
+        for part in (part for part in PARTS if part < min(len(inputs[0]), best or math.inf)):
             key = f"parts-{best}-{part}-{bool(self.chains)}-{self._key(inputs)}"
             seconds = cache.seconds(key, {str(way): run_in(way) for way in (best, part)}, MODEL_SECONDS)
             if seconds[str(part)] > LEAST_GAIN * seconds[str(best)]:
@@ -323,11 +327,11 @@ class Schedule:
     def restore(self, saved: dict) -> None:
         """Choose what was chosen before. Raises RuntimeError if that cannot be."""
         self.sizes = {int(slot): list(size) for slot, size in saved["sizes"].items()}
-        self.part = saved["part"]
         for number, choice in self.choices.items():
             choice.backend, choice.reason, seconds = saved["layers"][str(number)]
             choice.seconds = None if seconds is None else tuple(seconds)
         self.join(saved["chains"])
+        self.part = saved["part"]
 
 
 def _faster(seconds: tuple[float, float]) -> str:

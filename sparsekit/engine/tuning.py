@@ -1,6 +1,6 @@
 """What autotuning measured, kept on disk: ``~/.cache/sparsekit/tuning.json``, or under ``$SPARSEKIT_CACHE``.
 
-Entries are seconds, by machine (CPU, ISA, threads, version), by what was measured (shape, non-zeros), and by the way
+Entries are seconds, by machine (CPU, ISA, threads, version, build), by what was measured (shape, non-zeros), and by the way
 that it was done.
 """
 
@@ -39,7 +39,8 @@ def cpu_name() -> str:
 
 def machine() -> str:
     """What a measurement depends on besides the layer."""
-    return f"{cpu_name()} | {_ops.backend()} | {torch.get_num_threads()} threads | torch {torch.__version__} | {__version__}"
+    parts = cpu_name(), _ops.backend(), f"{torch.get_num_threads()} threads", f"torch {torch.__version__}", __version__
+    return " | ".join((*parts, _ops.build_id()))
 
 
 class Cache:
