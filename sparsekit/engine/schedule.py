@@ -25,6 +25,7 @@ LOWEST_SPARSITY = 0.3
 # the batch's do not. With chains, whose time per image does not depend on the batch, the first is tried by nobody: it
 # also keeps what feeds them small enough for malloc to have the memory at hand.
 PARTS = (8, 4, 2, 1)
+PART_PIXELS = PARTS[0] * 224 * 224  # of smaller images more fit the same
 # Seconds after which tuning compares no longer: backends of a layer, and ways to run all of the model.
 LAYER_SECONDS, MODEL_SECONDS = 0.03, 1.0
 LEAST_GAIN = 0.97
@@ -224,7 +225,8 @@ class Schedule:
 
     def join(self, chains: list[list[int]]) -> None:
         """Make chains of these steps, and of no others; their layers run sparse."""
-        images = max(PARTS[0], 4 * torch.get_num_threads())
+        pixels = max(1, math.prod(self.sizes.get(0, [1])[1:]))
+        images = max(PARTS[0], PART_PIXELS // pixels, 4 * torch.get_num_threads())
         self.part = images if chains and self.plan.batched else None
         if chains == [chain.numbers for chain in self.chains]:
             return
