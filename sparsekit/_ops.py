@@ -35,13 +35,17 @@ _state = {"native": False, "isa": "reference"}
 # --- the compiled library -------------------------------------------------------------------------------------------
 
 
+def _file() -> Path | None:
+    return next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
+
+
 def _load() -> None:
-    files = sorted(Path(__file__).parent.glob("_C*.so"))
-    if not files:
+    file = _file()
+    if file is None:
         if os.environ.get("SPARSEKIT_ISA"):
             raise RuntimeError("SPARSEKIT_ISA is set, but sparsekit was installed without its C++ kernels")
         return
-    torch.ops.load_library(str(files[0]))
+    torch.ops.load_library(str(file))
     _state["native"] = True
     set_isa(os.environ.get("SPARSEKIT_ISA") or torch.ops.sparsekit_cpu.best_isa())
 
@@ -49,8 +53,8 @@ def _load() -> None:
 @functools.cache
 def build_id() -> str:
     """Tells builds of the compiled library from each other; ``"reference"`` if there is none."""
-    files = sorted(Path(__file__).parent.glob("_C*.so"))
-    return hashlib.sha256(files[0].read_bytes()).hexdigest()[:12] if files else "reference"
+    file = _file()
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file else "reference"
 
 
 def backend() -> str:

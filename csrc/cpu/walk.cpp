@@ -9,9 +9,7 @@ namespace {
 // a part of it each. Not the number of threads, on which results must not depend.
 constexpr int64_t kSingleTiles = 2;
 
-constexpr int64_t kMostShifted = 80;  // lanes of a row, which one strip holds
-constexpr double kMostWaste = 1.15;   // of lanes, that rows of whole lines may cost
-constexpr int64_t kWriteAhead = 4;    // channels, of a target that is not written in place
+constexpr int64_t kWriteAhead = 4;  // channels, of a target that is not written in place
 
 int64_t floor_div(int64_t n, int64_t by) { return n >= 0 ? n / by : -ceil_div(-n, by); }
 

@@ -19,6 +19,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int64_t kAlign = 16;  // floats in a cache line, and in the widest register
 // Chosen by measurement (benchmarks/layers.py) for 32 KB of first-level cache; 48 KB would gain nothing by more.
 constexpr int64_t kBlockFloats = 7 * 1024;  // that a strip reads while they stay there
+constexpr int64_t kMostShifted = 80;        // lanes of a row that is shifted, for one strip holds all of it
+constexpr double kMostWaste = 1.15;         // of lanes, that rows of whole lines may cost
 constexpr int64_t kStripLanes = 64;         // that spmm holds in registers; sddmm holds twice as many
 
 struct Tap {

@@ -21,7 +21,6 @@ namespace {
 constexpr int64_t kStripVectors = 4, kMostStripVectors = 5;  // registers of lanes that spmm holds
 constexpr int64_t kFewestTasks = 4;            // of a layer, by splitting its rows, for threads that share an image
 constexpr int64_t kRowNnz = 13;                // non-zeros of a row in a block of channels, at least
-constexpr double kMostWaste = 1.15;            // of lanes, that aligned rows may cost
 constexpr int64_t kPackedFloats = 320 * 1024;  // of a packed source that the second-level cache holds as a whole
 constexpr int64_t kTeam = 2;                   // threads that share an image, at least if there are so many
 
@@ -309,7 +308,7 @@ void Program::set_layouts() {
     const int64_t lines = round_up(layout.pitch, kAlign), halves = round_up(layout.pitch, kAlign / 2);
     const bool by_rows = layout.h > 1 && lines <= kMostWaste * layout.pitch;
     if (by_rows || (layout.side && halves <= kMostWaste * layout.pitch)) {
-      layout.shifting = layout.side && layout.pitch <= kMostStripVectors * kAlign;
+      layout.shifting = layout.side && layout.pitch <= kMostShifted;
       if (by_rows || layout.shifting) layout.pitch = by_rows ? lines : halves;
     }
     if (by_rows) {

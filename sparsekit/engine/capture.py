@@ -46,7 +46,7 @@ def snapshot(model: nn.Module) -> nn.Module:
 
 
 def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
-    """Trace ``model``, a :func:`snapshot` in eval mode, for any batch size and the image size of ``inputs``.
+    """Trace ``model``, a :func:`snapshot` in eval mode, for images of this size, and any batch if control flow lets it.
 
     Args:
         model: any module without sparse layers. It is not changed.
@@ -63,7 +63,7 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, examples, dynamic_shapes=_for_signature(model, dynamic))
-            if not _takes_any_batch(program, dynamic):
+            if not _takes_any_batch(program, dynamic):  # then for this one
                 program = torch.export.export(model, inputs)
             if not _make_functional(program.graph):
                 program = program.run_decompositions({})
@@ -91,10 +91,14 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
 
 
 def _takes_any_batch(program: torch.export.ExportedProgram, dynamic: tuple) -> bool:
-    """Whether control flow asked nothing about the batch, so that what was traced holds for all of two images and more."""
-    values = (node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder")
-    guards = [guard for v in values if isinstance(v, Tensor) for guard in v.fake_mode.shape_env.guards]
-    return len(program.range_constraints) >= any(dynamic) and not guards
+    """Whether control flow asked nothing about the batch, so that what was traced holds for all of two images and more.
+
+    That several inputs have the same one is no question.
+    """
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
+    asked = [guard.expr for v in values if isinstance(v, Tensor) for guard in v.fake_mode.shape_env.guards]
+    asked = [e for e in asked if not (e.is_Equality and all(side.is_Symbol for side in e.args))]
+    return not asked and (len(program.range_constraints) > 0 or not any(dynamic))
 
 
 def _make_functional(graph: fx.Graph) -> bool:

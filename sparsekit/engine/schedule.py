@@ -22,7 +22,7 @@ BACKENDS = ("sparse", "dense")
 # Below this fraction of zeros nobody measures whether sparse is faster.
 LOWEST_SPARSITY = 0.3
 # Parts of the batch that tuning tries, each if the one before was a gain: a part's activations may fit a cache where
-# the batch's do not. With chains, whose time per image does not depend on the batch, the first is tried by nobody: it
+# the batch's do not. With chains, whose time per image does not depend on the batch, the first is taken untried: it
 # also keeps what feeds them small enough for malloc to have the memory at hand.
 PARTS = (8, 4, 2, 1)
 PART_PIXELS = PARTS[0] * 224 * 224  # of smaller images more fit the same

@@ -235,6 +235,29 @@ def test_same_bits_for_any_number_of_threads():
         torch.set_num_threads(threads)
 
 
+def test_chains_run_in_parts_of_a_batch():
+    model, pixels = prune(Block(16, 8, 1), 0.8), 120 * 120
+    engine = chained(model, torch.randn(2, 16, 120, 120))
+    part = schedule_of(engine).part
+    assert part == max(8 * 224 * 224 // pixels, 4 * torch.get_num_threads())
+    assert_as_good(engine, model, torch.randn(part + 1, 16, 120, 120))
+
+
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (28, 28), (20, 20)])
+def test_an_inf_reaches_those_that_read_it_only(size):
+    conv = nn.Conv2d(64, 32, 3, padding=1)
+    with torch.no_grad():
+        conv.weight *= torch.rand_like(conv.weight) < 0.1
+        conv.weight[::2, 0] = 0  # every other channel does not look at it
+        conv.weight[::2, 1:5, 1, 1] = 1  # but has something to read
+    model, x = nn.Sequential(conv, nn.Conv2d(32, 32, 1, groups=32)).eval(), torch.randn(2, 64, *size)
+    engine = chained(model, x)
+    x[:, 0, 3, 3] = torch.inf
+    assert chains_of(engine)
+    out = engine(x)
+    assert out[:, ::2].isfinite().all() and not out[:, 1::2].isfinite().all()
+
+
 def test_many_threads_may_run_a_chain():
     engine = chained(prune(nn.Sequential(Block(16, 8, 1), Block(32, 16, 2)), 0.8), torch.randn(2, 16, 14, 14))
     batches = [torch.randn(n, 16, 14, 14) for n in (1, 2, 3, 4) * 3]

@@ -610,6 +610,25 @@ def test_a_model_that_asks_for_its_batch_is_captured_again(question, first):
             torch.testing.assert_close(engine(x), model(x), rtol=1e-5, atol=1e-6)
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x, y):
+        return self.conv(x) + self.conv(y)
+
+
+def test_inputs_of_one_batch_may_have_any(tmp_path):
+    model = Two().eval()
+    engine = sk.compile(model, (torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)), autotune=False)
+    engine.save(tmp_path / "two.sk")
+    loaded = sk.load(tmp_path / "two.sk")  # which cannot capture again
+    x, y = torch.randn(5, 3, 8, 8), torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x, y), model(x, y), rtol=1e-5, atol=1e-6)
+
+
 def test_inputs_without_dimensions():
     for autotune in (False, True):
         assert sk.compile(Scaled().eval(), torch.tensor(3.0), autotune=autotune)(torch.tensor(4.0)) == 8
