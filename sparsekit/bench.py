@@ -1,7 +1,8 @@
 """How much faster a sparse model is than the dense one, measured: inference, full finetuning, linear finetuning.
 
-Dense is the fastest of NCHW eager, channels_last eager and ``torch.compile``. All variants run in turns in one process;
-figures are medians, with the spread beside them.
+Dense is the fastest of NCHW eager, channels_last eager and ``torch.compile``; sparse are the modules, and where nothing
+but a head is trained :func:`sparsekit.compile`'s engine. All variants run in turns in one process; figures are medians,
+with the spread beside them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from . import _ops
 from .convert import densify_, sparsity
+from .engine import compile
 from .nn import SparseModule
 
 KINDS = ("inference", "full", "linear")
@@ -86,8 +89,9 @@ def measure(
         compiled: whether ``torch.compile`` is one of the dense ways; it takes a minute to compile a large model.
 
     Returns:
-        JSON types: ``dense`` (milliseconds per way, and which is the fastest), ``sparse`` (per name: milliseconds,
-        spread, speed-up over the fastest dense way, sparsity), batch, threads, ISA.
+        JSON types: ``dense`` (milliseconds per way, and which is the fastest), ``sparse`` (the modules; per name:
+        milliseconds, spread, speed-up over the fastest dense way, sparsity), ``engine`` (the same of
+        :func:`sparsekit.compile`; not of full finetuning), batch, threads, ISA.
 
     Raises:
         ValueError: ``kind`` is unknown, or there is no model.
@@ -104,14 +108,29 @@ def measure(
         "dense channels_last": _runner(last, images.contiguous(memory_format=torch.channels_last), labels, kind),
     }
     if compiled:
-        functions["dense compiled"] = _runner(copy.deepcopy(dense), images, labels, kind, compiled=True)
+        functions["dense compiled"] = _runner(copy.deepcopy(dense), images, labels, kind, run=torch.compile)
+    engines = {} if kind == "full" else sparse_models
     for name, model in sparse_models.items():
         functions[f"sparse {name}"] = _runner(copy.deepcopy(model), images, labels, kind)
+    for name, model in engines.items():
+        run = partial(compile, example_inputs=images)
+        functions[f"engine {name}"] = _runner(copy.deepcopy(model), images, labels, kind, run=run)
     # The first steps of every model find memory that nobody has touched yet.
     times = interleave(functions, runs, warmup=3)
     medians = {name: statistics.median(t) for name, t in times.items()}
     ways = {name: seconds for name, seconds in medians.items() if name.startswith("dense")}
     fastest = min(ways, key=ways.get)
+
+    def row(way: str, name: str, model: nn.Module) -> dict:
+        function = f"{way} {name}"
+        return {
+            "milliseconds": 1e3 * medians[function],
+            "spread": spread(times[function]),
+            "speedup": ways[fastest] / medians[function],
+            "sparsity": sparsity(model).overall,
+            "sparse_layers": sum(isinstance(m, SparseModule) for m in model.modules()),
+        }
+
     return {
         "kind": kind,
         "batch": len(images),
@@ -121,47 +140,40 @@ def measure(
         "runs": runs,
         "dense": {name.removeprefix("dense "): 1e3 * s for name, s in ways.items()}
         | {"fastest": fastest.removeprefix("dense "), "spread": spread(times[fastest])},
-        "sparse": {
-            name: {
-                "milliseconds": 1e3 * medians[f"sparse {name}"],
-                "spread": spread(times[f"sparse {name}"]),
-                "speedup": ways[fastest] / medians[f"sparse {name}"],
-                "sparsity": sparsity(model).overall,
-                "sparse_layers": sum(isinstance(m, SparseModule) for m in model.modules()),
-            }
-            for name, model in sparse_models.items()
-        },
+        "sparse": {name: row("sparse", name, model) for name, model in sparse_models.items()},
+        "engine": {name: row("engine", name, model) for name, model in engines.items()},
     }
 
 
 def _runner(
-    model: nn.Module, images: Tensor, labels: Tensor, kind: str, compiled: bool = False
+    model: nn.Module, images: Tensor, labels: Tensor, kind: str, run: Callable[[nn.Module], Callable] | None = None
 ) -> Callable[[], object]:
-    run = torch.compile(model) if compiled else model
+    """What is timed; ``run(model)``, if given, is called in the place of what is not trained, or of all of it."""
+    run = run or (lambda model: model)
     if kind == "inference":
-        model.eval()
+        forward = run(model.eval())
 
-        def forward():
+        def infer():
             with torch.inference_mode():
-                return run(images)
+                return forward(images)
 
-        return forward
-    trained = list(model.parameters())
+        return infer
     if kind == "full":
-        model.train()
+        trained, forward = model.train(), run(model)
     else:
-        model.eval()
-        head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-        trained = list(head.parameters())
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-    optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9)
+        from .transfer.models import replace_head_
+
+        trained = replace_head_(model, nn.Identity())
+        backbone = run(model.eval().requires_grad_(False))
+
+        def forward(images):
+            return trained(backbone(images))
+
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-6, momentum=0.9)
 
     def step():
         optimizer.zero_grad()
-        F.cross_entropy(run(images), labels).backward()
+        F.cross_entropy(forward(images), labels).backward()
         optimizer.step()
 
     return step

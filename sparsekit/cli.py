@@ -158,8 +158,11 @@ def bench(
         return
     dense = figures["dense"]
     print(f"dense: {dense[dense['fastest']]:.1f} ms ({dense['fastest']}), batch {batch}, {figures['threads']} threads")
-    for name, row in figures["sparse"].items():
-        print(f"{name:>6}: {row['milliseconds']:7.1f} ms ± {100 * row['spread']:.0f} %  {row['speedup']:.2f}x")
+    for title in ("sparse", "engine"):
+        for name, row in figures[title].items():
+            print(
+                f"{title} {name:>6}: {row['milliseconds']:7.1f} ms ± {100 * row['spread']:.0f} %  {row['speedup']:.2f}x"
+            )
 
 
 @app.command()

@@ -142,7 +142,8 @@ class _Job:
 def _summary(result: dict) -> str:
     if "accuracy" in result:
         return f"accuracy {100 * result['accuracy']:.2f} %"
-    return ", ".join(f"{name}: {row['speedup']:.2f}x" for name, row in result["sparse"].items())
+    figures = result["engine"] or result["sparse"]
+    return ", ".join(f"{name}: {row['speedup']:.2f}x" for name, row in figures.items())
 
 
 def _outcome(result) -> dict:

@@ -61,12 +61,14 @@ def test_missing_files_end_without_a_traceback(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("kind", bench.KINDS)
-def test_bench_measures_every_way(kind):
+def test_bench_measures_every_way(kind, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path))
     model = sk.sparsify_(sk.pruning.magnitude_(SmallResNet((8, 16), (1, 1)), 0.8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     result = bench.measure({"80 %": model}, torch.randn(2, 1, 12, 12), kind, runs=2, compiled=False)
     assert result["dense"]["fastest"] in ("nchw", "channels_last")
     assert result["sparse"]["80 %"]["speedup"] > 0
+    assert (result["engine"]["80 %"]["speedup"] > 0) if kind != "full" else not result["engine"]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     json.dumps(result)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +16,13 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as vision
 
+from ..engine import compile
 from ..io import load_checkpoint, save_checkpoint
 from ..pruning import Pruner
 from .models import head_name, replace_head_
 from .tasks import Task
+
+logger = logging.getLogger("sparsekit")
 
 
 @dataclass
@@ -251,7 +255,7 @@ def linear_finetune(
     on_the_fly: bool = False,
     checkpoint: str | os.PathLike | None = None,
 ) -> Result:
-    """Linear finetuning: a new dense head on the features of the frozen backbone, which stays in eval mode.
+    """Linear finetuning: a new dense head on the features of the frozen backbone, which runs as an inference engine.
 
     Args:
         model: an upstream model that ends in an ``nn.Linear``; it is not changed.
@@ -259,18 +263,22 @@ def linear_finetune(
         on_the_fly: run the backbone on augmented images in every epoch; else once, on plain ones.
         checkpoint: a file for the head, written after every epoch, and read first if it is there.
 
+    Where :func:`sparsekit.compile` cannot capture the backbone, it runs as it is, with a warning.
+
     Returns:
         The :class:`Result`, with a copy that has the new head.
     """
-    model = _with_new_head(model, task.classes, seed).eval()
+    model = _with_new_head(model, task.classes, seed)
     head = replace_head_(model, nn.Identity())
+    model.eval()
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     optimizer = torch.optim.SGD(head.parameters(), lr, 0.9, weight_decay=5e-4)
     start = time.perf_counter()
-    with torch.no_grad():
-        stored = None
-        if not on_the_fly:
-            stored = torch.cat([model(prepare(part, size, channels)) for part in task.train_images.split(128)])
+    backbone = _engine(model, torch.zeros(batch_size, channels, size, size))
+    stored = None
+    if not on_the_fly:
+        with torch.no_grad():
+            stored = torch.cat([backbone(prepare(part, size, channels)) for part in task.train_images.split(128)])
     history: list[dict[str, float]] = []
     if checkpoint is not None and Path(checkpoint).exists():
         history = load_checkpoint(checkpoint, head, optimizer).extra["history"]
@@ -280,7 +288,7 @@ def linear_finetune(
             began, losses = time.perf_counter(), []
             for group in optimizer.param_groups:
                 group["lr"] = lr * _factor("steps", epoch, epochs)
-            for features, labels in _features(model, task, size, channels, batch_size, seed, epoch, stored):
+            for features, labels in _features(backbone, task, size, channels, batch_size, seed, epoch, stored):
                 optimizer.zero_grad()
                 loss = F.cross_entropy(head(features), labels)
                 loss.backward()
@@ -302,7 +310,16 @@ def linear_finetune(
     return Result(evaluate(model, task, size=size), history, seconds, model)
 
 
-def _features(model, task, size, channels, batch_size, seed, epoch, stored) -> Iterator[tuple[Tensor, Tensor]]:
+def _engine(backbone: nn.Module, example: Tensor) -> nn.Module:
+    """The backbone as an engine; by the cost table, so that a run that is stopped goes on with the same features."""
+    try:
+        return compile(backbone, example, autotune=False)
+    except ValueError as error:
+        logger.warning("the backbone runs without an engine: %s", error)
+        return backbone
+
+
+def _features(backbone, task, size, channels, batch_size, seed, epoch, stored) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of (features, labels): the stored ones in random order, or fresh ones of augmented images."""
     if stored is not None:
         order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
@@ -311,7 +328,7 @@ def _features(model, task, size, channels, batch_size, seed, epoch, stored) -> I
         return
     for images, labels in _batches(task, size, channels, batch_size, True, seed, epoch):
         with torch.no_grad():
-            features = model(images)
+            features = backbone(images)
         yield features, labels
 
 

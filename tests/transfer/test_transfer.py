@@ -114,6 +114,23 @@ def test_linear_finetuning_learns_and_leaves_the_backbone_alone(digits, upstream
     assert 0 <= fly.accuracy <= 1 and fly.history[0]["loss"] > 0
 
 
+def test_a_backbone_that_no_engine_takes_runs_as_it_is(digits, upstream, caplog):
+    class Branching(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = upstream
+
+        def forward(self, x):
+            return self.inner(x if x.sum() > 0 else -x)
+
+    model = Branching().eval()
+    result = linear_finetune(model, digits.first(64), epochs=1, size=16)
+    assert len(result.history) == 1 and "without an engine: model cannot be captured" in caplog.text
+    caplog.clear()
+    linear_finetune(upstream, digits.first(64), epochs=1, size=16)
+    assert "without an engine" not in caplog.text
+
+
 def test_full_finetuning_learns_and_keeps_the_mask(digits, upstream):
     model = upstream
     result = full_finetune(model, digits, epochs=6, lr=0.05, size=16)
