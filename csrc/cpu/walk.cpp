@@ -198,17 +198,22 @@ Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels ch
   const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
   float* phase = block + p.base;
   // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
-  const bool columns_move = walk.tile_w < walk.grid_w;
-  if (top > 0 || bottom < rows || columns_move)
+  const bool clears_columns = walk.tile_w < walk.grid_w || (walk.reused && (from > 0 || to < lanes));
+  if (top > 0 || bottom < rows || clears_columns)
     for (int64_t c = 0; c < channels.count; ++c)
       for (int64_t r = 0; r < rows; ++r) {
         float* packed = phase + c * walk.channel_stride + r * walk.pitch;
         const bool missing = r < top || r >= bottom;
-        if (missing || columns_move) {
+        if (missing || clears_columns) {
           std::fill(packed, packed + (missing ? lanes : from), 0.0f);
           std::fill(packed + (missing ? lanes : to), packed + lanes, 0.0f);
         }
       }
+  // Behind the last row: what taps find there; behind others it is what the next begins with.
+  const int64_t behind = walk.tile_w + walk.left + walk.right - lanes;
+  if (walk.reused && behind > 0 && p.down >= 0)
+    for (int64_t c = 0; c < channels.count; ++c)
+      std::fill_n(phase + c * walk.channel_stride + (rows - 1) * walk.pitch + lanes, behind, 0.0f);
   return {phase + top * walk.pitch + from,
           s.data + tile.image * s.image + channels.first * s.channel + ((y0 + top) * walk.step_h + p.offset_h) * s.row +
               ((x0 + from) * walk.step_w + p.offset_w) * s.col,

@@ -58,6 +58,7 @@ struct Walk {
   int64_t lead = 0;       // floats before the first pixel of a phase
   bool shifting = false;  // PackedWeight may use it
   bool direct = false;    // the source itself serves as packed block
+  bool reused = false;    // the packed block is not zero where no tile has had a pixel
 
   int64_t tiles_h() const { return ceil_div(grid_h, tile_h); }
   int64_t tiles_w() const { return ceil_div(grid_w, tile_w); }

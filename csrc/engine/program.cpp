@@ -64,7 +64,7 @@ struct Program::Conv {
   int64_t strips = 0, splits = 0;
 };
 
-// What an image's tensors are in, zero where no tensor has pixels.
+// What an image's tensors are in, one after another.
 class Program::Memory {
  public:
   explicit Memory(int64_t floats) : data_(scratch_.get(floats)) { std::memset(data_, 0, floats * sizeof(float)); }
@@ -121,6 +121,8 @@ void Program::add_load(int64_t in, int64_t out) {
     walk.pitch = row_stride(out);
     walk.channel_stride = layout(out).channel;
     walk.phases[0].base = 0;
+    add_step(size.h, out,
+             [=, this](const Frame& frame, int64_t first, int64_t last) { clear_beside(frame, out, first, last); });
     add_copy(walk, in, {0, size.channels}, [=, this](const Frame& frame) { return data(frame, out); });
   };
   add_layer({{in}, out, kNone, add_steps});
@@ -129,26 +131,27 @@ void Program::add_load(int64_t in, int64_t out) {
 // Copies channels of `in` into the packed block of a walk.
 void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block) {
   const bool by_rows = walk.pitch > walk.channel_stride;
-  steps_.push_back({by_rows ? walk.tile_h : channels.count, [=, this](const Frame& frame, int64_t first, int64_t last) {
-                      Walk part = walk;
-                      part.source = images(frame, in);
-                      float* to = block(frame);
-                      Channels some{channels.first, channels.count};
-                      if (by_rows) {
-                        for (Phase& p : part.phases) {
-                          // With the first and last rows come those beyond them.
-                          const int64_t begin = first == 0 ? -p.up : first;
-                          const int64_t end = last == walk.tile_h ? last + p.down : last;
-                          p.base += (begin + p.up) * walk.pitch;
-                          p.up = -begin;
-                          p.down = end - walk.tile_h;
-                        }
-                      } else {
-                        some = {channels.first + first, last - first};
-                        to += first * walk.channel_stride;
-                      }
-                      pack_source(part, {0, 0, 0, walk.grid_h, walk.grid_w}, some, to);
-                    }});
+  walk.reused = true;
+  add_step(by_rows ? walk.tile_h : channels.count, kNone, [=, this](const Frame& frame, int64_t first, int64_t last) {
+    Walk part = walk;
+    part.source = images(frame, in);
+    float* to = block(frame);
+    Channels some{channels.first, channels.count};
+    if (by_rows) {
+      for (Phase& p : part.phases) {
+        // With the first and last rows come those beyond them.
+        const int64_t begin = first == 0 ? -p.up : first;
+        const int64_t end = last == walk.tile_h ? last + p.down : last;
+        p.base += (begin + p.up) * walk.pitch;
+        p.up = -begin;
+        p.down = end - walk.tile_h;
+      }
+    } else {
+      some = {channels.first + first, last - first};
+      to += first * walk.channel_stride;
+    }
+    pack_source(part, {0, 0, 0, walk.grid_h, walk.grid_w}, some, to);
+  });
 }
 
 void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in, int64_t out, int64_t residual,
@@ -164,7 +167,7 @@ void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in,
   const int64_t most = std::max(walk.left, walk.right), both = walk.left + walk.right;
   const bool shared = ceil_div(g.in_w, walk.step_w) <= g.out_w + most - walk.left;
   layout.side = std::max(layout.side, shared ? most : both);
-  if (direct && (walk.phases[0].up || walk.phases[0].down)) {
+  if (direct && (walk.phases[0].up || walk.phases[0].down || both)) {
     layout.up = std::max(layout.up, walk.phases[0].up);
     layout.down = std::max(layout.down, walk.phases[0].down);
     tensors_.at(in).halo = true;
@@ -207,24 +210,25 @@ void Program::join_residuals() {
 
 void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
   auto add_steps = [=, this] {
-    steps_.push_back({g.out_h, [=, this](const Frame& frame, int64_t first, int64_t last) {
-                        thread_local Scratch scratch;
-                        float* const row = scratch.get(pool_scratch(g));
-                        for (int64_t y = first; y < last; ++y)
-                          kernels().max_pool_row(g, images(frame, in), images(frame, out), y, row);
-                      }});
+    add_step(g.out_h, out, [=, this](const Frame& frame, int64_t first, int64_t last) {
+      thread_local Scratch scratch;
+      float* const row = scratch.get(pool_scratch(g));
+      clear_beside(frame, out, first, last);
+      for (int64_t y = first; y < last; ++y) kernels().max_pool_row(g, images(frame, in), images(frame, out), y, row);
+    });
   };
   add_layer({{in}, out, kNone, add_steps});
 }
 
 void Program::add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out) {
   auto add_steps = [=, this] {
-    steps_.push_back({g.out_h, [=, this](const Frame& frame, int64_t first, int64_t last) {
-                        thread_local Scratch scratch;
-                        float* const row = scratch.get(pool_scratch(g));
-                        for (int64_t y = first; y < last; ++y)
-                          kernels().avg_pool_row(g, count_padding, images(frame, in), images(frame, out), y, row);
-                      }});
+    add_step(g.out_h, out, [=, this](const Frame& frame, int64_t first, int64_t last) {
+      thread_local Scratch scratch;
+      float* const row = scratch.get(pool_scratch(g));
+      clear_beside(frame, out, first, last);
+      for (int64_t y = first; y < last; ++y)
+        kernels().avg_pool_row(g, count_padding, images(frame, in), images(frame, out), y, row);
+    });
   };
   add_layer({{in}, out, kNone, add_steps});
 }
@@ -234,9 +238,9 @@ void Program::add_runs(std::vector<int64_t> reads, int64_t writes, int64_t in_pl
                        std::function<void(const Frame&, int64_t, int64_t)> f) {
   auto add_steps = [=, this] {
     const int64_t channels = size(writes).channels;
-    steps_.push_back({channels * layout(writes).runs, [=](const Frame& frame, int64_t first, int64_t last) {
-                        for (int64_t i = first; i < last; ++i) f(frame, i % channels, i / channels);
-                      }});
+    add_step(channels * layout(writes).runs, writes, [=](const Frame& frame, int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) f(frame, i % channels, i / channels);
+    });
   };
   add_layer({std::move(reads), writes, in_place, add_steps});
 }
@@ -251,7 +255,9 @@ void Program::add_mean(int64_t in, int64_t out) {
     }
     double total = 0;
     for (float sum : sums) total += sum;
-    *lanes(frame, out, c, 0) = total / (size(in).h * size(in).w);
+    float* const to = lanes(frame, out, c, 0);
+    std::fill_n(to, layout(out).lanes, 0.0f);
+    *to = total / (size(in).h * size(in).w);
   });
 }
 
@@ -296,7 +302,7 @@ void Program::add_store(int64_t in, int64_t output) {
                           row_stride(in), rows, size.w);
       }
     };
-    steps_.push_back({size.channels * layout(in).runs, run});
+    add_step(size.channels * layout(in).runs, kNone, run);
   };
   add_layer({{in}, kNone, kNone, add_steps});
 }
@@ -331,64 +337,89 @@ void Program::set_layouts() {
   }
 }
 
-int64_t Program::reserve(int64_t floats) {
-  floats_ += round_up(floats, kAlign);
-  return floats_ - round_up(floats, kAlign);
+// The lowest place in an image's memory that is free while layers [first, last] run.
+int64_t Program::reserve(int64_t floats, int64_t first, int64_t last) {
+  floats = round_up(floats, kAlign);
+  int64_t at = 0;
+  for (const Use& use : uses_) {
+    if (use.last < first || use.first > last) continue;
+    if (at + floats <= use.at) break;
+    at = std::max(at, use.at + use.floats);
+  }
+  const Use use{at, floats, first, last};
+  uses_.insert(std::upper_bound(uses_.begin(), uses_.end(), use, [](auto& a, auto& b) { return a.at < b.at; }), use);
+  floats_ = std::max(floats_, at + floats);
+  return at;
 }
 
-// Tensors share memory with those of their own layout only, so that zeros around images stay zero; where these are rows
-// above and below, also with those of as many channels only.
+// Largest first, each where memory is free from the layer that writes it to the last that reads it.
 void Program::place_tensors() {
-  struct Place {
-    int64_t layout, halo;  // channels of a tensor with rows of zeros, or 0
-    int64_t channels = 0, at = 0;
-    bool busy = false;
+  struct Buffer {
+    int64_t first, last;
+    std::vector<int64_t> tensors;  // one after another, in the same place
+    bool halo = false;
+    int64_t above = 0, floats = 0;
   };
-  std::vector<Place> places;
-  std::vector<int64_t> place_of(tensors_.size(), kNone);
-  auto halo = [&](const Tensor& tensor) {
-    return tensor.halo && layouts_[tensor.layout].runs > 1 ? tensor.size.channels : 0;
-  };
-  auto suits = [&](const Place& place, const Tensor& tensor) {
-    return place.layout == tensor.layout && (place.halo ? place.halo == tensor.size.channels : halo(tensor) == 0);
-  };
-  // The free place that suits best: the smallest that is large enough, else the largest.
-  auto choose = [&](const Tensor& tensor) -> int64_t {
-    const int64_t wanted = tensor.size.channels;
-    int64_t best = kNone;
-    auto worse = [&](int64_t a, int64_t b) { return a >= wanted ? b >= wanted && b < a : b > a; };
-    for (size_t i = 0; i < places.size(); ++i) {
-      if (places[i].busy || !suits(places[i], tensor)) continue;
-      if (best == kNone || worse(places[best].channels, places[i].channels)) best = i;
-    }
-    if (best != kNone) return best;
-    places.push_back({tensor.layout, halo(tensor)});
-    return places.size() - 1;
-  };
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    const Layer& layer = layers_[i];
-    auto dies = [&](int64_t tensor) { return tensor >= 0 && tensor != kNone && tensors_[tensor].last <= int64_t(i); };
-    if (layer.writes != kNone) {
-      const Tensor& tensor = tensors_[layer.writes];
-      const bool over = dies(layer.in_place) && suits(places[place_of[layer.in_place]], tensor);
-      const int64_t place = over ? place_of[layer.in_place] : choose(tensor);
-      places[place].channels = std::max(places[place].channels, tensor.size.channels);
-      places[place].busy = true;
-      place_of[layer.writes] = place;
-    }
-    for (int64_t tensor : layer.reads)
-      if (dies(tensor) && !(layer.writes != kNone && place_of[tensor] == place_of[layer.writes]))
-        places[place_of[tensor]].busy = false;
-    if (dies(layer.writes)) places[place_of[layer.writes]].busy = false;
+  std::vector<Buffer> buffers;
+  std::vector<int64_t> buffer_of(tensors_.size(), kNone);
+  for (int64_t i = 0; i < int64_t(layers_.size()); ++i) {
+    const auto& [reads, writes, in_place, add_steps] = layers_[i];
+    if (writes == kNone) continue;
+    const bool over = in_place != kNone && in_place >= 0 && tensors_[in_place].last <= i;
+    buffer_of[writes] = over ? buffer_of[in_place] : buffers.size();
+    if (!over) buffers.push_back({i, i});
+    Buffer& buffer = buffers[buffer_of[writes]];
+    buffer.last = std::max(i, tensors_[writes].last);
+    buffer.tensors.push_back(writes);
+    buffer.halo |= tensors_[writes].halo;
   }
-  for (Place& place : places) {
-    const Layout& layout = layouts_[place.layout];
-    const int64_t run = place.channels * layout.channel, above = place.halo ? layout.up * run : 0;
-    const int64_t below = layout.runs > 1 ? (place.halo ? layout.down * run : 0) + kAlign : 0;
-    place.at = reserve(layout.lead + above + layout.runs * run + below) + layout.lead + above;
+  for (Buffer& buffer : buffers) {
+    const Layout& layout = this->layout(buffer.tensors[0]);
+    const int64_t run = run_stride(buffer.tensors[0]), rows = layout.runs > 1 && buffer.halo;
+    buffer.above = layout.lead + rows * layout.up * run;
+    buffer.floats = buffer.above + (layout.runs + rows * layout.down) * run + kAlign;
   }
-  for (size_t i = 0; i < tensors_.size(); ++i)
-    if (place_of[i] != kNone) tensors_[i].at = places[place_of[i]].at;
+  std::stable_sort(buffers.begin(), buffers.end(), [](auto& a, auto& b) { return a.floats > b.floats; });
+  for (const Buffer& buffer : buffers) {
+    const int64_t at = reserve(buffer.floats, buffer.first, buffer.last) + buffer.above;
+    for (int64_t tensor : buffer.tensors) tensors_[tensor].at = at;
+  }
+}
+
+// Adds a step of a layer that writes a tensor, or kNone. What was in its memory before is not zero around it.
+void Program::add_step(int64_t items, int64_t writes, Work work) {
+  if (writes == kNone || !tensors_[writes].halo) return steps_.push_back({items, std::move(work)});
+  steps_.push_back({items, [=, this](const Frame& frame, int64_t first, int64_t last) {
+                      clear_around(frame, writes, first == 0, last == items);
+                      work(frame, first, last);
+                    }});
+}
+
+// Zeros that taps find beyond an image's rows, and of planes also between these, as a part of those above.
+void Program::clear_around(const Frame& frame, int64_t tensor, bool above, bool below) const {
+  const Layout& layout = this->layout(tensor);
+  const int64_t run = run_stride(tensor), channels = tensors_[tensor].size.channels;
+  float* const image = data(frame, tensor);
+  if (layout.runs > 1) {
+    if (above) std::fill(image - layout.up * run - layout.lead, image, 0.0f);
+    if (below) std::fill_n(image + layout.runs * run, layout.down * run + kAlign, 0.0f);
+  } else if (above) {
+    std::fill(image - layout.lead, image, 0.0f);
+    for (int64_t c = 0; c < channels; ++c)
+      std::fill(image + c * layout.channel + layout.lanes, image + (c + 1) * layout.channel, 0.0f);
+  }
+}
+
+// Zeros to the right of rows, for writers of pixels alone.
+void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const {
+  const Layout& layout = this->layout(tensor);
+  for (int64_t y = first; y < last; ++y) {
+    const int64_t to = layout.runs == 1 && y + 1 == layout.h ? layout.lanes - y * layout.pitch : layout.pitch;
+    for (int64_t c = 0; c < tensors_[tensor].size.channels; ++c) {
+      float* const row = data(frame, tensor) + y * row_stride(tensor) + c * layout.channel;
+      std::fill(row + layout.w, row + to, 0.0f);
+    }
+  }
 }
 
 void Program::finish() {
@@ -399,6 +430,7 @@ void Program::finish() {
     layer.add_steps();
     if (layer.writes != kNone && layout(layer.writes).runs > 1) alone_ = steps_.size();
   }
+  uses_ = {};
 }
 
 void Program::choose_strips(Conv& conv) {
@@ -449,7 +481,7 @@ void Program::add_conv_steps(Conv& conv) {
       walk.phases[0].base = 0;
       walk.pitch = row_stride(term.in);
       walk.channel_stride = layout.channel;
-      if (term.shifts && !by_rows && layout.pitch % kAlign) shift_half_lines(term);
+      if (term.shifts && !by_rows && layout.pitch % kAlign) shift_half_lines(term, conv.layer);
       continue;
     }
     term.whole = conv.terms.size() > 1 || term.channels() * walk.channel_stride <= kPackedFloats;
@@ -464,7 +496,7 @@ void Program::add_conv_steps(Conv& conv) {
         floats += (p.up + walk.tile_h + p.down) * walk.pitch;
       }
     }
-    term.packed = reserve(floats + walk.lead + layout.pitch + kAlign);
+    term.packed = reserve(floats + walk.lead + layout.pitch + kAlign, conv.layer, conv.layer);
   }
   choose_strips(conv);
   conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.strips), 1, ceil_div(conv.terms[0].rows(), 64));
@@ -475,12 +507,12 @@ void Program::add_conv_steps(Conv& conv) {
   }
   // Adds blocks of a term's kernel to all strips. A strip's splits of the rows follow each other.
   auto add = [&](auto f) {
-    steps_.push_back({conv.strips * conv.splits, [&conv, f](const Frame& frame, int64_t first, int64_t last) {
-                        for (int64_t at = first, end; at < last; at = end) {
-                          end = std::min(last, (at / conv.splits + 1) * conv.splits);
-                          f(frame, at / conv.splits, Range{at % conv.splits, end - at});
-                        }
-                      }});
+    add_step(conv.strips * conv.splits, conv.out, [&conv, f](const Frame& frame, int64_t first, int64_t last) {
+      for (int64_t at = first, end; at < last; at = end) {
+        end = std::min(last, (at / conv.splits + 1) * conv.splits);
+        f(frame, at / conv.splits, Range{at % conv.splits, end - at});
+      }
+    });
   };
   auto packed = [](const Term& term) { return [at = term.packed](const Frame& frame) { return frame.memory + at; }; };
   for (Term& term : conv.terms) {
@@ -503,25 +535,26 @@ void Program::add_conv_steps(Conv& conv) {
     for (const Term& term : conv.terms) {
       const Walk& walk = term.walk;
       const float* source =
-          term.direct ? data(frame, term.in) - walk.phases[0].up * walk.pitch - walk.left : frame.memory + term.packed;
+          term.direct ? data(frame, term.in) - walk.phases[0].up * walk.pitch - walk.left - walk.phases[0].base
+                      : frame.memory + term.packed;
       run_conv(conv, term, frame, source, {0, term.blocks}, strip, splits);
     }
   });
 }
 
 // Every other row begins in the middle of a line: those are read from a copy that lies half a line off.
-void Program::shift_half_lines(Term& term) {
+void Program::shift_half_lines(Term& term, int64_t layer) {
   constexpr int64_t kPieces = 16;
   const Layout& layout = this->layout(term.in);
   const int64_t from = tensors_[term.in].at - layout.lead, floats = layout.lead + term.channels() * layout.channel;
-  const int64_t to = reserve(floats + kAlign) + kAlign / 2;
+  const int64_t to = reserve(floats + kAlign, layer, layer) + kAlign / 2;
+  term.walk.phases[0].base = std::max<int64_t>(0, from - to);  // offsets are not negative
   for (Tap& tap : term.walk.parts[0].taps)
     if (tap.dy % 2) tap.elsewhere = to - from;
-  steps_.push_back({kPieces, [=](const Frame& frame, int64_t first, int64_t last) {
-                      const int64_t begin = floats * first / kPieces, end = floats * last / kPieces;
-                      std::memcpy(frame.memory + to + begin, frame.memory + from + begin,
-                                  (end - begin) * sizeof(float));
-                    }});
+  add_step(kPieces, kNone, [=](const Frame& frame, int64_t first, int64_t last) {
+    const int64_t begin = floats * first / kPieces, end = floats * last / kPieces;
+    std::memcpy(frame.memory + to + begin, frame.memory + from + begin, (end - begin) * sizeof(float));
+  });
 }
 
 // Adds blocks of a term to a strip; `source` is that of the first.

@@ -5,6 +5,8 @@
 // the tensor, and no layer copies its input (those with a stride do). Tensors of one height and width share the layout,
 // hence a layer's output is at the same place of its row or plane as what it came from.
 //
+// Tensors share memory as soon as they are not read any more; who writes one writes the zeros around it, too.
+//
 // Two threads share an image: each computes the same rows in every layer, so that it finds them in its own caches.
 // Small layers at the end of the chain, which have no rows to share out, are computed by every thread for an image of
 // its own.
@@ -83,7 +85,7 @@ class Program {
   struct Tensor {
     Size size;
     int64_t layout;
-    bool halo = false;  // wants zeros above and below
+    bool halo = false;  // taps reach beyond it
     int64_t last = -1;  // layer that reads it
     int64_t at = 0;     // its first pixel in an image's memory
   };
@@ -103,9 +105,14 @@ class Program {
     int64_t image;
   };
   // Work on items [first, last) of some number.
+  using Work = std::function<void(const Frame&, int64_t first, int64_t last)>;
   struct Step {
     int64_t items;
-    std::function<void(const Frame&, int64_t first, int64_t last)> run;
+    Work run;
+  };
+  // Memory that is taken while layers [first, last] run.
+  struct Use {
+    int64_t at, floats, first, last;
   };
   struct Range {
     int64_t first, count;
@@ -124,7 +131,10 @@ class Program {
   void join_residuals();
   void set_layouts();
   void place_tensors();
-  int64_t reserve(int64_t floats);
+  int64_t reserve(int64_t floats, int64_t first, int64_t last);
+  void add_step(int64_t items, int64_t writes, Work work);
+  void clear_around(const Frame& frame, int64_t tensor, bool above, bool below) const;
+  void clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const;
   const Layout& layout(int64_t tensor) const { return layouts_[tensors_[tensor].layout]; }
   float* data(const Frame& frame, int64_t tensor) const;
   int64_t run_stride(int64_t tensor) const { return tensors_[tensor].size.channels * layout(tensor).channel; }
@@ -136,7 +146,7 @@ class Program {
   void add_conv_steps(Conv& conv);
   void choose_strips(Conv& conv);
   Strip strip(const Conv& conv, int64_t index) const;
-  void shift_half_lines(Term& term);
+  void shift_half_lines(Term& term, int64_t layer);
   void add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block);
   void run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
                 int64_t strip, Range splits) const;
@@ -149,8 +159,9 @@ class Program {
   std::vector<std::unique_ptr<Conv>> convs_;
   std::vector<Layer> layers_;
   std::vector<Step> steps_;
-  size_t alone_ = 0;    // steps from here on have no rows to share out
-  int64_t floats_ = 0;  // of an image's memory
+  size_t alone_ = 0;       // steps from here on have no rows to share out
+  int64_t floats_ = 0;     // of an image's memory
+  std::vector<Use> uses_;  // of it, by place, until finished
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Memory>> free_;  // memory that no image has at hand

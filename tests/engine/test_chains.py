@@ -428,3 +428,17 @@ def test_programs_check_what_they_are_given():
     _ops.remove_program(p)
     with pytest.raises(RuntimeError, match="there is no program"):
         _ops.finish_program(p)
+
+
+def test_tensors_share_memory():
+    """However long a chain is, an image takes two or three of its largest tensors, with the zeros around them."""
+    x = torch.randn(1, 32, 28, 28)
+    wide = [nn.Conv2d(32, 32, 3, padding=1) for _ in range(6)]
+    narrow = [nn.Conv2d(32, 64, 3, 2, padding=1), *(nn.Conv2d(64, 64, 3, padding=1) for _ in range(6))]
+    model = prune(nn.Sequential(*wide, *narrow), 0.9)
+    engine = chained(model, x)
+    (chain,) = chains_of(engine)
+    rows, pitch = 30, 32
+    assert _ops.program_floats(chain.number) < 2.5 * 32 * rows * pitch
+    assert_equals(engine, model, x)
+    assert_equals(engine, model, torch.randn(3, 32, 28, 28))  # in memory that holds what others left
