@@ -92,6 +92,7 @@ def read(path: str | os.PathLike) -> tuple[Plan, dict]:
 
 
 def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
+    compressed = {}
     for name, size in header["shapes"].items():
         values = tensors.pop(f"{name}:values")
         crow, col = tensors.pop(f"{name}:crow_indices"), tensors.pop(f"{name}:col_indices")
@@ -100,6 +101,7 @@ def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
             raise ValueError(f"the sizes of {name} do not fit {size}")
         empty = torch.empty(0, dtype=torch.int32)
         tensors[name] = _ops.decompress(values, Pattern(crow, col, empty, empty, empty), size)
+        compressed[name] = values, crow, col
     steps: list[Call | Layer] = []
     for item in header["steps"]:
         if "call" in item:
@@ -116,7 +118,17 @@ def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
     inputs = [(dtype, list(shape)) for dtype, shape in header["inputs"]]
     per_image = [int(slot) for slot in header["per_image"]]
     outputs = _decode(header["outputs"])
-    plan = Plan(steps, tensors, inputs, outputs, header["output_spec"], header["slots"], header["batched"], per_image)
+    plan = Plan(
+        steps,
+        tensors,
+        inputs,
+        outputs,
+        header["output_spec"],
+        header["slots"],
+        header["batched"],
+        per_image,
+        compressed,
+    )
     _check_names(plan)
     return plan
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _ops
 from ..dispatch import Shape
-from .plan import ACTIVATIONS, Layer
+from .plan import ACTIVATIONS, Layer, Plan
 
 # Whether PyTorch has oneDNN's convolution with what follows fused, which inductor uses.
 FUSED_DENSE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
@@ -32,10 +32,11 @@ class Prepared:
         nnz, sparsity: of the weight.
     """
 
-    def __init__(self, layer: Layer, tensors: dict[str, Tensor]):
+    def __init__(self, layer: Layer, plan: Plan):
         self.layer = layer
-        self.weight = tensors[layer.weight]
-        self.bias = None if layer.bias is None else tensors[layer.bias]
+        self.weight = plan.tensors[layer.weight]
+        self.bias = None if layer.bias is None else plan.tensors[layer.bias]
+        self._known = plan.compressed
         self._number: int | None = None
         self._reordered: Tensor | None = None
         self._lock = threading.Lock()
@@ -50,6 +51,8 @@ class Prepared:
 
     def compressed(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight's values, crow_indices and col_indices."""
+        if (known := self._known.pop(self.layer.weight, None)) is not None:
+            return known
         rows, columns = self.weight.flatten(1).shape
         kept = self.weight.flatten().nonzero().squeeze(1)
         row = kept // columns

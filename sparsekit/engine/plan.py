@@ -97,6 +97,7 @@ class Plan:
         outputs: flat, nested by ``output_spec``; slots or constants.
         batched: whether images do not meet: the plan may be run on parts of the batch.
         per_image: slots that hold a float32 tensor whose first dimension is the batch.
+        compressed: per weight that was read from a file its values, crow_indices and col_indices, until they are used.
     """
 
     steps: list[Call | Layer]
@@ -107,6 +108,7 @@ class Plan:
     slots: int
     batched: bool
     per_image: list[int] = field(default_factory=list)
+    compressed: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
     def uses(self, number: int) -> tuple[list[int], list[int]]:
         """The slots that a step reads and writes."""

@@ -63,7 +63,7 @@ class Schedule:
         self.spec = torch.utils._pytree.treespec_loads(plan.output_spec)
         self.sizes: dict[int, list[int]] = {}
         self.part: int | None = None
-        self.layers = {n: Prepared(s, plan.tensors) for n, s in enumerate(plan.steps) if isinstance(s, Layer)}
+        self.layers = {n: Prepared(s, plan) for n, s in enumerate(plan.steps) if isinstance(s, Layer)}
         self.choices = {number: Choice() for number in self.layers}
         self._functions = [None if isinstance(s, Layer) else _function(s.target) for s in plan.steps]
         self._own = _own_memory(plan)
