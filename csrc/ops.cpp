@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/batch_norm.h"
 #include "cpu/conv2d.h"
 #include "cpu/pool2d.h"
 
@@ -104,6 +105,53 @@ void max_pool2d_op(Tensor out, Tensor input, Ints kernel, Ints stride, Ints padd
   if (!empty(out)) max_pool2d(g, x, y);
 }
 
+float* planes(const Tensor& t, const char* name, const Tensor& like) {
+  check_dense(t, name);
+  STD_TORCH_CHECK(t.dim() == 4 && t.is_contiguous(), name, " must be 4-D and contiguous");
+  for (int64_t i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(t.size(i) == like.size(i), name, " must have the size of input, has ", t.size(i), " at dimension ",
+                    i);
+  return static_cast<float*>(t.data_ptr());
+}
+
+float* channel_data(const Tensor& t, const char* name, int64_t channels) {
+  return const_cast<float*>(vector_data(t, name, channels));
+}
+
+BatchNorm norm_of(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                  const Tensor& mean, const Tensor& var, bool relu, double eps) {
+  STD_TORCH_CHECK(input.dim() == 4, "input must have 4 dimensions, has ", input.dim());
+  const int64_t channels = input.size(1);
+  return {input.size(0),
+          channels,
+          input.size(2) * input.size(3),
+          weight ? vector_data(*weight, "weight", channels) : nullptr,
+          bias ? vector_data(*bias, "bias", channels) : nullptr,
+          channel_data(mean, "mean", channels),
+          channel_data(var, "var", channels),
+          eps,
+          relu};
+}
+
+void batch_norm_op(Tensor out, Tensor mean, Tensor var, Tensor input, std::optional<Tensor> weight,
+                   std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu, double eps) {
+  const BatchNorm norm = norm_of(input, weight, bias, mean, var, relu, eps);
+  batch_norm(norm, planes(input, "input", input), residual ? planes(*residual, "residual", input) : nullptr,
+             planes(out, "out", input));
+}
+
+void batch_norm_grad_op(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, std::optional<Tensor> grad_residual,
+                        Tensor grad_output, Tensor input, std::optional<Tensor> out, std::optional<Tensor> weight,
+                        std::optional<Tensor> bias, Tensor mean, Tensor var, bool relu, double eps) {
+  const BatchNorm norm = norm_of(input, weight, bias, mean, var, relu, eps);
+  STD_TORCH_CHECK(grad_residual.has_value() == out.has_value(), "out is needed for the gradient of a residual only");
+  batch_norm_grad(norm, planes(grad_output, "grad_output", input), planes(input, "input", input),
+                  out ? planes(*out, "out", input) : nullptr, planes(grad_input, "grad_input", input),
+                  channel_data(grad_weight, "grad_weight", norm.channels),
+                  channel_data(grad_bias, "grad_bias", norm.channels),
+                  grad_residual ? planes(*grad_residual, "grad_residual", input) : nullptr);
+}
+
 // Calls f(position in the dense weight, position in values) for every non-zero.
 template <class F>
 void each_nonzero(const Tensor& weight, const Tensor& crow, const Tensor& col, const F& f) {
@@ -179,6 +227,14 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
   m.def("bias_grad(Tensor(a!) out, Tensor grad_output) -> ()");
   m.def(
       "max_pool2d(Tensor(a!) out, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
+  m.def(
+      "batch_norm(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var, Tensor input, Tensor? weight, Tensor? bias, "
+      "Tensor? residual, bool relu, float eps) -> ()");
+  m.def(
+      "batch_norm_grad(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor(c!) grad_bias, Tensor(d!)? grad_residual, "
+      "Tensor grad_output, Tensor input, Tensor? out, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool "
+      "relu, "
+      "float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
@@ -197,4 +253,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("linear_values_grad", TORCH_BOX(&sparsekit::linear_values_grad_op));
   m.impl("bias_grad", TORCH_BOX(&sparsekit::bias_grad_op));
   m.impl("max_pool2d", TORCH_BOX(&sparsekit::max_pool2d_op));
+  m.impl("batch_norm", TORCH_BOX(&sparsekit::batch_norm_op));
+  m.impl("batch_norm_grad", TORCH_BOX(&sparsekit::batch_norm_grad_op));
 }

@@ -82,9 +82,20 @@ def shape_of(module, input: Tensor) -> Shape:
     return Shape("linear", module.in_features, module.out_features, 1, 1, 1, batch, 1, 1)
 
 
+# Constants to Dynamo, which cannot trace the calls.
+@torch.compiler.assume_constant_result
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+@torch.compiler.assume_constant_result
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def tuned_key(shape: Shape, train: bool) -> str:
     """Where a module keeps what :func:`sparsekit.autotune_` measured on this shape with this many threads."""
-    return f"{shape.key}-{'train' if train else 'eval'}-{torch.get_num_threads()}t"
+    return f"{shape.key}-{'train' if train else 'eval'}-{_threads()}t"
 
 
 class Work(NamedTuple):
@@ -133,10 +144,10 @@ OVERHEAD_SECONDS = 6e-5
 
 def predict(shape: Shape, nnz: int, train: bool) -> tuple[float, float]:
     """Expected seconds of (sparse, dense) for a layer's forward, or forward and backward if ``train``."""
-    threads = torch.get_num_threads()
+    threads = _threads()
     passes = 3 if train else 1
     work = sum(cost * amount for cost, amount in zip(SPARSE_COSTS[_ops.backend()], sparse_work(shape, nnz)))
-    mac = DENSE_COSTS.get(torch.backends.cpu.get_cpu_capability(), DENSE_COSTS["DEFAULT"])
+    mac = DENSE_COSTS.get(_capability(), DENSE_COSTS["DEFAULT"])
     if shape.groups > 1:
         mac *= GROUPED_DENSE_FACTOR
     sparse = passes * (OVERHEAD_SECONDS + work / threads)
@@ -173,7 +184,7 @@ def predict_in_chain(shape: Shape, nnz: int) -> float:
     """Expected seconds of a convolution on the sparse kernels within a chain."""
     ratio = SPARSE_COSTS[_ops.backend()].fma / SPARSE_COSTS["avx512"].fma
     work = sum(cost * amount for cost, amount in zip(CHAIN_COSTS, chain_work(shape, nnz)))
-    return ratio * shape.batch * work / torch.get_num_threads()
+    return ratio * shape.batch * work / _threads()
 
 
 def decide(module, input: Tensor) -> Decision:

@@ -98,3 +98,32 @@ def linear_values_grad(grad_output, input, crow_indices, col_indices):
 
 def bias_grad(grad_output):
     return grad_output.sum([d for d in range(grad_output.dim()) if d != 1])
+
+
+def _channels(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t[:, None, None]
+
+
+def batch_norm(input, weight, bias, residual, relu, eps):
+    var, mean = torch.var_mean(input, (0, 2, 3), correction=0)
+    out = (input - _channels(mean)) * _channels((var + eps).rsqrt())
+    out = out if weight is None else out * _channels(weight)
+    out = out if bias is None else out + _channels(bias)
+    out = out if residual is None else out + residual
+    return (out.relu() if relu else out).contiguous(), mean, var
+
+
+def batch_norm_grad(grad_output, input, out, weight, bias, mean, var, relu, eps):
+    inverse = (var + eps).rsqrt()
+    scaled = (input - _channels(mean)) * _channels(inverse)
+    if relu:
+        value = out
+        if value is None:
+            value = scaled if weight is None else scaled * _channels(weight)
+            value = value if bias is None else value + _channels(bias)
+        grad_output = grad_output.masked_fill(value <= 0, 0)
+    grad_bias, grad_weight = grad_output.sum((0, 2, 3)), (grad_output * scaled).sum((0, 2, 3))
+    count = input.numel() / max(input.shape[1], 1)
+    grad = grad_output - _channels(grad_bias / count) - scaled * _channels(grad_weight / count)
+    grad = grad * _channels(inverse if weight is None else inverse * weight)
+    return grad.contiguous(), grad_weight, grad_bias, input.new_empty(0) if out is None else grad_output.contiguous()

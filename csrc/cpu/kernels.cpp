@@ -679,6 +679,95 @@ void pointwise(const Pointwise& p, float* to, const float* from, int64_t lanes) 
   }
 }
 
+// to[i] = f(i, lanes) for registers of n floats; past the caches, if asked to.
+template <class F>
+inline void each_register(float* to, int64_t n, bool stream, const F& f) {
+  int64_t i = 0;
+  if (stream) {
+    for (; i + kLanes <= n; i += kLanes) stream_store(to + i, f(i, kLanes));
+    stream_fence();
+  }
+  for (; i + kLanes <= n; i += kLanes) store(to + i, f(i, kLanes));
+  if (i < n) store(to + i, f(i, n - i), n - i);
+}
+
+inline Vec some(const float* p, int64_t lanes) { return lanes == kLanes ? load(p) : load(p, lanes); }
+inline void put(float* p, Vec v, int64_t lanes) { lanes == kLanes ? store(p, v) : store(p, v, lanes); }
+
+// The first `lanes` lanes of v, 0 in the others.
+inline Vec only(Vec v, int64_t lanes) {
+  if (lanes == kLanes) return v;
+  float all[kLanes];
+  store(all, v);
+  return load(all, lanes);
+}
+
+// Two running sums over n floats; f(i, lanes, a, b) gives what a register adds to them. Floats add up in registers for
+// a stretch, stretches in double.
+template <class F>
+inline void add_up(int64_t n, double* sums, const F& f) {
+  constexpr int kAtOnce = 4;
+  constexpr int64_t kStretch = 4096;
+  for (int64_t begin = 0; begin < n; begin += kStretch) {
+    const int64_t end = n - begin < kStretch ? n : begin + kStretch;
+    Vec a[kAtOnce], b[kAtOnce];
+    for (int k = 0; k < kAtOnce; ++k) a[k] = b[k] = zero();
+    int64_t i = begin;
+    for (; i + kAtOnce * kLanes <= end; i += kAtOnce * kLanes)
+      for (int k = 0; k < kAtOnce; ++k) f(i + k * kLanes, kLanes, a[k], b[k]);
+    for (; i < end; i += kLanes) f(i, end - i < kLanes ? end - i : kLanes, a[0], b[0]);
+    float lanes[2][kLanes];
+    store(lanes[0], add(add(a[0], a[1]), add(a[2], a[3])));
+    store(lanes[1], add(add(b[0], b[1]), add(b[2], b[3])));
+    for (int k = 0; k < kLanes; ++k) sums[0] += lanes[0][k], sums[1] += lanes[1][k];
+  }
+}
+
+void moments(const float* x, int64_t n, float mean, double* sums) {
+  const Vec minus = broadcast(-mean);
+  add_up(n, sums, [=](int64_t i, int64_t lanes, Vec& a, Vec& b) {
+    const Vec d = only(add(some(x + i, lanes), minus), lanes);
+    a = add(a, d);
+    b = fma(d, d, b);
+  });
+}
+
+void normalize(float* y, const float* x, const float* other, int64_t n, float scale, float shift, bool relu,
+               bool stream) {
+  const Vec factor = broadcast(scale), summand = broadcast(shift), low = broadcast(relu ? 0 : kLowest);
+  each_register(y, n, stream, [=](int64_t i, int64_t lanes) {
+    Vec v = fma(some(x + i, lanes), factor, summand);
+    if (other) v = add(v, some(other + i, lanes));
+    return max(low, v);
+  });
+}
+
+void norm_sums(const NormGrad& grad, const float* dy, const float* x, const float* y, float* g, int64_t n,
+               double* sums) {
+  const Vec minus = broadcast(-grad.mean), factor = broadcast(grad.scale), summand = broadcast(grad.shift);
+  const bool relu = grad.relu;
+  add_up(n, sums, [=](int64_t i, int64_t lanes, Vec& a, Vec& b) {
+    const Vec value = some(x + i, lanes);
+    Vec d = some(dy + i, lanes);
+    if (relu) d = where_positive(d, y ? some(y + i, lanes) : fma(value, factor, summand));
+    if (g) put(g + i, d, lanes);
+    a = add(a, d);
+    b = fma(d, only(add(value, minus), lanes), b);
+  });
+}
+
+void norm_input_grad(const NormGrad& grad, const float* dy, const float* x, int64_t n, float* dx, bool stream) {
+  const Vec minus = broadcast(-grad.mean), factor = broadcast(grad.scale), summand = broadcast(grad.shift);
+  const Vec of_x = broadcast(grad.of_x), constant = broadcast(grad.constant);
+  const bool relu = grad.relu;
+  each_register(dx, n, stream, [=](int64_t i, int64_t lanes) {
+    const Vec value = some(x + i, lanes);
+    Vec d = some(dy + i, lanes);
+    if (relu) d = where_positive(d, fma(value, factor, summand));
+    return fma(factor, d, fma(of_x, add(value, minus), constant));
+  });
+}
+
 #define SPARSEKIT_STRING_(x) #x
 #define SPARSEKIT_STRING(x) SPARSEKIT_STRING_(x)
 
@@ -694,6 +783,10 @@ extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 max_pool_row,
                                 avg_pool_row,
                                 pointwise,
+                                moments,
+                                normalize,
+                                norm_sums,
+                                norm_input_grad,
                                 transpose};
 
 }  // namespace sparsekit::SPARSEKIT_ISA

@@ -65,6 +65,13 @@ struct Pointwise {
   Activation activation;
 };
 
+// A channel of BatchNorm's gradient. g is dy, with relu where x * scale + shift was positive, else 0.
+struct NormGrad {
+  float mean, scale, shift;
+  bool relu;
+  float of_x = 0, constant = 0;  // dx = scale * g + of_x * (x - mean) + constant
+};
+
 struct Kernels {
   const char* name;
 
@@ -103,6 +110,18 @@ struct Kernels {
 
   // to[lane] = p(from[lane]) over `lanes` lanes, a multiple of 16; `to` may be `from`. NaN stays NaN.
   void (*pointwise)(const Pointwise& p, float* to, const float* from, int64_t lanes);
+
+  // sums[0] += sum of x - mean, sums[1] += sum of (x - mean)^2, over n floats.
+  void (*moments)(const float* x, int64_t n, float mean, double* sums);
+
+  // y = x * scale + shift + other, at least 0 with relu; NaN stays NaN. other may be null. stream: as of Results.
+  void (*normalize)(float* y, const float* x, const float* other, int64_t n, float scale, float shift, bool relu,
+                    bool stream);
+
+  // sums[0] += sum of g, sums[1] += sum of g * (x - mean). With y, that tells what was positive, and g is written.
+  void (*norm_sums)(const NormGrad& grad, const float* dy, const float* x, const float* y, float* g, int64_t n,
+                    double* sums);
+  void (*norm_input_grad)(const NormGrad& grad, const float* dy, const float* x, int64_t n, float* dx, bool stream);
 
   // to[c * to_row + r] = from[r * from_row + c]
   void (*transpose)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols);

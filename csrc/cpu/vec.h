@@ -48,6 +48,10 @@ inline Mask mask_of(const int32_t* mask) {
   return mask ? _mm512_movepi32_mask(_mm512_loadu_si512(mask)) : (__mmask16)-1;
 }
 inline Vec keep(Vec v, Mask mask) { return _mm512_maskz_mov_ps(mask, v); }
+// v, 0 where x <= 0.
+inline Vec where_positive(Vec v, Vec x) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
+}
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -100,6 +104,7 @@ inline Vec keep(Vec v, Mask mask) {
   if (!mask) return v;
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_loadu_si256((const __m256i*)mask)));
 }
+inline Vec where_positive(Vec v, Vec x) { return _mm256_and_ps(_mm256_cmp_ps(x, zero(), _CMP_NLE_UQ), v); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -146,6 +151,7 @@ inline Vec keep(Vec v, Mask mask) {
   for (int i = 0; mask && i < kLanes; ++i) v[i] = mask[i] ? v[i] : 0;
   return v;
 }
+inline Vec where_positive(Vec v, Vec x) { return x <= zero() ? zero() : v; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec round(Vec v) {

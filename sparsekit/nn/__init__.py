@@ -1,5 +1,6 @@
 """Drop-in modules whose weights are sparse."""
 
+from .norm import BatchNorm2d
 from .sparse import SparseConv2d, SparseLinear, SparseModule
 
-__all__ = ["SparseConv2d", "SparseLinear", "SparseModule"]
+__all__ = ["BatchNorm2d", "SparseConv2d", "SparseLinear", "SparseModule"]

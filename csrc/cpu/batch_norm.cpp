@@ -1,0 +1,130 @@
+// Both directions go over a channel of all images twice: for its sums, then for the results. Channels are taken in
+// blocks that are still in a cache the second time, so that memory is read and written once. A channel belongs to one
+// thread, hence results do not depend on the number of threads.
+
+#include "cpu/batch_norm.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace sparsekit {
+namespace {
+
+constexpr int64_t kRunFloats = 4096;         // of a tensor that are read at a stretch, at least, if a block allows it
+constexpr int64_t kBlockFloats = 64 * 1024;  // of a tensor in a block of channels, at most, unless one has more
+constexpr int64_t kStreamFloats = 3 << 20;   // of a tensor that is too large for the caches
+
+// f(first, count) for blocks of channels.
+template <class F>
+void each_block(const BatchNorm& norm, const F& f) {
+  const int64_t channel = std::max<int64_t>(1, norm.batch * norm.pixels);
+  const int64_t wanted = ceil_div(kRunFloats, std::max<int64_t>(1, norm.pixels));
+  const int64_t block = std::clamp<int64_t>(kBlockFloats / channel, 1, std::min(wanted, norm.channels));
+  Queue(ceil_div(norm.channels, block)).run([&](Queue::Worker& worker) {
+    for (; !worker.done(); worker.advance()) {
+      const int64_t first = worker.task() * block;
+      f(first, std::min(block, norm.channels - first));
+    }
+  });
+}
+
+// f(channel of the block, offset of its plane) for every image.
+template <class F>
+void each_plane(const BatchNorm& norm, int64_t first, int64_t count, const F& f) {
+  for (int64_t n = 0; n < norm.batch; ++n)
+    for (int64_t c = 0; c < count; ++c) f(c, (n * norm.channels + first + c) * norm.pixels);
+}
+
+constexpr double kNear = 16;  // times the variance: square of the distance to the mean that costs no digits
+
+// Whether results are too large for the caches, and lie so that they can be written past them.
+bool streams(const BatchNorm& norm, const float* to) {
+  constexpr int64_t kLine = 16;
+  return norm.batch * norm.channels * norm.pixels >= kStreamFloats && norm.pixels % kLine == 0 &&
+         reinterpret_cast<uintptr_t>(to) % (kLine * sizeof(float)) == 0;
+}
+
+using Sums = std::vector<std::array<double, 2>>;
+
+}  // namespace
+
+void batch_norm(const BatchNorm& norm, const float* x, const float* residual, float* y) {
+  use_huge_pages(y, norm.batch * norm.channels * norm.pixels);
+  const Kernels& k = kernels();
+  const double pixels = norm.batch * norm.pixels;
+  const bool stream = streams(norm, y);
+  each_block(norm, [&](int64_t first, int64_t count) {
+    float* const mean = norm.mean + first;
+    float* const var = norm.var + first;
+    // Sums of what is left of the first image's mean: that is near enough to all images', or they are summed again.
+    for (int64_t c = 0; c < count; ++c) {
+      double sums[2] = {};
+      k.moments(x + (first + c) * norm.pixels, norm.pixels, 0, sums);
+      mean[c] = static_cast<float>(sums[0] / norm.pixels);
+    }
+    for (int pass = 0, near = 0; pass < 2 && !near; ++pass) {
+      Sums sums(count);
+      each_plane(norm, first, count,
+                 [&](int64_t c, int64_t at) { k.moments(x + at, norm.pixels, mean[c], sums[c].data()); });
+      near = 1;
+      for (int64_t c = 0; c < count; ++c) {
+        const double off = sums[c][0] / pixels, found = sums[c][1] / pixels - off * off;
+        const double variance = found < 0 ? 0 : found;  // NaN stays
+        near &= !(off * off > kNear * variance);
+        mean[c] = static_cast<float>(mean[c] + off);
+        var[c] = static_cast<float>(variance);
+      }
+    }
+    std::vector<float> scale(count), shift(count);
+    for (int64_t c = 0; c < count; ++c) {
+      scale[c] = (norm.weight ? norm.weight[first + c] : 1) / std::sqrt(var[c] + norm.eps);
+      shift[c] = (norm.bias ? norm.bias[first + c] : 0) - mean[c] * scale[c];
+    }
+    each_plane(norm, first, count, [&](int64_t c, int64_t at) {
+      k.normalize(y + at, x + at, residual ? residual + at : nullptr, norm.pixels, scale[c], shift[c], norm.relu,
+                  stream);
+    });
+  });
+}
+
+void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const float* y, float* dx, float* d_weight,
+                     float* d_bias, float* d_residual) {
+  use_huge_pages(dx, norm.batch * norm.channels * norm.pixels);
+  if (d_residual) use_huge_pages(d_residual, norm.batch * norm.channels * norm.pixels);
+  const Kernels& k = kernels();
+  const double pixels = norm.batch * norm.pixels;
+  const bool stream = streams(norm, dx);
+  each_block(norm, [&](int64_t first, int64_t count) {
+    Sums sums(count);
+    std::vector<NormGrad> grads(count);
+    for (int64_t c = 0; c < count; ++c) {
+      const float mean = norm.mean[first + c], weight = norm.weight ? norm.weight[first + c] : 1;
+      const float scale = weight / std::sqrt(norm.var[first + c] + norm.eps);
+      grads[c] = {mean, scale, (norm.bias ? norm.bias[first + c] : 0) - mean * scale, norm.relu};
+    }
+    each_plane(norm, first, count, [&](int64_t c, int64_t at) {
+      k.norm_sums(grads[c], dy + at, x + at, d_residual ? y + at : nullptr, d_residual ? d_residual + at : nullptr,
+                  norm.pixels, sums[c].data());
+    });
+    for (int64_t c = 0; c < count; ++c) {
+      const double inverse = 1 / std::sqrt(norm.var[first + c] + norm.eps), a = grads[c].scale;
+      d_bias[first + c] = static_cast<float>(sums[c][0]);
+      d_weight[first + c] = static_cast<float>(sums[c][1] * inverse);
+      grads[c].of_x = static_cast<float>(-a * inverse * inverse * sums[c][1] / pixels);
+      grads[c].constant = static_cast<float>(-a * sums[c][0] / pixels);
+      // What came through ReLU is the residual's gradient, if there is one.
+      grads[c].relu = norm.relu && !d_residual;
+    }
+    const float* const from = d_residual ? d_residual : dy;
+    each_plane(norm, first, count, [&](int64_t c, int64_t at) {
+      k.norm_input_grad(grads[c], from + at, x + at, norm.pixels, dx + at, stream);
+    });
+  });
+}
+
+}  // namespace sparsekit

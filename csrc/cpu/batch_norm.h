@@ -1,0 +1,26 @@
+// BatchNorm of NCHW images in training, with what often follows it: the sum with a residual, and ReLU.
+#pragma once
+
+#include "ops.h"
+
+namespace sparsekit {
+
+struct BatchNorm {
+  int64_t batch, channels, pixels;  // pixels of a plane
+  const float* weight;              // [channels], as bias; null: ones and zeros
+  const float* bias;
+  float* mean;  // [channels], as var, the biased variance: results of forward, inputs of the gradient
+  float* var;
+  double eps;
+  bool relu;
+};
+
+// y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual); residual may be null.
+void batch_norm(const BatchNorm& norm, const float* x, const float* residual, float* y);
+
+// Given the gradient dy of y: those of x, weight, bias and, if d_residual is not null, of the residual; y is read with
+// a residual only.
+void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const float* y, float* dx, float* d_weight,
+                     float* d_bias, float* d_residual);
+
+}  // namespace sparsekit

@@ -1,0 +1,63 @@
+"""torchvision's residual blocks, with BatchNorm, the sum and ReLU at once; imported only where torchvision is.
+
+Blocks keep their class's name, parameters and modules, so that checkpoints and ``isinstance`` see what they know. Where
+somebody listens to a module that would be left out, by a hook, they run as torchvision's.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from .norm import BatchNorm2d
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's block of two 3 x 3 convolutions; ``[n, c, h, w]`` to ``[n, c', h', w']``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _can_fuse(self):
+            return super().forward(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(out), shortcut, relu=True)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's block of 1 x 1, 3 x 3 and 1 x 1 convolutions; ``[n, c, h, w]`` to ``[n, c', h', w']``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _can_fuse(self):
+            return super().forward(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.bn1(self.conv1(x), relu=True)
+        out = self.bn2(self.conv2(out), relu=True)
+        return self.bn3(self.conv3(out), shortcut, relu=True)
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's ResNet, for the BatchNorm and the ReLU of its stem; ``[n, 3, h, w]`` to ``[n, classes]``."""
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        if not _can_fuse(self):
+            return super()._forward_impl(x)
+        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+FUSED = {resnet.BasicBlock: BasicBlock, resnet.Bottleneck: Bottleneck, resnet.ResNet: ResNet}
+
+
+def _can_fuse(block: nn.Module) -> bool:
+    norms = [module for name, module in block.named_children() if name.startswith("bn")]
+    return (
+        type(block.relu) is nn.ReLU
+        and all(type(norm) is BatchNorm2d for norm in norms)
+        and not any(map(_is_watched, (block.relu, *norms)))
+    )
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)

@@ -1,0 +1,133 @@
+"""BatchNorm2d and the residual blocks that sparsify_ puts in compute what PyTorch's do."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import sparsekit as sk
+
+
+def pair(**arguments):
+    torch.manual_seed(0)
+    theirs = nn.BatchNorm2d(6, **arguments)
+    if theirs.affine:
+        nn.init.normal_(theirs.weight)
+        nn.init.normal_(theirs.bias)
+    ours = sk.nn.BatchNorm2d(6, **arguments)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.1, "momentum": 0.4}],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_is_pytorchs(arguments, layout):
+    ours, theirs = pair(**arguments)
+    for _ in range(3):
+        x = torch.randn(4, 6, 7, 5).to(memory_format=layout)
+        torch.testing.assert_close(ours(x), theirs(x))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_fused_is_its_parts():
+    ours, theirs = pair()
+    for x in (torch.randn(4, 6, 7, 5), torch.randn(4, 6, 7, 5, dtype=torch.float64), torch.randn(2, 6, 1, 3)):
+        ours, theirs = ours.to(x.dtype), theirs.to(x.dtype)
+        residual = torch.randn_like(x)
+        torch.testing.assert_close(ours(x, residual, relu=True), F.relu(theirs(x) + residual))
+        torch.testing.assert_close(ours(x, relu=True), F.relu(theirs(x)))
+    with pytest.raises(ValueError, match=r"residual must be \(2, 6, 1, 3\)"):
+        ours(x, residual[:1])
+
+
+def test_what_pytorch_refuses_is_refused():
+    ours, _ = pair()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        ours(torch.randn(1, 6, 1, 1))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        ours(torch.randn(2, 6))
+    with pytest.raises(RuntimeError, match="6"):
+        ours(torch.randn(2, 5, 3, 3))
+
+
+def test_nothing_is_differentiated_that_needs_no_gradient():
+    ours, _ = pair()
+    ours.requires_grad_(False)
+    x = torch.randn(2, 6, 3, 3, requires_grad=True)
+    ours(x).sum().backward()
+    assert x.grad is not None and ours.weight.grad is None
+    assert not ours(x.detach()).requires_grad
+
+
+@pytest.fixture(params=["resnet18", "resnet50"])
+def models(request):
+    """A pruned ResNet, and the same with modules of ours."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(request.param, weights=None, num_classes=5)
+    sk.pruning.magnitude_(theirs, sparsity=0.9, distribution="uniform", exclude=["conv1", "fc"])
+    ours = sk.sparsify_(copy.deepcopy(theirs))
+    return ours, theirs
+
+
+def test_resnets_train_as_torchvisions(models):
+    ours, theirs = models
+    assert not any(type(m) in (nn.BatchNorm2d, *type(theirs).__mro__[:1]) for m in ours.modules())
+    assert isinstance(ours, type(theirs)) and ours.state_dict().keys() >= theirs.state_dict().keys()
+    x, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+    exact = copy.deepcopy(theirs).double()
+    for model, images in ((ours, x), (theirs, x), (exact, x.double())):
+        model.train()
+        F.cross_entropy(model(images), labels).backward()
+    grads = {name: p.grad for name, p in exact.named_parameters()}
+    for name, p in ours.named_parameters():
+        kept = p != 0 if p.dim() > 1 else torch.ones_like(p, dtype=torch.bool)
+        scale = grads[name].abs().max()
+        off, their_off = ((m.get_parameter(name).grad - grads[name])[kept].abs().max() / scale for m in (ours, theirs))
+        assert off <= 10 * their_off + 1e-4, name
+    for key, value in exact.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key].double(), value.double(), rtol=1e-3, atol=1e-4)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-3)
+
+
+def test_blocks_are_undone_copied_and_pickled(models):
+    ours, theirs = models
+    x = torch.randn(2, 3, 32, 32)
+    expected = ours.eval()(x)
+    for model in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(model.layer1[0]) is type(ours.layer1[0])
+        assert torch.equal(model(x), expected)
+    sk.densify_(ours)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
+
+
+def test_hooks_are_called(models):
+    ours, _ = models
+    calls = []
+    ours.layer1[0].relu.register_forward_hook(lambda *_: calls.append("relu"))
+    ours.layer1[0].bn1.register_forward_hook(lambda *_: calls.append("bn1"))
+    ours.train()(torch.randn(2, 3, 32, 32))
+    assert calls[:2] == ["bn1", "relu"]
+
+
+def test_a_dense_model_stays_as_it_is():
+    model = torchvision.models.resnet18(num_classes=2)
+    assert type(sk.sparsify_(model).bn1) is nn.BatchNorm2d and type(model) is torchvision.models.ResNet
+
+
+def test_compiles_as_one_graph(models):
+    ours, _ = models
+    x = torch.randn(2, 3, 32, 32)
+    ours.train()
+    expected = copy.deepcopy(ours)(x)
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), expected)
