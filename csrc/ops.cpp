@@ -105,13 +105,20 @@ void max_pool2d_op(Tensor out, Tensor input, Ints kernel, Ints stride, Ints padd
   if (!empty(out)) max_pool2d(g, x, y);
 }
 
-float* planes(const Tensor& t, const char* name, const Tensor& like) {
+float* planes(const Tensor& t, const char* name, const ImageSize& size) {
   check_dense(t, name);
-  STD_TORCH_CHECK(t.dim() == 4 && t.is_contiguous(), name, " must be 4-D and contiguous");
-  for (int64_t i = 0; i < 4; ++i)
-    STD_TORCH_CHECK(t.size(i) == like.size(i), name, " must have the size of input, has ", t.size(i), " at dimension ",
-                    i);
+  STD_TORCH_CHECK(t.is_contiguous() && image_size(t, name) == size, name,
+                  " must be contiguous, and of a size that fits");
   return static_cast<float*>(t.data_ptr());
+}
+
+void max_pool2d_grad_op(Tensor grad_input, Tensor grad_output, Tensor input, Ints kernel, Ints stride, Ints padding,
+                        Ints dilation) {
+  const ImageSize size = image_size(input, "input"), out_size = image_size(grad_output, "grad_output");
+  const Pool2dGeometry g = pool_geometry(size, out_size, kernel, stride, padding, dilation);
+  const float* const dy = planes(grad_output, "grad_output", out_size);
+  const float* const x = planes(input, "input", size);
+  max_pool2d_grad(g, dy, x, planes(grad_input, "grad_input", size));
 }
 
 float* channel_data(const Tensor& t, const char* name, int64_t channels) {
@@ -120,11 +127,10 @@ float* channel_data(const Tensor& t, const char* name, int64_t channels) {
 
 BatchNorm norm_of(const Tensor& input, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                   const Tensor& mean, const Tensor& var, bool relu, double eps) {
-  STD_TORCH_CHECK(input.dim() == 4, "input must have 4 dimensions, has ", input.dim());
-  const int64_t channels = input.size(1);
-  return {input.size(0),
+  const auto [batch, channels, h, w] = image_size(input, "input");
+  return {batch,
           channels,
-          input.size(2) * input.size(3),
+          h * w,
           weight ? vector_data(*weight, "weight", channels) : nullptr,
           bias ? vector_data(*bias, "bias", channels) : nullptr,
           channel_data(mean, "mean", channels),
@@ -136,20 +142,22 @@ BatchNorm norm_of(const Tensor& input, const std::optional<Tensor>& weight, cons
 void batch_norm_op(Tensor out, Tensor mean, Tensor var, Tensor input, std::optional<Tensor> weight,
                    std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu, double eps) {
   const BatchNorm norm = norm_of(input, weight, bias, mean, var, relu, eps);
-  batch_norm(norm, planes(input, "input", input), residual ? planes(*residual, "residual", input) : nullptr,
-             planes(out, "out", input));
+  const ImageSize size = image_size(input, "input");
+  batch_norm(norm, planes(input, "input", size), residual ? planes(*residual, "residual", size) : nullptr,
+             planes(out, "out", size));
 }
 
 void batch_norm_grad_op(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, std::optional<Tensor> grad_residual,
                         Tensor grad_output, Tensor input, std::optional<Tensor> out, std::optional<Tensor> weight,
                         std::optional<Tensor> bias, Tensor mean, Tensor var, bool relu, double eps) {
   const BatchNorm norm = norm_of(input, weight, bias, mean, var, relu, eps);
+  const ImageSize size = image_size(input, "input");
   STD_TORCH_CHECK(grad_residual.has_value() == out.has_value(), "out is needed for the gradient of a residual only");
-  batch_norm_grad(norm, planes(grad_output, "grad_output", input), planes(input, "input", input),
-                  out ? planes(*out, "out", input) : nullptr, planes(grad_input, "grad_input", input),
+  batch_norm_grad(norm, planes(grad_output, "grad_output", size), planes(input, "input", size),
+                  out ? planes(*out, "out", size) : nullptr, planes(grad_input, "grad_input", size),
                   channel_data(grad_weight, "grad_weight", norm.channels),
                   channel_data(grad_bias, "grad_bias", norm.channels),
-                  grad_residual ? planes(*grad_residual, "grad_residual", input) : nullptr);
+                  grad_residual ? planes(*grad_residual, "grad_residual", size) : nullptr);
 }
 
 // Calls f(position in the dense weight, position in values) for every non-zero.
@@ -228,6 +236,9 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
   m.def(
       "max_pool2d(Tensor(a!) out, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
   m.def(
+      "max_pool2d_grad(Tensor(a!) grad_input, Tensor grad_output, Tensor input, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation) -> ()");
+  m.def(
       "batch_norm(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var, Tensor input, Tensor? weight, Tensor? bias, "
       "Tensor? residual, bool relu, float eps) -> ()");
   m.def(
@@ -253,6 +264,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("linear_values_grad", TORCH_BOX(&sparsekit::linear_values_grad_op));
   m.impl("bias_grad", TORCH_BOX(&sparsekit::bias_grad_op));
   m.impl("max_pool2d", TORCH_BOX(&sparsekit::max_pool2d_op));
+  m.impl("max_pool2d_grad", TORCH_BOX(&sparsekit::max_pool2d_grad_op));
   m.impl("batch_norm", TORCH_BOX(&sparsekit::batch_norm_op));
   m.impl("batch_norm_grad", TORCH_BOX(&sparsekit::batch_norm_grad_op));
 }

@@ -127,6 +127,17 @@ def _empty(like: Tensor, size: Sequence[int]) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
+def _pooled_size(input_size, kernel_size, stride, padding, dilation, ceil_mode):
+    """Shape of what pooling leaves."""
+    sizes = []
+    for size, k, s, p, d in zip(input_size[2:], kernel_size, stride, padding, dilation):
+        span = size + 2 * p - d * (k - 1) - 1
+        out = (-(-span // s) if ceil_mode else span // s) + 1
+        # The last window must start inside of the image or of its left padding.
+        sizes.append(out - 1 if ceil_mode and (out - 1) * s >= size + p else out)
+    return *input_size[:2], *sizes
+
+
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +391,39 @@ _define(
 )
 
 
+# max_pool2d: input [n, channels, h, w] -> the largest of every window, NCHW.
+_POOL = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
+
+
+def _max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode):
+    if not _runs_native(input):
+        return reference.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+_define(
+    f"max_pool2d(Tensor input, {_POOL}, bool ceil_mode) -> Tensor",
+    _max_pool2d,
+    lambda input, *geometry: input.new_empty(_pooled_size(input.shape, *geometry)),
+)
+
+
+# max_pool2d_grad: grad_output [n, channels, oh, ow] -> the gradient of input; the first of equal pixels gets it.
+def _max_pool2d_grad(grad_output, input, *geometry):
+    if not _runs_native(grad_output, input):
+        return reference.max_pool2d_grad(grad_output, input, *geometry)
+    grad = input.new_empty(input.shape)
+    torch.ops.sparsekit_cpu.max_pool2d_grad(grad, grad_output.contiguous(), input.contiguous(), *geometry[:4])
+    return grad
+
+
+_define(
+    f"max_pool2d_grad(Tensor grad_output, Tensor input, {_POOL}, bool ceil_mode) -> Tensor",
+    _max_pool2d_grad,
+    lambda grad_output, input, *geometry: input.new_empty(input.shape),
+)
+
+
 # --- layers of an inference engine: no autograd, no reference ---------------------------------------------------------
 
 
@@ -396,14 +440,8 @@ def remove_layer(layer: int) -> None:
 def max_pool2d(input, kernel_size, stride=(), padding=(0, 0), dilation=(1, 1), ceil_mode=False):
     """``F.max_pool2d`` of float32 images, channels_last or NCHW in, NCHW out; no gradient."""
     geometry = _pool_geometry(kernel_size, stride, padding, dilation)
-    sizes = []
-    for size, k, s, p, d in zip(input.shape[2:], *geometry):
-        span = size + 2 * p - d * (k - 1) - 1
-        out = (-(-span // s) if ceil_mode else span // s) + 1
-        # The last window must start inside of the image or of its left padding.
-        sizes.append(out - 1 if ceil_mode and (out - 1) * s >= size + p else out)
     input = _dense_layout(input)
-    out = input.new_empty(*input.shape[:2], *sizes)
+    out = input.new_empty(_pooled_size(input.shape, *geometry, ceil_mode))
     torch.ops.sparsekit_cpu.max_pool2d(out, input, *geometry)
     return out
 
@@ -609,6 +647,19 @@ def _batch_norm_backward(ctx, grad, *_):
 _register_autograd("batch_norm", _batch_norm_backward, _save_batch_norm)
 
 
+def _save_max_pool2d(ctx, inputs, output):
+    input, *ctx.geometry = inputs
+    ctx.save_for_backward(input)
+
+
+def _max_pool2d_backward(ctx, grad):
+    (input,) = ctx.saved_tensors
+    return torch.ops.sparsekit.max_pool2d_grad(grad, input, *ctx.geometry), *[None] * len(ctx.geometry)
+
+
+_register_autograd("max_pool2d", _max_pool2d_backward, _save_max_pool2d)
+
+
 def _no_double_backward(name):
     def backward(ctx, *grads):
         raise NotImplementedError(f"sparsekit::{name} has no derivative: double backward is not supported")
@@ -624,6 +675,7 @@ for _name in (
     "linear_values_grad",
     "bias_grad",
     "batch_norm_grad",
+    "max_pool2d_grad",
 ):
     _no_double_backward(_name)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .nn.norm import BatchNorm2d
+from .nn.pool import MaxPool2d
 from .nn.sparse import SparseConv2d, SparseLinear, SparseModule, _check_mask, modules_of
 
 _SPARSE_CLASS = {nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
@@ -19,11 +20,12 @@ _DENSE_CLASS = {sparse: dense for dense, sparse in _SPARSE_CLASS.items()}
 
 def _fused_classes() -> dict[type, type]:
     """Of modules between sparse layers: PyTorch's or torchvision's class, and ours."""
-    if "torchvision.models.resnet" not in sys.modules:
-        return {nn.BatchNorm2d: BatchNorm2d}
-    from .nn import blocks
+    ours: dict[type, type] = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
+    if "torchvision.models.resnet" in sys.modules:
+        from .nn import blocks
 
-    return {nn.BatchNorm2d: BatchNorm2d, **blocks.FUSED}
+        ours |= blocks.FUSED
+    return ours
 
 
 def sparsify_(
@@ -33,7 +35,7 @@ def sparsify_(
 
     Modules change their class and keep everything else: the Parameter objects (so optimizers stay valid), hooks, tied
     weights, mode. ``torch.nn.utils.prune`` masks and parametrizations of ``weight`` are made permanent first. If a layer
-    becomes sparse, BatchNorm2d and torchvision's residual blocks become ours, which compute the same, faster in training.
+    becomes sparse, BatchNorm2d, MaxPool2d and torchvision's residual blocks become ours: the same, faster in training.
 
     Args:
         model: any module; subclasses of ``nn.Conv2d`` and ``nn.Linear`` with a forward of their own are left alone.

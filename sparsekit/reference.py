@@ -127,3 +127,14 @@ def batch_norm_grad(grad_output, input, out, weight, bias, mean, var, relu, eps)
     grad = grad_output - _channels(grad_bias / count) - scaled * _channels(grad_weight / count)
     grad = grad * _channels(inverse if weight is None else inverse * weight)
     return grad.contiguous(), grad_weight, grad_bias, input.new_empty(0) if out is None else grad_output.contiguous()
+
+
+def max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode):
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode).contiguous()
+
+
+def max_pool2d_grad(grad_output, input, kernel_size, stride, padding, dilation, ceil_mode):
+    geometry = (kernel_size, stride, padding, dilation, ceil_mode)
+    _, indices = F.max_pool2d(input.contiguous(), *geometry, return_indices=True)
+    grad = input.new_zeros(input.shape).flatten(2)
+    return grad.scatter_add_(2, indices.flatten(2), grad_output.flatten(2)).view(input.shape)

@@ -1,4 +1,4 @@
-// Max pooling on the CPU, for the inference engine.
+// Max pooling on the CPU.
 #pragma once
 
 #include "ops.h"
@@ -12,5 +12,9 @@ inline int64_t pool_scratch(const Pool2dGeometry& g) {
 
 // The largest pixel of every window; the layouts are those of Kernels::max_pool_row.
 void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out);
+
+// NCHW: dx is the sum of dy over the windows of which a pixel of x is the largest; of several the first, of NaNs the
+// last.
+void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const float* x, float* dx);
 
 }  // namespace sparsekit

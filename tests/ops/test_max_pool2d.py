@@ -1,0 +1,88 @@
+"""Max pooling that trains: values and gradients as PyTorch's, ties and NaN too, and what PyTorch expects of an op."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import sparsekit as sk
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    size=st.tuples(st.integers(1, 3), st.integers(1, 5), st.integers(1, 30), st.integers(1, 40)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)), stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.integers(1, 2), padded=st.booleans(), ceil=st.booleans(), ties=st.booleans(),
+    isa=st.sampled_from(sk.available_backends()),
+)  # fmt: skip
+def test_is_pytorchs(size, kernel, stride, dilation, padded, ceil, ties, isa):
+    padding = [k // 2 * padded for k in kernel]
+    assume(all(s + 2 * p > dilation * (k - 1) for s, p, k in zip(size[2:], padding, kernel)))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 3, size, generator=g).float() if ties else torch.randn(size, generator=g)
+    geometry = ([*kernel], [*stride], padding, [dilation, dilation], ceil)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with sk.use_isa(isa):
+        out = torch.ops.sparsekit.max_pool2d(ours, *geometry)
+        expected = F.max_pool2d(theirs, *geometry)
+        assert torch.equal(out, expected)
+        grad = torch.randn(out.shape, generator=g)
+        out.backward(grad)
+        expected.backward(grad)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_nan_and_inf():
+    x = torch.randn(2, 3, 9, 9)
+    x[0, 0, 4, 4], x[0, 1], x[0, 2, 0] = float("nan"), -float("inf"), float("inf")
+    grads = []
+    for pool in (sk.nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1)):
+        leaf = x.clone().requires_grad_()
+        out = pool(leaf)
+        out.backward(torch.ones_like(out))
+        grads.append((out.detach(), leaf.grad))
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck_and_gradcheck(dtype):
+    x, geometry = torch.randn(2, 3, 7, 6, dtype=dtype), ([3, 2], [2, 2], [1, 0], [1, 1], True)
+    torch.library.opcheck(torch.ops.sparsekit.max_pool2d.default, (x.requires_grad_(), *geometry), test_utils=OPCHECKS)
+    grad = torch.randn_like(torch.ops.sparsekit.max_pool2d(x, *geometry))
+    args = (grad, x.detach(), *geometry)
+    torch.library.opcheck(torch.ops.sparsekit.max_pool2d_grad.default, args, test_utils=OPCHECKS)
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(lambda t: torch.ops.sparsekit.max_pool2d(t, *geometry), x)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"kernel_size": 2}, {"kernel_size": 3, "stride": (2, 1), "padding": 1, "ceil_mode": True}]
+)
+def test_module_is_pytorchs(arguments):
+    ours, theirs = sk.nn.MaxPool2d(**arguments), nn.MaxPool2d(**arguments)
+    x = torch.randn(2, 3, 8, 8)
+    for images in (x, x[0], x.double(), x.to(memory_format=torch.channels_last)):
+        assert torch.equal(ours(images), theirs(images)) and torch.equal(ours.eval()(images), ours.train()(images))
+    with pytest.raises(RuntimeError, match="pad should be"):
+        sk.nn.MaxPool2d(2, padding=2)(x)
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        sk.nn.MaxPool2d(9)(x)
+    both = sk.nn.MaxPool2d(2, return_indices=True)(x)
+    assert torch.equal(both[1], F.max_pool2d(x, 2, return_indices=True)[1])
+
+
+def test_results_may_be_changed_in_place():
+    """As after PyTorch's: nothing of them is kept for the gradient."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.MaxPool2d(2), nn.ReLU(inplace=True))
+    ours, x = sk.sparsify_(copy.deepcopy(model), min_sparsity=0), torch.randn(2, 2, 8, 8)
+    assert type(ours[1]) is sk.nn.MaxPool2d
+    for network in (ours, model):
+        network(x).sum().backward()
+    torch.testing.assert_close(ours[0].weight.grad, model[0].weight.grad)
