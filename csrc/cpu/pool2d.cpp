@@ -61,7 +61,8 @@ void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const float* x, f
             }
           }
         }
-        for (int64_t i = 0; i < g.out_w; ++i) to[pixel[static_cast<int64_t>(tap[i])] + i * g.stride_w] += grad[i];
+        for (int64_t i = 0; i < g.out_w; ++i)
+          if (tap[i] >= 0) to[pixel[static_cast<int64_t>(tap[i])] + i * g.stride_w] += grad[i];
       }
     }
   });

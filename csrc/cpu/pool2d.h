@@ -14,7 +14,7 @@ inline int64_t pool_scratch(const Pool2dGeometry& g) {
 void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out);
 
 // NCHW: dx is the sum of dy over the windows of which a pixel of x is the largest; of several the first, of NaNs the
-// last.
+// last. A window between whose taps the image lies has none.
 void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const float* x, float* dx);
 
 }  // namespace sparsekit

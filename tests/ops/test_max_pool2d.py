@@ -24,6 +24,8 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 def test_is_pytorchs(size, kernel, stride, dilation, padded, ceil, ties, isa):
     padding = [k // 2 * padded for k in kernel]
     assume(all(s + 2 * p > dilation * (k - 1) for s, p, k in zip(size[2:], padding, kernel)))
+    # PyTorch's gradient writes beyond the image where a window's taps all miss it.
+    assume(all(hits_a_pixel(s, p, dilation) for s, p in zip(size[2:], padding)))
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 3, size, generator=g).float() if ties else torch.randn(size, generator=g)
     geometry = ([*kernel], [*stride], padding, [dilation, dilation], ceil)
@@ -36,6 +38,20 @@ def test_is_pytorchs(size, kernel, stride, dilation, padded, ceil, ties, isa):
         out.backward(grad)
         expected.backward(grad)
     torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def hits_a_pixel(size, padding, dilation):
+    return all(-start % dilation < size for start in range(-padding, 0))
+
+
+@pytest.mark.parametrize("isa", sk.available_backends()[1:])
+def test_windows_without_a_pixel_have_no_gradient(isa):
+    x = torch.randn(2, 3, 1, 5, requires_grad=True)
+    with sk.use_isa(isa):
+        out = torch.ops.sparsekit.max_pool2d(x, [2, 2], [1, 1], [1, 1], [2, 2], False)
+        assert out.shape == (2, 3, 1, 5) and (out == -float("inf")).all()
+        out.backward(torch.ones_like(out))
+    assert not x.grad.any()
 
 
 def test_nan_and_inf():
