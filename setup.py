@@ -54,7 +54,10 @@ def extension():
                 "sparsekit._C",
                 [
                     "csrc/ops.cpp",
-                    *(f"csrc/cpu/{name}.cpp" for name in ("batch_norm", "conv2d", "dispatch", "pool2d", "walk")),
+                    *(
+                        f"csrc/cpu/{name}.cpp"
+                        for name in ("batch_norm", "conv2d", "dispatch", "pattern", "pool2d", "walk")
+                    ),
                     *(f"csrc/engine/{name}.cpp" for name in ("layers", "program", "programs")),
                 ],
                 include_dirs=[CSRC],

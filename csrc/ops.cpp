@@ -10,6 +10,7 @@
 #include "arguments.h"
 #include "cpu/batch_norm.h"
 #include "cpu/conv2d.h"
+#include "cpu/pattern.h"
 #include "cpu/pool2d.h"
 
 namespace sparsekit {
@@ -198,6 +199,36 @@ void decompress_op(Tensor out, Tensor values, Tensor crow, Tensor col) {
   each_nonzero(out, crow, col, [&](int64_t dense, int64_t j) { to[dense] = from[j]; });
 }
 
+MaskSize mask_size(const Tensor& mask, const Tensor& crow, int64_t groups) {
+  STD_TORCH_CHECK(mask.scalar_type() == torch::headeronly::ScalarType::Bool && mask.is_contiguous(),
+                  "mask must be bool and contiguous");
+  STD_TORCH_CHECK(mask.dim() == 2 || mask.dim() == 4, "mask must have 2 or 4 dimensions, has ", mask.dim());
+  STD_TORCH_CHECK(groups > 0 && mask.size(0) % groups == 0, "groups = ", groups, " must divide ", mask.size(0),
+                  " rows");
+  check_vector(crow, "crow_indices", kInt, mask.size(0) + 1);
+  const int64_t taps = mask.dim() == 4 ? mask.size(2) * mask.size(3) : 1;
+  return {mask.size(0), mask.size(1) * groups, taps, groups};
+}
+
+template <class T>
+T* data_of(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+void count_rows_op(Tensor crow, Tensor mask, int64_t groups) {
+  count_rows(mask_size(mask, crow, groups), data_of<uint8_t>(mask), data_of<int32_t>(crow));
+}
+
+void fill_pattern_op(Tensor col, Tensor t_crow, Tensor t_col, Tensor t_permutation, Tensor crow, Tensor mask,
+                     int64_t groups) {
+  const MaskSize size = mask_size(mask, crow, groups);
+  const int64_t nnz = data_of<int32_t>(crow)[size.rows];
+  check_vector(t_crow, "t_crow_indices", kInt, size.channels + 1);
+  for (const Tensor& t : {col, t_col, t_permutation}) check_vector(t, "indices", kInt, nnz);
+  fill_pattern(size, data_of<uint8_t>(mask), data_of<int32_t>(crow), data_of<int32_t>(col), data_of<int32_t>(t_crow),
+               data_of<int32_t>(t_col), data_of<int32_t>(t_permutation));
+}
+
 std::string best_isa_op() { return best_isa(); }
 
 void set_isa_op(std::string isa) {
@@ -212,6 +243,10 @@ void set_isa_op(std::string isa) {
 STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
   m.def("best_isa() -> str");
   m.def("set_isa(str isa) -> ()");
+  m.def("count_rows(Tensor(a!) crow_indices, Tensor mask, int groups) -> ()");
+  m.def(
+      "fill_pattern(Tensor(a!) col_indices, Tensor(b!) t_crow_indices, Tensor(c!) t_col_indices, "
+      "Tensor(d!) t_permutation, Tensor crow_indices, Tensor mask, int groups) -> ()");
   m.def("compress(Tensor(a!) out, Tensor weight, Tensor crow_indices, Tensor col_indices) -> ()");
   m.def("decompress(Tensor(a!) out, Tensor values, Tensor crow_indices, Tensor col_indices) -> ()");
   m.def(
@@ -254,6 +289,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
+  m.impl("count_rows", TORCH_BOX(&sparsekit::count_rows_op));
+  m.impl("fill_pattern", TORCH_BOX(&sparsekit::fill_pattern_op));
   m.impl("compress", TORCH_BOX(&sparsekit::compress_op));
   m.impl("decompress", TORCH_BOX(&sparsekit::decompress_op));
   m.impl("conv2d", TORCH_BOX(&sparsekit::conv2d_op));

@@ -159,6 +159,28 @@ _PATTERN = "Tensor crow_indices, Tensor col_indices, Tensor t_crow_indices, Tens
 _GEOMETRY = "int[2] kernel_size, int[2] stride, int[4] padding, int[2] dilation, int groups"
 
 
+# pattern: mask [out_channels, in_channels / groups, ...] -> the five tensors of a Pattern.
+def _pattern(mask, groups):
+    if _state["isa"] == "reference":
+        return reference.pattern(mask, groups)
+    mask = mask.contiguous()
+    new = functools.partial(torch.empty, dtype=torch.int32)
+    crow, t_crow = new(mask.shape[0] + 1), new(mask.shape[1] * groups + 1)
+    torch.ops.sparsekit_cpu.count_rows(crow, mask, groups)
+    col, t_col, t_permutation = (new(int(crow[-1])) for _ in range(3))
+    torch.ops.sparsekit_cpu.fill_pattern(col, t_crow, t_col, t_permutation, crow, mask, groups)
+    return crow, col, t_crow, t_col, t_permutation
+
+
+def _pattern_fake(mask, groups):
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    sizes = mask.shape[0] + 1, nnz, mask.shape[1] * groups + 1, nnz, nnz
+    return tuple(mask.new_empty(size, dtype=torch.int32) for size in sizes)
+
+
+_define("pattern(Tensor mask, int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _pattern, _pattern_fake)
+
+
 # compress: the kept entries of a dense weight, [out_channels, ...] -> [nnz]. Its gradient is decompress.
 def _compress(weight, crow_indices, col_indices):
     if not _runs_native(weight):

@@ -39,19 +39,6 @@ class Pattern(NamedTuple):
         return self.col_indices.numel()
 
 
-def _crow(mask: Tensor) -> Tensor:
-    crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
-    torch.cumsum(mask.sum(1), 0, dtype=torch.int32, out=crow[1:])
-    return crow
-
-
-def _transposed(dense: Tensor, groups: int) -> Tensor:
-    """``[out, in / groups, ...]`` -> ``[in, out / groups * ...]``: the weight of the transposed convolution."""
-    rows, cols = dense.shape[:2]
-    grouped = dense.reshape(groups, rows // groups, cols, -1)
-    return grouped.transpose(1, 2).reshape(groups * cols, -1)
-
-
 def pattern_from_mask(mask: Tensor, groups: int = 1) -> Pattern:
     """Compress a mask.
 
@@ -74,19 +61,9 @@ def pattern_from_mask(mask: Tensor, groups: int = 1) -> Pattern:
         raise ValueError(f"groups must divide the {mask.shape[0]} rows of the mask, got {groups}")
     if mask.numel() > MAX_NNZ:
         raise ValueError(f"mask has {mask.numel()} elements, more than int32 indices can address ({MAX_NNZ})")
-    rows = mask.reshape(mask.shape[0], -1)
-    flat = rows.reshape(-1).nonzero().squeeze(1)
-    position = torch.empty(rows.numel(), dtype=torch.int32, device=mask.device)
-    position[flat] = torch.arange(flat.numel(), dtype=torch.int32, device=mask.device)
-    mask_t = _transposed(mask, groups)
-    flat_t = mask_t.reshape(-1).nonzero().squeeze(1)
-    return Pattern(
-        _crow(rows),
-        (flat % max(rows.shape[1], 1)).to(torch.int32),
-        _crow(mask_t),
-        (flat_t % max(mask_t.shape[1], 1)).to(torch.int32),
-        _transposed(position.view(mask.shape), groups).reshape(-1)[flat_t],
-    )
+    # Structures are made on the CPU, wherever they are used.
+    pattern = torch.ops.sparsekit.pattern(mask.cpu(), groups)
+    return Pattern(*(indices.to(mask.device) for indices in pattern))
 
 
 def mask_from_pattern(pattern: Pattern, size: torch.Size | tuple[int, ...]) -> Tensor:

@@ -5,6 +5,7 @@ Signatures are those of the ops in :mod:`sparsekit._ops`; shapes are documented 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formats import row_indices
+
+
+def pattern(mask: Tensor, groups: int) -> tuple[Tensor, ...]:
+    rows = mask.flatten(1)
+    mask_t = _transposed(mask, groups)
+    position = torch.empty(rows.numel(), dtype=torch.int32, device=mask.device)
+    flat, flat_t = (m.reshape(-1).nonzero().squeeze(1) for m in (rows, mask_t))
+    position[flat] = torch.arange(flat.numel(), dtype=torch.int32, device=mask.device)
+    return (
+        _crow(rows),
+        (flat % max(rows.shape[1], 1)).to(torch.int32),
+        _crow(mask_t),
+        (flat_t % max(mask_t.shape[1], 1)).to(torch.int32),
+        _transposed(position.view(mask.shape), groups).reshape(-1)[flat_t],
+    )
+
+
+def _crow(mask: Tensor) -> Tensor:
+    crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+    torch.cumsum(mask.sum(1), 0, dtype=torch.int32, out=crow[1:])
+    return crow
+
+
+def _transposed(dense: Tensor, groups: int) -> Tensor:
+    """``[out, in / groups, ...]`` -> ``[in, out / groups * ...]``: the weight of the transposed convolution."""
+    rows, cols = dense.shape[:2]
+    taps = math.prod(dense.shape[2:])
+    grouped = dense.reshape(groups, rows // groups, cols, taps)
+    return grouped.transpose(1, 2).reshape(groups * cols, rows // groups * taps)
 
 
 def compress(weight: Tensor, crow_indices: Tensor, col_indices: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsekit import reference
 from sparsekit.formats import mask_from_pattern, pattern_from_mask, validate_csr
 
 
@@ -26,6 +27,24 @@ def test_patterns_round_trip(seed, rows, cols, groups):
     transposed = weight.view(groups, rows, cols, 6).transpose(1, 2).reshape(groups * cols, -1)
     mask_t = mask.view(groups, rows, cols, 6).transpose(1, 2).reshape(groups * cols, -1)
     assert torch.equal(values, transposed[mask_t])
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("size", [(8, 5, 3, 3), (8, 300, 1, 1), (400, 33), (8, 0, 3, 3), (0, 8, 1, 1), (0, 0)])
+@pytest.mark.parametrize("sparsity", [0, 0.5, 0.98, 1])
+def test_patterns_are_the_references(size, sparsity, groups):
+    mask = torch.rand(size, generator=torch.Generator().manual_seed(0)) >= sparsity
+    for ours, expected in zip(pattern_from_mask(mask, groups), reference.pattern(mask, groups)):
+        assert torch.equal(ours, expected) and ours.dtype == torch.int32
+    if len(size) == 4:
+        last = mask.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(pattern_from_mask(last, groups).t_permutation, reference.pattern(mask, groups)[4])
+
+
+def test_opcheck_pattern():
+    mask = torch.rand(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.5
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.sparsekit.pattern.default, (mask, 2), test_utils=tests)
 
 
 @pytest.mark.parametrize(
