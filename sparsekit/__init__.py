@@ -3,7 +3,16 @@
 from . import io, nn, pruning
 from ._ops import available_backends, backend, set_isa, use_isa
 from ._version import __version__
-from .convert import dense_state_dict, densify_, keep_zeros, set_mask_, sparsify_, sparsity
+from .convert import (
+    compress_,
+    decompress_,
+    dense_state_dict,
+    densify_,
+    keep_zeros,
+    set_mask_,
+    sparsify_,
+    sparsity,
+)
 from .engine import compile, load
 from .profile import autotune_, explain
 
@@ -12,6 +21,8 @@ __all__ = [
     "available_backends",
     "backend",
     "compile",
+    "compress_",
+    "decompress_",
     "dense_state_dict",
     "densify_",
     "explain",

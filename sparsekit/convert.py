@@ -5,17 +5,21 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import _ops
+from .nn.compressed import CompressedConv2d, CompressedLinear, CompressedModule
 from .nn.norm import BatchNorm2d
 from .nn.pool import MaxPool2d
-from .nn.sparse import SparseConv2d, SparseLinear, SparseModule, _check_mask, modules_of
+from .nn.sparse import SparseConv2d, SparseLinear, SparseModule, _check_mask, modules_of, take_compressed
 
 _SPARSE_CLASS = {nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
 _DENSE_CLASS = {sparse: dense for dense, sparse in _SPARSE_CLASS.items()}
+_COMPRESSED_CLASS = {SparseConv2d: CompressedConv2d, SparseLinear: CompressedLinear}
 
 
 def _fused_classes() -> dict[type, type]:
@@ -131,6 +135,7 @@ def densify_(model: nn.Module) -> nn.Module:
         >>> type(sk.densify_(model)[0]).__name__
         'Linear'
     """
+    decompress_(model)
     plain = {ours: theirs for theirs, ours in _fused_classes().items()}
     for module in model.modules():
         if isinstance(module, SparseModule):
@@ -142,7 +147,8 @@ def densify_(model: nn.Module) -> nn.Module:
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A state dict without masks, that the plain PyTorch model loads strictly; tensors are shared with ``model``.
+    """A state dict without masks, that the plain PyTorch model loads strictly; tensors are shared with ``model``, where
+    it has them.
 
     Args:
         model: any module.
@@ -156,12 +162,14 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> torch.nn.Sequential(torch.nn.Linear(8, 8)).load_state_dict(sk.dense_state_dict(model))
         <All keys matched successfully>
     """
-    masks = {
-        f"{name}.weight_mask" if name else "weight_mask"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, SparseModule)
-    }
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in masks}
+    state = model.state_dict()
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if isinstance(module, CompressedModule):
+            state[f"{prefix}weight"], _ = take_compressed(state, prefix, module.dense_size)
+        elif isinstance(module, SparseModule):
+            del state[f"{prefix}weight_mask"]
+    return state
 
 
 def set_mask_(module: SparseModule, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> SparseModule:
@@ -190,18 +198,22 @@ def set_mask_(module: SparseModule, mask: Tensor, optimizer: torch.optim.Optimiz
     """
     if not isinstance(module, SparseModule):
         raise TypeError(f"module must be a SparseConv2d or SparseLinear, got {type(module).__name__}; see sparsify_")
-    weight = module.weight
-    mask = _check_mask(weight, mask).to(weight.device)
-    survivors = mask & module.weight_mask
-    for owner in {module, *modules_of(weight)}:
-        owner._set_mask(mask)
+    parameter = module.stored
+    mask = _check_mask(module.weight, mask).to(parameter.device)
+    keep = module.keeper(mask)
+    size = parameter.shape
     with torch.no_grad():
-        if weight.grad is not None:
-            weight.grad.masked_fill_(~mask, 0)
+        kept = keep(parameter.data)
+        grad = None if parameter.grad is None else keep(parameter.grad)
+        for owner in {module, *modules_of(parameter)}:
+            owner._set_mask(mask)
+        parameter.data = kept
+        parameter.grad = grad
         if optimizer is not None:
-            for state in optimizer.state.get(weight, {}).values():
-                if torch.is_tensor(state) and state.shape == weight.shape:
-                    state.masked_fill_(~survivors, 0)
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape == size:
+                    state[name] = keep(value)
     return module
 
 
@@ -229,9 +241,110 @@ def keep_zeros(optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableH
             for group in reference().param_groups:
                 for parameter in group["params"]:
                     for module in modules_of(parameter):
-                        parameter.masked_fill_(~module.weight_mask, 0)
+                        if not isinstance(module, CompressedModule):
+                            parameter.masked_fill_(~module.weight_mask, 0)
 
     return optimizer.register_step_post_hook(zero_pruned)
+
+
+def compress_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Train on kept weights alone: a Parameter ``values`` ``[nnz]`` instead of ``weight``, in place.
+
+    Weights, gradients, optimizer state and indices of a layer then take 24 bytes a kept weight with SGD and momentum,
+    where the dense layer takes 12 bytes a weight: a tenth at 95 % sparsity. Elementwise optimizers (SGD, Adam, AdamW,
+    RMSprop …) compute what they compute on dense weights; optimizers that look at a weight as a matrix (Muon, Shampoo)
+    cannot work. Under DDP only kept values travel; it must be wrapped around the model afterwards, and masks may then
+    change only if they keep as many weights.
+
+    Args:
+        model: its sparse layers become :class:`~sparsekit.nn.CompressedConv2d` and
+            :class:`~sparsekit.nn.CompressedLinear`; others stay as they are.
+        optimizer: holds ``model``'s Parameters; it gets the new ones, with their state. None: make one afterwards.
+
+    Returns:
+        ``model``; ``model`` itself is converted if it is a layer.
+
+    Raises:
+        ValueError: a sparse layer's weight is tied to a plain layer's.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> model = sk.sparsify_(sk.pruning.magnitude_(torch.nn.Sequential(torch.nn.Linear(64, 64)), 0.9))
+        >>> [name for name, _ in sk.compress_(model).named_parameters()]
+        ['0.values', '0.bias']
+    """
+    tied = _tied_to_plain_layers(model)
+    if tied:
+        raise ValueError(f"model must not tie sparse weights to plain layers, but does: {', '.join(tied)}")
+    for module in model.modules():
+        if type(module) not in _COMPRESSED_CLASS:
+            continue
+        convert = partial(_ops.compress, pattern=module.pattern)
+        owners = list(modules_of(module.stored))
+        values = _exchange_parameter(module.stored, convert, optimizer)
+        for owner in owners:
+            owner.__class__ = _COMPRESSED_CLASS[type(owner)]
+            owner._compress(values)
+    _hide_structure_from_ddp(model)
+    return model
+
+
+def decompress_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Undo :func:`compress_`: dense weights with a mask beside them, in place.
+
+    Args:
+        model: any module.
+        optimizer: holds ``model``'s Parameters; it gets the new ones, with their state.
+
+    Returns:
+        ``model``.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> model = sk.sparsify_(sk.pruning.magnitude_(torch.nn.Sequential(torch.nn.Linear(64, 64)), 0.9))
+        >>> type(sk.decompress_(sk.compress_(model))[0]).__name__
+        'SparseLinear'
+    """
+    for module in model.modules():
+        if not isinstance(module, CompressedModule):
+            continue
+        convert = partial(_ops.decompress, pattern=module.pattern, size=module.dense_size)
+        owners = list(modules_of(module.stored))
+        weight = _exchange_parameter(module.stored, convert, optimizer)
+        for owner in owners:
+            owner._decompress(weight)
+            owner.__class__ = next(c for c, compressed in _COMPRESSED_CLASS.items() if type(owner) is compressed)
+    _hide_structure_from_ddp(model)
+    return model
+
+
+def _exchange_parameter(
+    old: nn.Parameter, convert: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer | None
+) -> nn.Parameter:
+    """A Parameter of what ``convert`` makes of ``old``, its gradient and its state, which replaces it in ``optimizer``."""
+    with torch.no_grad():
+        new = nn.Parameter(convert(old.data), old.requires_grad)
+        if old.grad is not None:
+            new.grad = convert(old.grad)
+        if optimizer is not None:
+            for group in optimizer.param_groups:
+                group["params"][:] = [new if p is old else p for p in group["params"]]
+            if old in optimizer.state:
+                optimizer.state[new] = {
+                    name: convert(value) if torch.is_tensor(value) and value.shape == old.shape else value
+                    for name, value in optimizer.state.pop(old).items()
+                }
+    return new
+
+
+def _tied_to_plain_layers(model: nn.Module) -> list[str]:
+    """Names of plain modules that share a Parameter with a sparse one."""
+    sparse = {id(m.stored) for m in model.modules() if isinstance(m, SparseModule)}
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, SparseModule) and any(id(p) in sparse for p in module._parameters.values())
+    ]
 
 
 class SparsityReport(dict):

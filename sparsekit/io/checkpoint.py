@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .. import _ops
 from ..convert import sparsify_
 from ..formats import Pattern, mask_from_pattern, pattern_from_mask, validate_csr
 from ..nn import SparseModule
+from ..nn.sparse import COMPRESSED_KEYS
 
 VERSION = 1
 
@@ -90,32 +91,27 @@ def save_checkpoint(
     """
     tensors: dict[str, Tensor] = {}
     header: dict[str, Any] = {"shapes": {}, "extra": extra or {}}
-    patterns: dict[str, Pattern] = {}
-    by_parameter: dict[int, Pattern] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, SparseModule):
-            patterns[f"{name}.weight" if name else "weight"] = module.pattern
-            by_parameter[id(module.weight)] = module.pattern
-    masks = {name[: -len("weight")] + "weight_mask" for name in patterns}
+    layers = dict(_named_sparse(model))
+    by_parameter = {id(layer.stored): (key, layer) for key, layer in reversed(layers.items())}
 
-    def put(key: str, tensor: Tensor, pattern: Pattern | None) -> None:
-        tensor = tensor.detach().cpu()
-        if pattern is None:
-            tensors[key] = tensor.contiguous().clone()
-            return
-        header["shapes"][key] = list(tensor.shape)
-        tensors[f"{key}:values"] = _ops.compress(tensor, Pattern(*(t.cpu() for t in pattern)))
+    def put_sparse(key: str, tensor: Tensor, layer: SparseModule) -> None:
+        """Store the weight of a layer, or a tensor that goes with it."""
+        tensor, pattern = tensor.detach().cpu(), Pattern(*(t.cpu() for t in layer.pattern))
+        header["shapes"][key] = list(layer.weight_mask.shape)
+        tensors[f"{key}:values"] = tensor.clone() if tensor.dim() == 1 else _ops.compress(tensor, pattern)
 
+    for key, layer in layers.items():
+        put_sparse(key, layer.stored, layer)
+        tensors[f"{key}:crow_indices"] = layer.pattern.crow_indices.cpu().clone()
+        tensors[f"{key}:col_indices"] = layer.pattern.col_indices.cpu().clone()
+    stored = {
+        f"{key.removesuffix('weight')}{name}" for key in layers for name in ("weight", "weight_mask", *COMPRESSED_KEYS)
+    }
     for name, tensor in model.state_dict().items():
-        if name in masks:
-            continue
-        put(f"model/{name}", tensor, patterns.get(name))
-        if name in patterns:
-            tensors[f"model/{name}:crow_indices"] = patterns[name].crow_indices.cpu().clone()
-            tensors[f"model/{name}:col_indices"] = patterns[name].col_indices.cpu().clone()
+        if f"model/{name}" not in stored:
+            tensors[f"model/{name}"] = tensor.detach().cpu().contiguous().clone()
     if optimizer is not None:
         weight_of = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-        name_of = {id(module.weight): name for name, module in _named_sparse(model)}
         state = optimizer.state_dict()
         scalars: dict[str, dict] = {}
         structures: dict[str, str] = {}
@@ -123,11 +119,11 @@ def save_checkpoint(
             parameter = weight_of[number]
             for key, value in values.items():
                 full = f"optimizer/{number}/{key}"
-                if torch.is_tensor(value):
-                    pattern = by_parameter.get(id(parameter)) if value.shape == parameter.shape else None
-                    put(full, value, pattern)
-                    if pattern is not None:
-                        structures[full] = name_of[id(parameter)]
+                if torch.is_tensor(value) and value.shape == parameter.shape and id(parameter) in by_parameter:
+                    structures[full], layer = by_parameter[id(parameter)]
+                    put_sparse(full, value, layer)
+                elif torch.is_tensor(value):
+                    tensors[full] = value.detach().cpu().contiguous().clone()
                 else:
                     scalars.setdefault(str(number), {})[key] = value
         header["optimizer"] = {"groups": state["param_groups"], "scalars": scalars, "structures": structures}
@@ -135,7 +131,8 @@ def save_checkpoint(
     write_atomically(path, lambda name: save_file(tensors, name, metadata))
 
 
-def _named_sparse(model: nn.Module):
+def _named_sparse(model: nn.Module) -> Iterator[tuple[str, SparseModule]]:
+    """The sparse layers of a model, and under which name a file holds their weights."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SparseModule):
             yield (f"model/{name}.weight" if name else "model/weight"), module
@@ -191,7 +188,7 @@ def load_checkpoint(
             )
         else:
             state[key[len("model/") :]] = tensors[key]
-    saved = _optimizer_state(header, tensors, structures)
+    saved = _optimizer_state(header, tensors, structures, optimizer)
     if model is not None:
         sparsify_(model, filter_fn=lambda name, _: name in masks, min_sparsity=0)
         model.load_state_dict(state)
@@ -224,9 +221,14 @@ def _dense(values: Tensor, pattern: Pattern, size: list[int]) -> Tensor:
     return _ops.decompress(values, pattern, size)
 
 
-def _optimizer_state(header: dict, tensors: dict[str, Tensor], structures: dict[str, Pattern]) -> dict | None:
+def _optimizer_state(
+    header: dict, tensors: dict[str, Tensor], structures: dict[str, Pattern], optimizer: torch.optim.Optimizer | None
+) -> dict | None:
+    """The state dict in a file: dense, unless it goes to an optimizer of compressed values."""
     if "optimizer" not in header:
         return None
+    parameters = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+    compressed = {number for number, parameter in enumerate(parameters) if parameter.dim() == 1}
     saved = header["optimizer"]
     state: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in saved["scalars"].items()}
     for key, tensor in tensors.items():
@@ -234,7 +236,7 @@ def _optimizer_state(header: dict, tensors: dict[str, Tensor], structures: dict[
             continue
         base = key.removesuffix(":values")
         _, number, name = base.split("/", 2)
-        if base in saved["structures"]:
+        if base in saved["structures"] and int(number) not in compressed:
             tensor = _dense(tensor, structures[saved["structures"][base]], header["shapes"][base])
         state.setdefault(int(number), {})[name] = tensor
     return {"state": state, "param_groups": saved["groups"]}

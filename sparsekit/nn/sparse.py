@@ -8,16 +8,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _ops, dispatch
-from ..formats import Pattern, pattern_from_mask
+from ..formats import Pattern, mask_from_pattern, pattern_from_mask, validate_csr
 
 logger = logging.getLogger("sparsekit")
 
@@ -25,9 +26,9 @@ logger = logging.getLogger("sparsekit")
 _modules: weakref.WeakSet[SparseModule] = weakref.WeakSet()
 
 
-def modules_of(weight: Tensor) -> Iterator[SparseModule]:
-    """The live sparse modules whose ``weight`` is this Parameter."""
-    return (m for m in list(_modules) if m._parameters.get("weight") is weight)
+def modules_of(parameter: Tensor) -> Iterator[SparseModule]:
+    """The live sparse modules that keep their weight in this Parameter."""
+    return (m for m in list(_modules) if m.stored is parameter)
 
 
 class SparseModule(nn.Module):
@@ -68,6 +69,11 @@ class SparseModule(nn.Module):
             self._non_persistent_buffers_set.discard(name)
         for name in ("tuned", "_mask_version", "_kept", "backend", "infer_mask"):
             self.__dict__.pop(name, None)
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The Parameter that is trained: ``weight``, or ``values`` after :func:`sparsekit.compress_`."""
+        return self._parameters["weight"]
 
     def _set_mask(self, mask: Tensor) -> None:
         """Install ``mask`` and what follows from it, and zero the weight outside of it."""
@@ -122,6 +128,16 @@ class SparseModule(nn.Module):
         """The dense weight with its pruned entries at zero; its gradient is masked too."""
         return self.weight if self._kept == self.weight.numel() else self.weight * self.weight_mask
 
+    def compressed_weight(self) -> Tensor:
+        """The kept weights, ``[nnz]``, in the order of ``pattern.col_indices``."""
+        return _ops.compress(self.weight, self.pattern)
+
+    def keeper(self, mask: Tensor) -> Callable[[Tensor], Tensor]:
+        """What a new mask leaves of a tensor that goes with :attr:`stored`, a gradient or an optimizer's state: what is
+        kept stays, what grows starts at zero. The tensor itself may be changed."""
+        dropped = ~(mask & self.weight_mask)
+        return lambda tensor: tensor.masked_fill_(dropped, 0)
+
     def runs_sparse(self, input: Tensor) -> bool:
         """Whether :meth:`forward` on ``input`` takes the sparse kernels: see :func:`sparsekit.dispatch.decide`."""
         return dispatch.decide(self, input).backend == "sparse"
@@ -131,7 +147,9 @@ class SparseModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         weight, mask = f"{prefix}weight", f"{prefix}weight_mask"
-        if f"{prefix}weight_orig" in state_dict:  # torch.nn.utils.prune
+        if f"{prefix}values" in state_dict:  # compress_
+            state_dict[weight], state_dict[mask] = take_compressed(state_dict, prefix, self.weight.shape)
+        elif f"{prefix}weight_orig" in state_dict:  # torch.nn.utils.prune
             state_dict[weight] = state_dict.pop(f"{prefix}weight_orig")
         if mask in state_dict:
             state_dict[mask] = state_dict[mask].bool()
@@ -158,6 +176,19 @@ class SparseModule(nn.Module):
                 stacklevel=2,
             )
         return self.weight_mask
+
+
+COMPRESSED_KEYS = ("values", "crow_indices", "col_indices")
+
+
+def take_compressed(state_dict: dict[str, Tensor], prefix: str, size: torch.Size) -> tuple[Tensor, Tensor]:
+    """Replace a compressed layer's entries of a state dict: its weight and its mask, dense."""
+    values, crow, col = (state_dict.pop(f"{prefix}{key}") for key in COMPRESSED_KEYS)
+    validate_csr(crow, col, math.prod(size[1:]))
+    if crow.numel() != size[0] + 1 or values.shape != col.shape:
+        raise ValueError(f"{prefix}values must be a weight of {tuple(size)}, got {crow.numel() - 1} rows")
+    pattern = Pattern(crow, col, crow, col, col)
+    return _ops.decompress(values, pattern, size), mask_from_pattern(pattern, size)
 
 
 def _check_mask(weight: Tensor, mask: Tensor | None) -> Tensor:
@@ -231,11 +262,10 @@ class SparseConv2d(SparseModule, nn.Conv2d):
             input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
             input = input.contiguous(memory_format=layout) if input.dim() == 4 else input
             top = bottom = left = right = 0
-        pattern = self.pattern
         return _ops.conv2d(
             input,
-            _ops.compress(weight, pattern),
-            pattern,
+            self.compressed_weight(),
+            self.pattern,
             bias,
             kernel_size=self.kernel_size,
             stride=self.stride,
@@ -285,8 +315,7 @@ class SparseLinear(SparseModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.runs_sparse(input):
             return F.linear(input, self.masked_weight(), self.bias)
-        pattern = self.pattern
-        return _ops.linear(input, _ops.compress(self.weight, pattern), pattern, self.bias)
+        return _ops.linear(input, self.compressed_weight(), self.pattern, self.bias)
 
 
 def _copy_parameters(target: nn.Module, source: nn.Module) -> nn.Module:
@@ -294,7 +323,8 @@ def _copy_parameters(target: nn.Module, source: nn.Module) -> nn.Module:
     for name in ("weight", "bias"):
         parameter = getattr(source, name)
         if parameter is not None:
-            setattr(target, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+            trained = source.stored if name == "weight" and isinstance(source, SparseModule) else parameter
+            setattr(target, name, nn.Parameter(parameter.detach().clone(), trained.requires_grad))
     return target.train(source.training)
 
 

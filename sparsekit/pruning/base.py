@@ -108,7 +108,7 @@ class Pruner:
         self.steps = 0
         self.layers: dict[str, SparseModule] = _sparse_layers(model, exclude)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        foreign = [name for name, layer in self.layers.items() if id(layer.weight) not in held]
+        foreign = [name for name, layer in self.layers.items() if id(layer.stored) not in held]
         if foreign:
             raise ValueError(
                 f"optimizer must hold the weight of every pruned layer, but lacks those of {len(foreign)}, "

@@ -13,6 +13,9 @@ from ..nn import SparseModule
 
 Rule = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
+# What the Parameter behind a layer's weight may be called.
+PARAMETERS = ("weight", "weight_orig", "values")
+
 
 def prunable_layers(model: nn.Module, exclude: Rule | Iterable[Rule] = ()) -> dict[str, nn.Module]:
     """Every Conv2d and Linear of a model, dense or sparse, in the order of definition; tied weights once.
@@ -88,14 +91,14 @@ def first_and_last(model: nn.Module) -> tuple[str, ...]:
 def weight_id(module: nn.Module) -> int:
     """What layers have in common if and only if their weights are tied."""
     parameters = module._parameters
-    # torch.nn.utils.prune moves the Parameter; a parametrization hides it, and its layer counts as untied.
-    return id(parameters.get("weight", parameters.get("weight_orig", module)))
+    # torch.nn.utils.prune and compress_ rename the Parameter; a parametrization hides it, and its layer counts as untied.
+    return id(next((parameters[name] for name in PARAMETERS if name in parameters), module))
 
 
 def _check_weight(name: str, module: nn.Module) -> None:
     if isinstance(module._parameters.get("weight"), UninitializedParameter):
         raise ValueError(f"layer {name!r} is lazy and has no weight yet; run the model once before pruning it")
-    if not parametrize.is_parametrized(module, "weight") and not {"weight", "weight_orig"} & module._parameters.keys():
+    if not parametrize.is_parametrized(module, "weight") and not module._parameters.keys() & set(PARAMETERS):
         raise ValueError(f"the weight of layer {name!r} is not a Parameter; remove the hook that computes it")
 
 
