@@ -29,6 +29,7 @@ ROWS = {
     "inference, sparse modules": ("inference", "sparse"),
     "linear finetuning step (frozen backbone), `sk.compile`": ("linear", "engine"),
     "linear finetuning step, sparse modules": ("linear", "sparse"),
+    "full finetuning step, `sk.compress_`": ("full", "compressed"),
     "full finetuning step, sparse modules": ("full", "sparse"),
 }
 LAYER_ROWS = {

@@ -1,7 +1,8 @@
 """How much faster a sparse model is than the dense one, measured: inference, full finetuning, linear finetuning.
 
-Dense is the fastest of NCHW eager, channels_last eager and ``torch.compile``; sparse are the modules, and where nothing
-but a head is trained :func:`sparsekit.compile`'s engine. All variants run in turns in one process; figures are medians,
+Dense is the fastest of NCHW eager, channels_last eager and ``torch.compile``. Sparse are the modules; where nothing but
+a head is trained also :func:`sparsekit.compile`'s engine, and where all is, what :func:`sparsekit.compress_` makes of
+the modules, eager and under ``torch.compile``. All variants run in turns in one process; figures are medians,
 with the spread beside them.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import random
 import statistics
 import time
@@ -20,11 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _ops
-from .convert import densify_, sparsity
+from .convert import compress_, densify_, sparsity
 from .engine import compile
 from .nn import SparseModule
 
 KINDS = ("inference", "full", "linear")
+PARTS = ("forward", "backward", "optimizer")  # of a training step
+WAYS = {  # of running a sparse model
+    "sparse": "sparse modules",
+    "compressed": "sk.compress_",
+    "compiled": "sk.compress_ and torch.compile",
+    "engine": "sk.compile",
+}
 
 
 def keep_freed_memory() -> None:
@@ -76,6 +85,7 @@ def measure(
     *,
     runs: int = 5,
     compiled: bool = True,
+    compile_sparse: bool = False,
 ) -> dict:
     """Time sparse models against the same model run dense.
 
@@ -87,11 +97,13 @@ def measure(
             forward and backward of the last linear layer, SGD with momentum).
         runs: alternating runs of each.
         compiled: whether ``torch.compile`` is one of the dense ways; it takes a minute to compile a large model.
+        compile_sparse: whether it is one of the sparse ways of full finetuning.
 
     Returns:
-        JSON types: ``dense`` (milliseconds per way, and which is the fastest), ``sparse`` (the modules; per name:
-        milliseconds, spread, speed-up over the fastest dense way, sparsity), ``engine`` (the same of
-        :func:`sparsekit.compile`; not of full finetuning), batch, threads, ISA.
+        JSON types: ``dense`` (milliseconds per way, which is the fastest, and its parts), batch, threads, ISA, and for
+        each sparse way (``sparse``, the modules; ``engine`` of inference and linear finetuning; ``compressed`` and, if
+        ``compiled``, ``compiled`` of full finetuning) a dict by name: milliseconds, spread, speed-up over the fastest
+        dense way, sparsity; of full finetuning also ``parts``: milliseconds of forward, backward and optimizer.
 
     Raises:
         ValueError: ``kind`` is unknown, or there is no model.
@@ -109,27 +121,38 @@ def measure(
     }
     if compiled:
         functions["dense compiled"] = _runner(copy.deepcopy(dense), images, labels, kind, run=torch.compile)
-    engines = {} if kind == "full" else sparse_models
-    for name, model in sparse_models.items():
-        functions[f"sparse {name}"] = _runner(copy.deepcopy(model), images, labels, kind)
-    for name, model in engines.items():
-        run = partial(compile, example_inputs=images)
-        functions[f"engine {name}"] = _runner(copy.deepcopy(model), images, labels, kind, run=run)
+    ways: dict[str, Callable] = {"sparse": lambda model: _runner(model, images, labels, kind)}
+    if kind == "full":
+        ways["compressed"] = lambda model: _runner(compress_(model), images, labels, kind)
+        if compile_sparse:
+            ways["compiled"] = lambda model: _runner(compress_(model), images, labels, kind, run=torch.compile)
+    else:
+        engine = partial(compile, example_inputs=images)
+        ways["engine"] = lambda model: _runner(model, images, labels, kind, run=engine)
+    for way, make in ways.items():
+        for name, model in sparse_models.items():
+            functions[f"{way} {name}"] = make(copy.deepcopy(model))
     # The first steps of every model find memory that nobody has touched yet.
     times = interleave(functions, runs, warmup=3)
     medians = {name: statistics.median(t) for name, t in times.items()}
-    ways = {name: seconds for name, seconds in medians.items() if name.startswith("dense")}
-    fastest = min(ways, key=ways.get)
+    dense_ways = {name: seconds for name, seconds in medians.items() if name.startswith("dense")}
+    fastest = min(dense_ways, key=dense_ways.get)
+
+    def parts(function: str) -> dict:
+        if kind != "full":
+            return {}
+        measured = zip(*functions[function].parts[-runs:])
+        return {"parts": {part: 1e3 * statistics.median(seconds) for part, seconds in zip(PARTS, measured)}}
 
     def row(way: str, name: str, model: nn.Module) -> dict:
         function = f"{way} {name}"
         return {
             "milliseconds": 1e3 * medians[function],
             "spread": spread(times[function]),
-            "speedup": ways[fastest] / medians[function],
+            "speedup": dense_ways[fastest] / medians[function],
             "sparsity": sparsity(model).overall,
             "sparse_layers": sum(isinstance(m, SparseModule) for m in model.modules()),
-        }
+        } | parts(function)
 
     return {
         "kind": kind,
@@ -138,11 +161,35 @@ def measure(
         "threads": torch.get_num_threads(),
         "isa": _ops.backend(),
         "runs": runs,
-        "dense": {name.removeprefix("dense "): 1e3 * s for name, s in ways.items()}
-        | {"fastest": fastest.removeprefix("dense "), "spread": spread(times[fastest])},
-        "sparse": {name: row("sparse", name, model) for name, model in sparse_models.items()},
-        "engine": {name: row("engine", name, model) for name, model in engines.items()},
-    }
+        "dense": {name.removeprefix("dense "): 1e3 * s for name, s in dense_ways.items()}
+        | {"fastest": fastest.removeprefix("dense "), "spread": spread(times[fastest])}
+        | parts(fastest),
+    } | {way: {name: row(way, name, model) for name, model in sparse_models.items()} for way in ways}
+
+
+def best(measured: dict) -> dict:
+    """Of what :func:`measure` gave, the rows of the way that we advise: engines, else compressed modules."""
+    return measured["engine" if "engine" in measured else "compressed"]
+
+
+class _Step:
+    """A training step that remembers how long its parts took, in seconds."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor], parameters, images: Tensor, labels: Tensor):
+        self.forward, self.images, self.labels = forward, images, labels
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9)
+        self.parts: list[tuple[float, ...]] = []
+
+    def __call__(self) -> None:
+        times = [time.perf_counter()]
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.forward(self.images), self.labels)
+        times.append(time.perf_counter())
+        loss.backward()
+        times.append(time.perf_counter())
+        self.optimizer.step()
+        times.append(time.perf_counter())
+        self.parts.append(tuple(end - begin for begin, end in itertools.pairwise(times)))
 
 
 def _runner(
@@ -169,11 +216,4 @@ def _runner(
         def forward(images):
             return trained(backbone(images))
 
-    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-6, momentum=0.9)
-
-    def step():
-        optimizer.zero_grad()
-        F.cross_entropy(forward(images), labels).backward()
-        optimizer.step()
-
-    return step
+    return _Step(forward, trained.parameters(), images, labels)

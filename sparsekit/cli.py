@@ -138,31 +138,40 @@ def bench(
         list[float] | None, typer.Option(help="repeat for several; default 0.5 0.8 0.9 0.95 0.98")
     ] = None,
     kind: Kind = Kind.inference,
+    train: Annotated[bool, typer.Option("--train", help="the same as --kind full: a whole training step")] = False,
     batch: int = 16,
     runs: int = 5,
     threads: Threads = 0,
-    compiled: Annotated[bool, typer.Option(help="also time dense under torch.compile")] = True,
+    compiled: Annotated[bool, typer.Option(help="also time torch.compile; takes minutes")] = True,
     json: Json = False,
 ) -> None:
     """ResNet-50 at 224 x 224, sparse against the fastest dense PyTorch."""
-    from .bench import keep_freed_memory, measure
+    from .bench import WAYS, keep_freed_memory, measure
     from .job import resnet50
 
     if threads:
         torch.set_num_threads(threads)
     keep_freed_memory()
     networks = {f"{100 * level:g} %": resnet50(level) for level in sparsity or (0.5, 0.8, 0.9, 0.95, 0.98)}
-    figures = measure(networks, torch.randn(batch, 3, 224, 224), kind.value, runs=runs, compiled=compiled)
+    which = "full" if train else kind.value
+    figures = measure(
+        networks, torch.randn(batch, 3, 224, 224), which, runs=runs, compiled=compiled, compile_sparse=compiled
+    )
     if json:
         print(json_module.dumps(figures))
         return
     dense = figures["dense"]
-    print(f"dense: {dense[dense['fastest']]:.1f} ms ({dense['fastest']}), batch {batch}, {figures['threads']} threads")
-    for title in ("sparse", "engine"):
-        for name, row in figures[title].items():
-            print(
-                f"{title} {name:>6}: {row['milliseconds']:7.1f} ms ± {100 * row['spread']:.0f} %  {row['speedup']:.2f}x"
-            )
+    fastest = dense["fastest"]
+    print(f"dense: {dense[fastest]:.1f} ms ({fastest}){_parts(dense)}, batch {batch}, {figures['threads']} threads")
+    for way, title in WAYS.items():
+        for name, row in figures.get(way, {}).items():
+            timed = f"{row['milliseconds']:7.1f} ms ± {100 * row['spread']:.0f} %  {row['speedup']:.2f}x"
+            print(f"{title:<30} {name:>6}: {timed}{_parts(row)}")
+
+
+def _parts(row: dict) -> str:
+    parts = ", ".join(f"{part} {milliseconds:.0f}" for part, milliseconds in row.get("parts", {}).items())
+    return f" ({parts})" if parts else ""
 
 
 @app.command()

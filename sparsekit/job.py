@@ -142,8 +142,7 @@ class _Job:
 def _summary(result: dict) -> str:
     if "accuracy" in result:
         return f"accuracy {100 * result['accuracy']:.2f} %"
-    figures = result["engine"] or result["sparse"]
-    return ", ".join(f"{name}: {row['speedup']:.2f}x" for name, row in figures.items())
+    return ", ".join(f"{name}: {row['speedup']:.2f}x" for name, row in bench.best(result).items())
 
 
 def _outcome(result) -> dict:

@@ -68,7 +68,13 @@ def test_bench_measures_every_way(kind, monkeypatch, tmp_path):
     result = bench.measure({"80 %": model}, torch.randn(2, 1, 12, 12), kind, runs=2, compiled=False)
     assert result["dense"]["fastest"] in ("nchw", "channels_last")
     assert result["sparse"]["80 %"]["speedup"] > 0
-    assert (result["engine"]["80 %"]["speedup"] > 0) if kind != "full" else not result["engine"]
+    assert bench.best(result)["80 %"]["speedup"] > 0
+    if kind == "full":
+        assert result.keys() >= {"sparse", "compressed"}
+        parts = result["compressed"]["80 %"]["parts"]
+        assert list(parts) == ["forward", "backward", "optimizer"] and all(v > 0 for v in parts.values())
+    else:
+        assert result.keys() >= {"sparse", "engine"} and "compressed" not in result
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     json.dumps(result)
 

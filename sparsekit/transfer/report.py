@@ -7,6 +7,7 @@ import html
 import io
 from pathlib import Path
 
+from ..bench import WAYS, best
 from ..io import write_atomically
 
 KIND_TITLES = {
@@ -90,7 +91,7 @@ def _blocks(results: dict) -> list[tuple[str, object]]:
             "Speed-up of the whole model over dense PyTorch: the fastest of NCHW eager, channels_last eager and "
             "torch.compile; alternating runs in one process, medians, layout conversion included. ± is half the distance "
             "between the quartiles. Where only a head is trained, or nothing, the model can run as an engine "
-            "(sk.compile). ResNet-50 has random weights at uniform sparsity, conv1 and fc dense. Below 1: "
+            "(sk.compile); where all is trained, on kept weights alone (sk.compress_). ResNet-50 has random weights at uniform sparsity, conv1 and fc dense. Below 1: "
             "sparse loses.",
         )
     )
@@ -104,11 +105,11 @@ def _blocks(results: dict) -> list[tuple[str, object]]:
         for kind, m in measured.items():
             if m:
                 fastest = m["dense"]["fastest"]
-                for title, figures in (("sparse modules", m["sparse"]), ("sk.compile", m["engine"])):
-                    row = [f"{KIND_TITLES[kind]}, batch {m['batch']}: {title}"]
+                for way in WAYS:
+                    row = [f"{KIND_TITLES[kind]}, batch {m['batch']}: {WAYS[way]}"]
                     row += [f"{m['dense'][fastest]:.1f} ({fastest})"]
-                    row += [f"{r['speedup']:.2f}x ± {100 * r['spread']:.0f} %" for r in figures.values()]
-                    table += [row] if figures else []
+                    row += [f"{r['speedup']:.2f}x ± {100 * r['spread']:.0f} %" for r in m.get(way, {}).values()]
+                    table += [row] if way in m else []
         blocks.append(("table", table))
         if model == "resnet50":
             plot = speed_plot({kind: m for kind, m in measured.items() if m})
@@ -167,7 +168,7 @@ def _png(plt, figure) -> bytes:
 
 
 def speed_plot(measured: dict[str, dict]) -> bytes:
-    """A PNG of speed-up by sparsity: of the engine, or of sparse modules where there is none.
+    """A PNG of speed-up by sparsity: of the engine, or of compressed modules where there is none.
 
     Args:
         measured: kind to what :func:`sparsekit.bench.measure` gave, all of ResNet-50.
@@ -175,7 +176,7 @@ def speed_plot(measured: dict[str, dict]) -> bytes:
     plt = _figure()
     figure, axes = plt.subplots(figsize=(7, 4))
     for kind, m in measured.items():
-        figures = m["engine"] or m["sparse"]
+        figures = best(m)
         axes.plot(list(figures), [f["speedup"] for f in figures.values()], marker="o", label=KIND_TITLES[kind])
     axes.axhline(1, color="grey", linewidth=1, linestyle="--", label="dense PyTorch")
     first = next(iter(measured.values()))
