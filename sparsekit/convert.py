@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from . import _ops
 from .nn.compressed import CompressedConv2d, CompressedLinear, CompressedModule
-from .nn.norm import BatchNorm2d
+from .nn.norm import BatchNorm2d, Sequential
 from .nn.pool import MaxPool2d
 from .nn.sparse import SparseConv2d, SparseLinear, SparseModule, _check_mask, modules_of, take_compressed
 
@@ -24,8 +24,8 @@ _COMPRESSED_CLASS = {SparseConv2d: CompressedConv2d, SparseLinear: CompressedLin
 
 def _fused_classes() -> dict[type, type]:
     """Of modules between sparse layers: PyTorch's or torchvision's class, and ours."""
-    ours: dict[type, type] = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
-    if "torchvision.models.resnet" in sys.modules:
+    ours: dict[type, type] = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d, nn.Sequential: Sequential}
+    if "torchvision" in sys.modules:
         from .nn import blocks
 
         ours |= blocks.FUSED
@@ -39,7 +39,7 @@ def sparsify_(
 
     Modules change their class and keep everything else: the Parameter objects (so optimizers stay valid), hooks, tied
     weights, mode. ``torch.nn.utils.prune`` masks and parametrizations of ``weight`` are made permanent first. If a layer
-    becomes sparse, BatchNorm2d, MaxPool2d and torchvision's residual blocks become ours: the same, faster in training.
+    becomes sparse, BatchNorm2d, MaxPool2d, Sequential and torchvision's blocks become ours: the same, faster in training.
 
     Args:
         model: any module; subclasses of ``nn.Conv2d`` and ``nn.Linear`` with a forward of their own are left alone.

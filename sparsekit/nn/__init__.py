@@ -1,7 +1,7 @@
 """Drop-in modules whose weights are sparse."""
 
 from .compressed import CompressedConv2d, CompressedLinear, CompressedModule
-from .norm import BatchNorm2d
+from .norm import BatchNorm2d, Sequential
 from .pool import MaxPool2d
 from .sparse import SparseConv2d, SparseLinear, SparseModule
 
@@ -11,6 +11,7 @@ __all__ = [
     "CompressedLinear",
     "CompressedModule",
     "MaxPool2d",
+    "Sequential",
     "SparseConv2d",
     "SparseLinear",
     "SparseModule",

@@ -1,4 +1,4 @@
-"""torchvision's residual blocks, with BatchNorm, the sum and ReLU at once; imported only where torchvision is.
+"""torchvision's blocks, with BatchNorm, the sum with a residual and ReLU at once; imported only where torchvision is.
 
 Blocks keep their class's name, parameters and modules, so that checkpoints and ``isinstance`` see what they know. Where
 somebody listens to a module that would be left out, by a hook, they run as torchvision's.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torchvision.models import resnet
+from torchvision.ops import misc
 
-from .norm import BatchNorm2d
+from .norm import BatchNorm2d, Sequential, is_plain_relu, is_watched
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -46,18 +47,24 @@ class ResNet(resnet.ResNet):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-FUSED = {resnet.BasicBlock: BasicBlock, resnet.Bottleneck: Bottleneck, resnet.ResNet: ResNet}
+class Conv2dNormActivation(misc.Conv2dNormActivation):
+    """torchvision's convolution with BatchNorm and an activation behind it."""
+
+    forward = Sequential.forward
+
+
+FUSED = {
+    misc.Conv2dNormActivation: Conv2dNormActivation,
+    resnet.BasicBlock: BasicBlock,
+    resnet.Bottleneck: Bottleneck,
+    resnet.ResNet: ResNet,
+}
 
 
 def _can_fuse(block: nn.Module) -> bool:
     norms = [module for name, module in block.named_children() if name.startswith("bn")]
     return (
-        type(block.relu) is nn.ReLU
+        is_plain_relu(block.relu)
         and all(type(norm) is BatchNorm2d for norm in norms)
-        and not any(map(_is_watched, (block.relu, *norms)))
+        and not any(map(is_watched, norms))
     )
-
-
-def _is_watched(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks)

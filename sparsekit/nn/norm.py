@@ -67,3 +67,36 @@ class BatchNorm2d(nn.BatchNorm2d):
         factor = 1 / self.num_batches_tracked.float() if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, factor)
         self.running_var.lerp_(var * (count / (count - 1)), factor)
+
+
+class Sequential(nn.Sequential):
+    """``nn.Sequential`` that hands a BatchNorm2d of ours the ReLU behind it, unless somebody listens to either.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> block = sk.nn.Sequential(torch.nn.Conv2d(3, 8, 3), sk.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> bool((block(torch.randn(2, 3, 6, 6)) >= 0).all())
+        True
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        modules = list(self)
+        while modules:
+            module = modules.pop(0)
+            if modules and type(module) is BatchNorm2d and is_plain_relu(modules[0]) and not is_watched(module):
+                input = module(input, relu=True)
+                del modules[0]
+            else:
+                input = module(input)
+        return input
+
+
+def is_plain_relu(module: nn.Module) -> bool:
+    """Whether what comes before ``module`` can do its work."""
+    return type(module) is nn.ReLU and not is_watched(module)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody listens to a module, by a hook."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks)

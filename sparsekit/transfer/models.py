@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
 
 
 class SmallResNet(nn.Module):
@@ -61,6 +62,45 @@ class SmallResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(self.relu(self.bn1(self.conv1(x))))
         return self.fc(self.avgpool(x).flatten(1))
+
+
+class MobileNetV1(nn.Module):
+    """MobileNet (Howard et al., arXiv 1704.04861, table 1), with torchvision's blocks and padding.
+
+    Args:
+        width: multiplies the channels of every layer.
+        in_channels: channels of the image.
+        classes: outputs of ``fc``.
+
+    Shape:
+        - input: ``[n, in_channels, h, w]``
+        - output: ``[n, classes]``
+
+    Example:
+        >>> import torch
+        >>> from sparsekit.transfer.models import MobileNetV1
+        >>> MobileNetV1(width=0.25)(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 1000])
+    """
+
+    # Channels and stride of every depthwise separable convolution.
+    BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
+
+    def __init__(self, width: float = 1.0, in_channels: int = 3, classes: int = 1000):
+        super().__init__()
+        channels = int(32 * width)
+        layers = [Conv2dNormActivation(in_channels, channels, 3, 2)]
+        for out, stride in self.BLOCKS:
+            out = int(out * width)
+            layers.append(Conv2dNormActivation(channels, channels, 3, stride, groups=channels))
+            layers.append(Conv2dNormActivation(channels, out, 1))
+            channels = out
+        self.features = nn.Sequential(*layers)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.avgpool(self.features(x)).flatten(1))
 
 
 def head_name(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 import sparsekit as sk
+from sparsekit.transfer.models import MobileNetV1
 
 
 def pair(**arguments):
@@ -118,6 +119,30 @@ def test_hooks_are_called(models):
     ours.layer1[0].bn1.register_forward_hook(lambda *_: calls.append("bn1"))
     ours.train()(torch.randn(2, 3, 32, 32))
     assert calls[:2] == ["bn1", "relu"]
+
+
+def test_sequences_train_as_pytorchs():
+    torch.manual_seed(0)
+    theirs = MobileNetV1(width=0.25, classes=5)
+    depthwise = [f"features.{i}.0" for i in range(1, 27, 2)]
+    sk.pruning.magnitude_(theirs, 0.9, "uniform", exclude=["features.0.0", *depthwise, "fc"])
+    ours = sk.sparsify_(copy.deepcopy(theirs))
+    x, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+    called = []
+    # A ReLU that somebody listens to is not skipped.
+    ours.features[3][2].register_forward_hook(lambda *_: called.append(1))
+    compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="aot_eager")
+    grads = []
+    for model in (theirs, ours, compiled):
+        F.cross_entropy(model.train()(x), labels).backward()
+        grads.append({name.removeprefix("_orig_mod."): p.grad for name, p in model.named_parameters()})
+    assert called
+    for name, grad in grads[0].items():
+        for other in grads[1:]:
+            kept = theirs.get_parameter(name) != 0 if grad.dim() > 1 else torch.ones_like(grad, dtype=torch.bool)
+            torch.testing.assert_close(other[name][kept], grad[kept], rtol=2e-3, atol=2e-4)
+    sk.densify_(ours)
+    assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
 
 
 def test_a_dense_model_stays_as_it_is():
