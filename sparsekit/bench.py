@@ -172,7 +172,7 @@ def best(measured: dict) -> dict:
     return measured["engine" if "engine" in measured else "compressed"]
 
 
-class _Step:
+class TrainingStep:
     """A training step that remembers how long its parts took, in seconds."""
 
     def __init__(self, forward: Callable[[Tensor], Tensor], parameters, images: Tensor, labels: Tensor):
@@ -216,4 +216,4 @@ def _runner(
         def forward(images):
             return trained(backbone(images))
 
-    return _Step(forward, trained.parameters(), images, labels)
+    return TrainingStep(forward, trained.parameters(), images, labels)

@@ -91,8 +91,8 @@ def _blocks(results: dict) -> list[tuple[str, object]]:
             "Speed-up of the whole model over dense PyTorch: the fastest of NCHW eager, channels_last eager and "
             "torch.compile; alternating runs in one process, medians, layout conversion included. ± is half the distance "
             "between the quartiles. Where only a head is trained, or nothing, the model can run as an engine "
-            "(sk.compile); where all is trained, on kept weights alone (sk.compress_). ResNet-50 has random weights at uniform sparsity, conv1 and fc dense. Below 1: "
-            "sparse loses.",
+            "(sk.compile); where all is trained, it can train kept weights alone (sk.compress_). ResNet-50 has random "
+            "weights at uniform sparsity, conv1 and fc dense. Below 1: sparse loses.",
         )
     )
     for model, title in (("resnet50", "ResNet-50 at 224 x 224"), ("small", "This ResNet at 28 x 28, global pruning")):
@@ -151,7 +151,8 @@ def _html_table(rows: list[list[str]]) -> str:
     return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
 
 
-def _figure():
+def pyplot():
+    """matplotlib without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,7 +161,7 @@ def _figure():
     return plt
 
 
-def _png(plt, figure) -> bytes:
+def png(plt, figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
@@ -173,7 +174,7 @@ def speed_plot(measured: dict[str, dict]) -> bytes:
     Args:
         measured: kind to what :func:`sparsekit.bench.measure` gave, all of ResNet-50.
     """
-    plt = _figure()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 4))
     for kind, m in measured.items():
         figures = best(m)
@@ -184,14 +185,14 @@ def speed_plot(measured: dict[str, dict]) -> bytes:
     axes.set_title(f"ResNet-50 at 224 x 224, batch {first['batch']}, {first['threads']} threads, float32")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(plt, figure)
+    return png(plt, figure)
 
 
 def _layer_plot(layers: dict[str, float]) -> bytes:
-    plt = _figure()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7, 0.28 * len(layers) + 1))
     names = list(layers)[::-1]
     axes.barh(names, [100 * layers[name] for name in names], color="#4477aa")
     axes.set(xlabel="zeros, %", xlim=(0, 100))
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(plt, figure)
+    return png(plt, figure)

@@ -1,0 +1,240 @@
+"""Training on sparse modules against dense: `python -m benchmarks.training`. Goes on where it was stopped.
+
+A whole step (forward, backward, SGD with momentum) of ResNet-50 at 224 x 224 with its parts; other batches,
+distributions and models; what a change of all masks costs; the memory of a step, each way in a process of its own; an
+epoch of linear finetuning with a frozen backbone, augmentation left out and included. Two threads, float32. Figures go to
+benchmarks/results/training.json, the table between the marks in README, the picture to docs/training.png.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.transforms import v2
+
+import sparsekit as sk
+from benchmarks.readme import fill
+from benchmarks.timing import interleave, keep_freed_memory, median
+from sparsekit import bench
+from sparsekit.engine.tuning import cpu_name
+from sparsekit.pruning import first_and_last
+from sparsekit.transfer.models import MobileNetV1, replace_head_
+from sparsekit.transfer.report import png, pyplot
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "training.json"
+MAIN = "ResNet-50, batch 16"
+MODELS = {"ResNet-50": torchvision.models.resnet50, "ResNet-18": torchvision.models.resnet18, "MobileNetV1": MobileNetV1}
+# Model, batch, distribution, sparsities, runs, and whether torch.compile is measured too, which takes minutes.
+CASES = {
+    MAIN: ("ResNet-50", 16, "uniform", (0.8, 0.9, 0.95, 0.98), 7, True),
+    "ResNet-50, batch 4": ("ResNet-50", 4, "uniform", (0.8, 0.9, 0.95, 0.98), 5, False),
+    "ResNet-50, batch 64": ("ResNet-50", 64, "uniform", (0.9, 0.95), 3, False),
+    "ResNet-50, batch 16, ERK": ("ResNet-50", 16, "erk", (0.8, 0.9, 0.95, 0.98), 3, False),
+    "ResNet-50, batch 16, global": ("ResNet-50", 16, "global", (0.8, 0.9, 0.95, 0.98), 3, False),
+    "ResNet-18, batch 16": ("ResNet-18", 16, "uniform", (0.8, 0.9, 0.95, 0.98), 5, False),
+    "MobileNetV1, batch 16": ("MobileNetV1", 16, "uniform", (0.8, 0.9, 0.95, 0.98), 5, False),
+}
+
+
+def pruned(name: str, sparsity: float, distribution: str = "uniform") -> nn.Module:
+    """A model with random weights; its first, last and depthwise layers stay dense."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    exclude = [*first_and_last(model), lambda _, layer: getattr(layer, "groups", 1) > 1]
+    return sk.sparsify_(sk.pruning.magnitude_(model, sparsity, distribution, exclude=exclude))
+
+
+def steps(name: str, batch: int, distribution: str, sparsities: tuple[float, ...], runs: int, compiled: bool) -> dict:
+    models = {f"{100 * s:g} %": pruned(name, s, distribution) for s in sparsities}
+    images = torch.randn(batch, 3, 224, 224)
+    return bench.measure(models, images, "full", runs=runs, compiled=compiled, compile_sparse=compiled)
+
+
+def mask_updates(sparsity: float = 0.9) -> dict:
+    """Milliseconds to change every mask of ResNet-50, weights and momentum included, and to rebuild its structures."""
+    model = pruned("ResNet-50", sparsity)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    optimizer.step()
+    layers = [m for m in model.modules() if isinstance(m, sk.nn.SparseModule)]
+
+    def change():
+        for layer in layers:
+            sk.set_mask_(layer, layer.weight_mask.roll(1), optimizer)
+
+    def rebuild():
+        for layer in layers:
+            sk.formats.pattern_from_mask(layer.weight_mask, layer.groups)
+
+    times = interleave({"change": change, "rebuild": rebuild}, runs=7)
+    return {name: 1e3 * median(seconds) for name, seconds in times.items()}
+
+
+def peak_memory(way: str, sparsity: float) -> float:
+    """Megabytes at most of a process that makes three steps, above what it has before them."""
+    code = f"from benchmarks.training import _peak; _peak({way!r}, {sparsity})"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def _peak(way: str, sparsity: float) -> None:
+    torch.set_num_threads(2)
+    model = pruned("ResNet-50", sparsity)
+    if way == "compressed":
+        sk.compress_(model)
+    elif way == "dense":
+        sk.densify_(model)
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    step = bench.TrainingStep(model, model.parameters(), torch.randn(16, 3, 224, 224), torch.zeros(16, dtype=torch.int64))
+    for _ in range(3):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - before)
+
+
+def linear_epoch(sparsity: float = 0.95, batch: int = 16, batches: int = 16) -> dict:
+    """Seconds of a short epoch: frozen backbone in eval mode, a new head that is trained, images of 256 x 256 cropped and
+    mirrored at random."""
+    photos = torch.randint(256, (batch * batches, 3, 256, 256), dtype=torch.uint8)
+    labels = torch.zeros(batch, dtype=torch.int64)
+    augment = v2.Compose([
+        v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ])  # fmt: skip
+
+    def load():
+        return [torch.stack([augment(photo) for photo in part]) for part in photos.split(batch)]
+
+    def epoch(backbone: Callable, layout: torch.memory_format) -> Callable[[], None]:
+        head = nn.Linear(2048, 100)
+        optimizer = torch.optim.SGD(head.parameters(), 0.01, 0.9)
+
+        def run():
+            for images in loaded:
+                with torch.no_grad():
+                    features = backbone(images.contiguous(memory_format=layout))
+                optimizer.zero_grad()
+                F.cross_entropy(head(features), labels).backward()
+                optimizer.step()
+
+        return run
+
+    sparse = pruned("ResNet-50", sparsity)
+    replace_head_(sparse, nn.Identity())
+    dense = sk.densify_(pruned("ResNet-50", sparsity))
+    replace_head_(dense, nn.Identity())
+    dense.eval().requires_grad_(False), sparse.eval().requires_grad_(False)
+    loaded = load()
+    ways = {
+        "dense eager, nchw": epoch(dense, torch.contiguous_format),
+        "dense eager, channels_last": epoch(copy.deepcopy(dense).to(memory_format=torch.channels_last), torch.channels_last),
+        "engine": epoch(sk.compile(sparse, loaded[0]), torch.contiguous_format),
+        "loading": load,
+    }
+    times = interleave(ways, runs=3)
+    return {"images": len(photos), "batch": batch} | {name: median(seconds) for name, seconds in times.items()}
+
+
+def measure(results: dict, save: Callable[[], None]) -> None:
+    """Fill ``results`` with what is missing in it; start anew if nothing is, or if it is another machine's."""
+    parts: dict[str, Callable] = {name: lambda case=case: steps(*case) for name, case in CASES.items()}
+    parts["mask updates"] = mask_updates
+    parts["peak memory"] = lambda: {
+        f"{way}, {100 * s:g} %": peak_memory(way, s)
+        for way, s in (("dense", 0.95), *((w, s) for s in (0.8, 0.95) for w in ("sparse", "compressed")))
+    }
+    parts["linear epoch"] = linear_epoch
+    here = {"cpu": cpu_name(), "torch": torch.__version__}
+    if any(results.get(key) != value for key, value in here.items()) or parts.keys() <= results.keys():
+        results.clear()
+        results.update(here)
+    for name, part in parts.items():
+        if name not in results:
+            results[name] = part()
+            save()
+            print(name, json.dumps(results[name]), flush=True)
+
+
+def table(results: dict) -> str:
+    """The figures in Markdown."""
+    main = results[MAIN]
+    dense, names = main["dense"], list(main["sparse"])
+    fastest = dense["fastest"]
+    lines = [
+        f"A training step at 224 × 224 (forward, backward, SGD with momentum), float32, {main['threads']} threads of an "
+        f"{results['cpu']} ({main['isa']}), torch {results['torch']}. Speed-up over the fastest dense way, ± half the "
+        "distance between the quartiles; conv1, fc and depthwise layers are dense. `python -m benchmarks.training` makes "
+        "this table and the picture.",
+        "",
+        "| | dense | " + " | ".join(names) + " |",
+        "| --- |" + " ---: |" * (len(names) + 1),
+    ]
+    for case in CASES:
+        measured = results[case]
+        for way, title in bench.WAYS.items():
+            if way not in measured or (case != MAIN and way != "compressed"):
+                continue
+            rows = [measured[way].get(name) for name in names]
+            cells = ["" if r is None else f"{r['speedup']:.2f}× ± {100 * r['spread']:.0f} %" for r in rows]
+            best = measured["dense"]
+            lines.append(f"| {case}, `{title}` | {best[best['fastest']]:.0f} ms | " + " | ".join(cells) + " |")
+    memory, masks, epoch = results["peak memory"], results["mask updates"], results["linear epoch"]
+    step = main["sparse"]["90 %"]["milliseconds"]
+    eager = min(seconds for name, seconds in epoch.items() if name.startswith("dense"))
+    loading = epoch["loading"]
+    lines += [
+        "",
+        f"Dense is the fastest of NCHW eager, channels_last eager and, for {MAIN}, `torch.compile`: there "
+        + ", ".join(f"{way} {dense[way]:.0f} ms" for way in ("nchw", "channels_last", "compiled") if way in dense)
+        + f" ({fastest} counts). Memory of a step of {MAIN} at its peak, above what there is before it: "
+        + ", ".join(f"{way} {megabytes:.0f} MB" for way, megabytes in memory.items())
+        + f". Changing every mask of ResNet-50 at 90 %, weights and momentum included, takes {masks['change']:.0f} ms "
+        f"({masks['rebuild']:.0f} ms of it for the structures): every 100 steps, "
+        f"{100 * masks['change'] / (100 * step):.2f} % of the time. An epoch of linear finetuning on {epoch['images']} "
+        f"images through an engine at 95 %: {epoch['engine']:.2f} s against {eager:.2f} s of dense eager, "
+        f"{eager / epoch['engine']:.1f}×; with loading and augmentation ({loading:.2f} s, torchvision, not overlapped) "
+        f"{(eager + loading) / (epoch['engine'] + loading):.1f}×.",
+    ]
+    return "\n".join(lines)
+
+
+def plot(main: dict) -> bytes:
+    """A PNG: milliseconds of the parts of a step, dense and sparse."""
+    plt = pyplot()
+    bars = {f"dense\n{main['dense']['fastest']}": main["dense"]["parts"]}
+    for name in main["sparse"]:
+        for way in ("sparse", "compressed", "compiled"):
+            bars[f"{name}\n{way}"] = main[way][name]["parts"]
+    figure, axes = plt.subplots(figsize=(10, 4))
+    bottom = [0.0] * len(bars)
+    for part in bench.PARTS:
+        heights = [parts[part] for parts in bars.values()]
+        axes.bar(list(bars), heights, bottom=bottom, label=part)
+        bottom = [b + h for b, h in zip(bottom, heights)]
+    axes.set(ylabel="ms a step", title=f"{MAIN}, {main['threads']} threads, float32")
+    axes.tick_params(axis="x", labelsize=7)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return png(plt, figure)
+
+
+def main() -> None:
+    torch.set_num_threads(2)
+    keep_freed_memory()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    measure(results, lambda: RESULTS.write_text(json.dumps(results, indent=1) + "\n"))
+    fill("training", table(results))
+    (ROOT / "docs" / "training.png").write_bytes(plot(results[MAIN]))
+
+
+if __name__ == "__main__":
+    main()
