@@ -13,6 +13,7 @@ from .convert import (
     sparsify_,
     sparsity,
 )
+from .distributed import check_masks
 from .engine import compile, load
 from .profile import autotune_, explain
 
@@ -20,6 +21,7 @@ __all__ = [
     "autotune_",
     "available_backends",
     "backend",
+    "check_masks",
     "compile",
     "compress_",
     "decompress_",

@@ -120,11 +120,12 @@ def _bake_pruning(module: nn.Module) -> Tensor | None:
     return mask
 
 
-def densify_(model: nn.Module) -> nn.Module:
+def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
     """Turn every module of ours in ``model`` back into the plain PyTorch module, in place, zeros included.
 
     Args:
         model: any module.
+        optimizer: holds the Parameters of compressed layers, which are replaced; see :func:`decompress_`.
 
     Returns:
         ``model``.
@@ -135,7 +136,7 @@ def densify_(model: nn.Module) -> nn.Module:
         >>> type(sk.densify_(model)[0]).__name__
         'Linear'
     """
-    decompress_(model)
+    decompress_(model, optimizer)
     plain = {ours: theirs for theirs, ours in _fused_classes().items()}
     for module in model.modules():
         if isinstance(module, SparseModule):
@@ -164,12 +165,17 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state = model.state_dict()
     for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        if isinstance(module, CompressedModule):
-            state[f"{prefix}weight"], _ = take_compressed(state, prefix, module.dense_size)
-        elif isinstance(module, SparseModule):
-            del state[f"{prefix}weight_mask"]
+        if isinstance(module, SparseModule):
+            prefix = state_prefix(name)
+            take_compressed(state, prefix)
+            state.pop(f"{prefix}weight_mask", None)
     return state
+
+
+def state_prefix(name: str) -> str:
+    """What the entries of a module in a state dict begin with; torch's wrapper for checkpointing leaves itself out."""
+    name = ".".join(part for part in name.split(".") if part != "_checkpoint_wrapped_module")
+    return f"{name}." if name else ""
 
 
 def set_mask_(module: SparseModule, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> SparseModule:
@@ -205,9 +211,10 @@ def set_mask_(module: SparseModule, mask: Tensor, optimizer: torch.optim.Optimiz
     with torch.no_grad():
         kept = keep(parameter.data)
         grad = None if parameter.grad is None else keep(parameter.grad)
-        for owner in {module, *modules_of(parameter)}:
+        for owner in module._owners():
             owner._set_mask(mask)
-        parameter.data = kept
+        if isinstance(module, CompressedModule):
+            module.set_values(kept)
         parameter.grad = grad
         if optimizer is not None:
             state = optimizer.state.get(parameter, {})
@@ -252,8 +259,10 @@ def compress_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
 
     Weights, gradients, optimizer state and indices of a layer then take 24 bytes a kept weight with SGD and momentum,
     where the dense layer takes 12 bytes a weight: a tenth at 95 % sparsity. Elementwise optimizers (SGD, Adam, AdamW,
-    RMSprop …) compute what they compute on dense weights; optimizers that look at a weight as a matrix (Muon, Shampoo)
-    cannot work. Under DDP only kept values travel; it must be wrapped around the model afterwards, and masks may then
+    RMSprop …) compute what they compute on dense weights; optimizers that look at a weight as a matrix (Muon, Shampoo,
+    Adafactor) cannot work. ``values`` has one dimension and another name: rules for weight decay that go by either must
+    know it, and ``nn.init`` on ``weight`` has no effect. Subclasses with a forward of their own stay as they are. Under
+    DDP only kept values travel; it must be wrapped around the model afterwards, and masks may then
     change only if they keep as many weights.
 
     Args:
@@ -265,7 +274,8 @@ def compress_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
         ``model``; ``model`` itself is converted if it is a layer.
 
     Raises:
-        ValueError: a sparse layer's weight is tied to a plain layer's.
+        ValueError: a sparse layer's weight is tied to a layer that is plain, has another mask or cannot be compressed; or
+            the model is on the meta device. Nothing was changed.
 
     Example:
         >>> import torch, sparsekit as sk
@@ -273,9 +283,7 @@ def compress_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
         >>> [name for name, _ in sk.compress_(model).named_parameters()]
         ['0.values', '0.bias']
     """
-    tied = _tied_to_plain_layers(model)
-    if tied:
-        raise ValueError(f"model must not tie sparse weights to plain layers, but does: {', '.join(tied)}")
+    _check_compressible(model)
     for module in model.modules():
         if type(module) not in _COMPRESSED_CLASS:
             continue
@@ -337,14 +345,23 @@ def _exchange_parameter(
     return new
 
 
-def _tied_to_plain_layers(model: nn.Module) -> list[str]:
-    """Names of plain modules that share a Parameter with a sparse one."""
-    sparse = {id(m.stored) for m in model.modules() if isinstance(m, SparseModule)}
-    return [
-        name
-        for name, module in model.named_modules()
-        if not isinstance(module, SparseModule) and any(id(p) in sparse for p in module._parameters.values())
-    ]
+def _check_compressible(model: nn.Module) -> None:
+    """Raise ValueError if a layer cannot be compressed for what its weight is or whom it is tied to."""
+    sparse = {m._parameters[m.STORED]: m for m in model.modules() if type(m) in _COMPRESSED_CLASS}
+    for name, module in model.named_modules():
+        others = (
+            [p for p in module._parameters.values() if p in sparse] if type(module) not in _COMPRESSED_CLASS else []
+        )
+        if others:
+            kind = "sparse" if isinstance(module, SparseModule) else "plain"
+            raise ValueError(
+                f"model must not tie sparse weights to {kind} {type(module).__name__} layers, but ties {name}"
+            )
+    for parameter, module in sparse.items():
+        if module.weight_mask.is_meta:
+            raise ValueError("model must hold weights to be compressed, but is on the meta device")
+        if any(not torch.equal(owner.weight_mask, module.weight_mask) for owner in modules_of(parameter)):
+            raise ValueError("model must not tie sparse weights whose masks differ; set_mask_ gives them one")
 
 
 class SparsityReport(dict):
@@ -384,8 +401,12 @@ def sparsity(model: nn.Module) -> SparsityReport:
     """
     zeros, numel, seen = {}, {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            zeros[name or type(module).__name__] = int((module.weight == 0).sum())
-            numel[name or type(module).__name__] = module.weight.numel()
+        if not isinstance(module, (nn.Conv2d, nn.Linear)):
+            continue
+        identity = id(module._parameters.get(getattr(module, "STORED", "weight"), module))
+        if identity not in seen:
+            seen.add(identity)
+            weight = module.weight
+            zeros[name or type(module).__name__] = int((weight == 0).sum())
+            numel[name or type(module).__name__] = weight.numel()
     return SparsityReport(zeros, numel)

@@ -202,7 +202,7 @@ def decide(module, input: Tensor) -> Decision:
     if input.device.type != "cpu":
         return Decision("dense", f"no sparse kernels for {input.device.type}")
     shape = shape_of(module, input)
-    train = torch.is_grad_enabled() and module.stored.requires_grad
+    train = torch.is_grad_enabled() and module.is_trained
     measured = module.tuned.get(tuned_key(shape, train))
     sparse, dense = measured or predict(shape, module._kept, train)
     backend = "sparse" if sparse < dense else "dense"

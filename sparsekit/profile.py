@@ -130,7 +130,7 @@ def autotune_(model: nn.Module, example_inputs: Tensor | tuple, train: bool = Fa
     """
     for module, (input, needs_grad) in _inputs_of(model, example_inputs, train).items():
         if isinstance(module, SparseModule):
-            key = dispatch.tuned_key(dispatch.shape_of(module, input), train and module.stored.requires_grad)
+            key = dispatch.tuned_key(dispatch.shape_of(module, input), train and module.is_trained)
             module.tuned[key] = _measure(module, input, needs_grad, train)
     return model
 

@@ -41,6 +41,11 @@ def test_patterns_are_the_references(size, sparsity, groups):
         assert torch.equal(pattern_from_mask(last, groups).t_permutation, reference.pattern(mask, groups)[4])
 
 
+def test_true_need_not_be_one():
+    mask = torch.tensor([[0, 2, 255, 1, 0, 3, 0, 0, 7]], dtype=torch.uint8).view(torch.bool)
+    assert pattern_from_mask(mask).col_indices.tolist() == [1, 2, 3, 5, 8]
+
+
 def test_opcheck_pattern():
     mask = torch.rand(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.5
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

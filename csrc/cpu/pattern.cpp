@@ -13,14 +13,18 @@ namespace {
 
 constexpr int64_t kWord = sizeof(uint64_t);
 
-// f(column) for every byte of a row that is set.
+// f(column) for every byte of a row that is not 0: true need not be 1 in a mask that was some other tensor's memory.
 template <class F>
 void each_set(const uint8_t* row, int64_t columns, const F& f) {
   int64_t i = 0;
   for (; i + kWord <= columns; i += kWord) {
     uint64_t word;
     std::memcpy(&word, row + i, kWord);
-    for (; word; word &= word - 1) f(i + __builtin_ctzll(word) / 8);
+    while (word) {
+      const int64_t byte = __builtin_ctzll(word) / 8;
+      f(i + byte);
+      word &= ~(uint64_t{0xff} << 8 * byte);
+    }
   }
   for (; i < columns; ++i)
     if (row[i]) f(i);
@@ -42,7 +46,7 @@ void count_rows(const MaskSize& size, const uint8_t* mask, int32_t* crow) {
   crow[0] = 0;
   each_row(size, [&](int64_t r) {
     int32_t count = 0;
-    for (const uint8_t *p = mask + r * size.columns(), *end = p + size.columns(); p < end; ++p) count += *p;
+    for (const uint8_t *p = mask + r * size.columns(), *end = p + size.columns(); p < end; ++p) count += *p != 0;
     crow[r + 1] = count;
   });
   for (int64_t r = 0; r < size.rows; ++r) crow[r + 1] += crow[r];

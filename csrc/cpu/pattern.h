@@ -5,8 +5,8 @@
 
 namespace sparsekit {
 
-// A mask of rows x (channels x taps) bytes, 0 or 1; channels and rows are counted in all groups, a row sees the
-// channels of its own.
+// A mask of rows x (channels x taps) bytes, of which 0 is false; channels and rows are counted in all groups, a row
+// sees the channels of its own.
 struct MaskSize {
   int64_t rows, channels, taps, groups;
   int64_t columns() const { return channels / groups * taps; }

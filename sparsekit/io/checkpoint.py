@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import _ops
-from ..convert import sparsify_
+from ..convert import sparsify_, state_prefix
 from ..formats import Pattern, mask_from_pattern, pattern_from_mask, validate_csr
-from ..nn import SparseModule
+from ..nn import CompressedModule, SparseModule
 from ..nn.sparse import COMPRESSED_KEYS
 
 VERSION = 1
@@ -135,7 +135,7 @@ def _named_sparse(model: nn.Module) -> Iterator[tuple[str, SparseModule]]:
     """The sparse layers of a model, and under which name a file holds their weights."""
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SparseModule):
-            yield (f"model/{name}.weight" if name else "model/weight"), module
+            yield f"model/{state_prefix(name)}weight", module
 
 
 def load_checkpoint(
@@ -188,7 +188,7 @@ def load_checkpoint(
             )
         else:
             state[key[len("model/") :]] = tensors[key]
-    saved = _optimizer_state(header, tensors, structures, optimizer)
+    saved = _optimizer_state(header, tensors, structures, _compressed(model, optimizer, header))
     if model is not None:
         sparsify_(model, filter_fn=lambda name, _: name in masks, min_sparsity=0)
         model.load_state_dict(state)
@@ -221,14 +221,23 @@ def _dense(values: Tensor, pattern: Pattern, size: list[int]) -> Tensor:
     return _ops.decompress(values, pattern, size)
 
 
+def _compressed(model: nn.Module | None, optimizer: torch.optim.Optimizer | None, header: dict) -> set[str]:
+    """The tensors of an optimizer's state that go to compressed layers, by the model or else by the optimizer."""
+    structures = header.get("optimizer", {}).get("structures", {})
+    if model is not None:
+        layers = {key for key, layer in _named_sparse(model) if isinstance(layer, CompressedModule)}
+        return {full for full, key in structures.items() if key in layers}
+    parameters = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+    flat = {str(number) for number, parameter in enumerate(parameters) if parameter.dim() == 1}
+    return {full for full in structures if full.split("/")[1] in flat}
+
+
 def _optimizer_state(
-    header: dict, tensors: dict[str, Tensor], structures: dict[str, Pattern], optimizer: torch.optim.Optimizer | None
+    header: dict, tensors: dict[str, Tensor], structures: dict[str, Pattern], compressed: set[str]
 ) -> dict | None:
-    """The state dict in a file: dense, unless it goes to an optimizer of compressed values."""
+    """The state dict in a file: dense but for ``compressed``."""
     if "optimizer" not in header:
         return None
-    parameters = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
-    compressed = {number for number, parameter in enumerate(parameters) if parameter.dim() == 1}
     saved = header["optimizer"]
     state: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in saved["scalars"].items()}
     for key, tensor in tensors.items():
@@ -236,7 +245,7 @@ def _optimizer_state(
             continue
         base = key.removesuffix(":values")
         _, number, name = base.split("/", 2)
-        if base in saved["structures"] and int(number) not in compressed:
+        if base in saved["structures"] and base not in compressed:
             tensor = _dense(tensor, structures[saved["structures"][base]], header["shapes"][base])
         state.setdefault(int(number), {})[name] = tensor
     return {"state": state, "param_groups": saved["groups"]}

@@ -2,8 +2,8 @@
 
 ``values`` ``[nnz]`` takes the place of the Parameter ``weight``, so that gradients and optimizer state have as few
 elements; no mask is kept beside the structure. ``weight`` and ``weight_mask`` are dense copies, made when asked for.
-A state dict holds ``values``, ``crow_indices`` and ``col_indices``; every sparse layer loads it, and these load every
-sparse layer's.
+A state dict holds ``values``, ``crow_indices``, ``col_indices`` and ``size``, the dense shape; every sparse layer loads it,
+and these load every sparse layer's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import _ops
 from ..formats import Pattern, mask_from_pattern, pattern_from_mask
-from .sparse import SparseConv2d, SparseLinear, SparseModule, take_compressed
+from .sparse import COMPRESSED_KEYS, SparseConv2d, SparseLinear, SparseModule, take_compressed
 
 
 class CompressedModule(SparseModule):
@@ -26,6 +26,7 @@ class CompressedModule(SparseModule):
     """
 
     values: nn.Parameter
+    STORED = "values"
 
     def __init__(self, *args, **kwargs):
         raise TypeError(f"{type(self).__name__} is made by sparsekit.compress_ from a sparse layer")
@@ -43,10 +44,6 @@ class CompressedModule(SparseModule):
         self._buffers.clear()
         self._buffers.update(weight_mask=mask, **indices)
         self._mask_version = mask._version
-
-    @property
-    def stored(self) -> nn.Parameter:
-        return self._parameters["values"]
 
     @property
     def pattern(self) -> Pattern:
@@ -89,30 +86,53 @@ class CompressedModule(SparseModule):
     def _remember_version(self) -> None:
         pass
 
+    def set_values(self, values: Tensor) -> None:
+        """Give the Parameter other values, and another size if need be; its gradient and its hooks are lost then."""
+        parameter = self.values
+        if values.shape != parameter.shape:
+            # autograd keeps a node of the old size for as long as some graph lives; another dtype makes it forget.
+            parameter.grad = None
+            parameter.data = values.new_empty(
+                0, dtype=torch.float64 if values.dtype != torch.float64 else torch.float32
+            )
+        parameter.data = values
+
+    def reset_parameters(self) -> None:
+        dense = self.to_dense()
+        dense.reset_parameters()
+        with torch.no_grad():
+            self.values.copy_(_ops.compress(dense.weight, self.pattern))
+            if self.bias is not None:
+                self.bias.copy_(dense.bias)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}crow_indices"] = self._crow_indices
         destination[f"{prefix}col_indices"] = self._col_indices
+        destination[f"{prefix}size"] = torch.tensor(self.dense_size)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        weight, mask = None, None
-        if f"{prefix}values" in state_dict:
-            weight, mask = take_compressed(state_dict, prefix, self.dense_size)
-        elif f"{prefix}weight" in state_dict:
-            weight = state_dict.pop(f"{prefix}weight")
-            given = state_dict.pop(f"{prefix}weight_mask", None)
-            mask = self._mask_for(weight, prefix) if given is None else given.bool()
-        if weight is not None and weight.shape == self.dense_size == mask.shape:
-            self._set_mask(mask)
-            self.values.data = self.values.new_empty(self._kept)
-            state_dict[f"{prefix}values"] = _ops.compress(weight.to(self.values), self.pattern)
-        elif weight is not None:
-            args[-1].append(
-                f"size mismatch for {prefix}weight: copying a param with shape {tuple(weight.shape)} from checkpoint, "
-                f"the shape in current model is {tuple(self.dense_size)}."
-            )
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        take_compressed(state_dict, prefix)
+        if f"{prefix}weight_orig" in state_dict:  # torch.nn.utils.prune
+            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}weight_orig")
+        weight, mask = (state_dict.pop(f"{prefix}{name}", None) for name in ("weight", "weight_mask"))
+        if weight is not None:
+            mask = self._mask_for(weight, prefix) if mask is None else mask.bool()
             state_dict[f"{prefix}values"] = self.values.data
-        nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
+            if weight.shape == self.dense_size == mask.shape:
+                for owner in self._owners():
+                    owner._set_mask(mask)
+                if not self.values.is_meta:
+                    self.set_values(self.values.new_empty(self._kept))
+                state_dict[f"{prefix}values"] = _ops.compress(weight.to(self.values.dtype), self.pattern)
+            else:
+                errors.append(
+                    f"size mismatch for {prefix}weight: copying a param with shape {weight.shape} from checkpoint, the "
+                    f"shape in current model is {self.dense_size}."
+                )
+        elif strict and f"{prefix}values" in state_dict:
+            missing += [f"{prefix}{key}" for key in COMPRESSED_KEYS if f"{prefix}{key}" not in state_dict]
+        nn.Module._load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
 
 class CompressedConv2d(CompressedModule, SparseConv2d):

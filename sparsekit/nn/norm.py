@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _ops
 
@@ -99,4 +100,4 @@ def is_plain_relu(module: nn.Module) -> bool:
 def is_watched(module: nn.Module) -> bool:
     """Whether somebody listens to a module, by a hook."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks)
+    return _has_any_global_hook() or any(getattr(module, name) for name in hooks)

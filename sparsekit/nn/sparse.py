@@ -28,7 +28,7 @@ _modules: weakref.WeakSet[SparseModule] = weakref.WeakSet()
 
 def modules_of(parameter: Tensor) -> Iterator[SparseModule]:
     """The live sparse modules that keep their weight in this Parameter."""
-    return (m for m in list(_modules) if m.stored is parameter)
+    return (m for m in list(_modules) if m._parameters.get(m.STORED) is parameter)
 
 
 class SparseModule(nn.Module):
@@ -39,11 +39,13 @@ class SparseModule(nn.Module):
         backend: ``"auto"`` follows the measurements of :func:`sparsekit.autotune_` if there are any, else the cost
             table in :mod:`sparsekit.dispatch`; ``"sparse"`` and ``"dense"`` force one of them.
         infer_mask: whether loading a checkpoint without a mask replaces an existing mask by the checkpoint's zeros.
+        STORED: name of the Parameter that is trained: ``weight``, or ``values`` after :func:`sparsekit.compress_`.
         tuned: what :func:`sparsekit.autotune_` measured, ``{dispatch key: (sparse seconds, dense seconds)}``.
     """
 
     weight: nn.Parameter
     weight_mask: Tensor
+    STORED = "weight"
     backend: str = "auto"
     infer_mask: bool = False
     groups: int = 1
@@ -72,8 +74,19 @@ class SparseModule(nn.Module):
 
     @property
     def stored(self) -> nn.Parameter:
-        """The Parameter that is trained: ``weight``, or ``values`` after :func:`sparsekit.compress_`."""
-        return self._parameters["weight"]
+        """The Parameter that is trained."""
+        return self._parameters[self.STORED]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weight wants a gradient; it may be a parametrization's."""
+        parameter = self._parameters.get(self.STORED)
+        return (self.weight if parameter is None else parameter).requires_grad
+
+    def _owners(self) -> set[SparseModule]:
+        """The modules that share the weight, this one too."""
+        parameter = self._parameters.get(self.STORED)
+        return {self} if parameter is None else {self, *modules_of(parameter)}
 
     def _set_mask(self, mask: Tensor) -> None:
         """Install ``mask`` and what follows from it, and zero the weight outside of it."""
@@ -147,16 +160,17 @@ class SparseModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         weight, mask = f"{prefix}weight", f"{prefix}weight_mask"
-        if f"{prefix}values" in state_dict:  # compress_
-            state_dict[weight], state_dict[mask] = take_compressed(state_dict, prefix, self.weight.shape)
-        elif f"{prefix}weight_orig" in state_dict:  # torch.nn.utils.prune
+        take_compressed(state_dict, prefix)
+        if f"{prefix}weight_orig" in state_dict:  # torch.nn.utils.prune
             state_dict[weight] = state_dict.pop(f"{prefix}weight_orig")
         if mask in state_dict:
             state_dict[mask] = state_dict[mask].bool()
         elif weight in state_dict:
             state_dict[mask] = self._mask_for(state_dict[weight], prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._set_mask(self.weight_mask)
+        mask = self.weight_mask
+        for owner in self._owners():
+            owner._set_mask(mask)
 
     def _mask_for(self, weight: Tensor, prefix: str) -> Tensor:
         """The mask to use with a checkpoint that brings none."""
@@ -178,17 +192,23 @@ class SparseModule(nn.Module):
         return self.weight_mask
 
 
-COMPRESSED_KEYS = ("values", "crow_indices", "col_indices")
+COMPRESSED_KEYS = ("values", "crow_indices", "col_indices", "size")
 
 
-def take_compressed(state_dict: dict[str, Tensor], prefix: str, size: torch.Size) -> tuple[Tensor, Tensor]:
-    """Replace a compressed layer's entries of a state dict: its weight and its mask, dense."""
-    values, crow, col = (state_dict.pop(f"{prefix}{key}") for key in COMPRESSED_KEYS)
+def take_compressed(state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Replace a compressed layer's entries of a state dict, if they are all there, by its dense weight and its mask."""
+    if not all(f"{prefix}{key}" in state_dict for key in COMPRESSED_KEYS):
+        return
+    values, crow, col, size = (state_dict.pop(f"{prefix}{key}") for key in COMPRESSED_KEYS)
+    size = torch.Size(size.tolist())
     validate_csr(crow, col, math.prod(size[1:]))
     if crow.numel() != size[0] + 1 or values.shape != col.shape:
-        raise ValueError(f"{prefix}values must be a weight of {tuple(size)}, got {crow.numel() - 1} rows")
+        raise ValueError(
+            f"{prefix}values must be a weight of {tuple(size)}, got {values.numel()} in {crow.numel() - 1} rows"
+        )
     pattern = Pattern(crow, col, crow, col, col)
-    return _ops.decompress(values, pattern, size), mask_from_pattern(pattern, size)
+    state_dict[f"{prefix}weight"] = _ops.decompress(values, pattern, size)
+    state_dict[f"{prefix}weight_mask"] = mask_from_pattern(pattern, size)
 
 
 def _check_mask(weight: Tensor, mask: Tensor | None) -> Tensor:

@@ -69,7 +69,7 @@ def milestones_for(epochs: int) -> tuple[int, int]:
     return round(epochs / 3), round(epochs * 2 / 3)
 
 
-def _batches(
+def batches(
     task: Task, size: int, channels: int, batch_size: int, augmented: bool, seed: int, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of training batches; order and augmentation follow from (seed, epoch) alone."""
@@ -149,7 +149,7 @@ def train(
                 group["lr"] = lr * _factor(schedule, epoch, epochs)
             start, losses = time.perf_counter(), []
             model.train()
-            for images, labels in _batches(task, size, channels, batch_size, augmented, seed, epoch):
+            for images, labels in batches(task, size, channels, batch_size, augmented, seed, epoch):
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(images), labels)
                 loss.backward()
@@ -326,7 +326,7 @@ def _features(backbone, task, size, channels, batch_size, seed, epoch, stored) -
         for part in order.split(batch_size):
             yield stored[part], task.train_labels[part]
         return
-    for images, labels in _batches(task, size, channels, batch_size, True, seed, epoch):
+    for images, labels in batches(task, size, channels, batch_size, True, seed, epoch):
         with torch.no_grad():
             features = backbone(images)
         yield features, labels

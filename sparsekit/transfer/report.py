@@ -109,7 +109,7 @@ def _blocks(results: dict) -> list[tuple[str, object]]:
                     row = [f"{KIND_TITLES[kind]}, batch {m['batch']}: {WAYS[way]}"]
                     row += [f"{m['dense'][fastest]:.1f} ({fastest})"]
                     row += [f"{r['speedup']:.2f}x ± {100 * r['spread']:.0f} %" for r in m.get(way, {}).values()]
-                    table += [row] if way in m else []
+                    table += [row] if m.get(way) else []
         blocks.append(("table", table))
         if model == "resnet50":
             plot = speed_plot({kind: m for kind, m in measured.items() if m})

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrizations, prune
 
 import sparsekit as sk
 
@@ -36,8 +38,10 @@ def batches(count=3):
 def train(model, optimizer, data):
     for x, y in data:
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
         optimizer.step()
+    return loss  # whose graph lives on, as in a loop that prints it
 
 
 def assert_same_weights(a, b):
@@ -127,7 +131,7 @@ def test_copies_and_pickles():
 
 def test_state_dicts_load_both_ways():
     dense, compressed = network(1), sk.compress_(network(2))
-    assert list(compressed[0].state_dict()) == ["values", "bias", "crow_indices", "col_indices"]
+    assert list(compressed[0].state_dict()) == ["values", "bias", "crow_indices", "col_indices", "size"]
     x = batches()[0][0]
     for source in (dense, compressed, sk.compress_(network(3))):
         for target in (network(4), sk.compress_(network(5)), network(6, backend="dense")):
@@ -145,11 +149,15 @@ def test_damaged_state_is_refused():
     layer = sk.compress_(sk.nn.SparseLinear.from_dense(nn.Linear(4, 4), torch.eye(4, dtype=torch.bool)))
     for name, value, message in (
         ("col_indices", torch.tensor([0, 1, 2, 9], dtype=torch.int32), r"col_indices must lie in \[0, 4\)"),
-        ("crow_indices", torch.tensor([0, 4], dtype=torch.int32), r"values must be a weight of \(4, 4\), got 1 rows"),
+        (
+            "crow_indices",
+            torch.tensor([0, 4], dtype=torch.int32),
+            r"values must be a weight of \(4, 4\), got 4 in 1 rows",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             layer.load_state_dict({**layer.state_dict(), name: value})
-    with pytest.raises(RuntimeError, match=r"size mismatch for weight.*\(3, 3\)"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for weight.*\[3, 3\]"):
         layer.load_state_dict(nn.Linear(3, 3, bias=False).state_dict() | {"bias": torch.zeros(4)})
 
 
@@ -161,10 +169,11 @@ def test_masks_change(optimizer):
     for step, sparsity in enumerate((0.5, 0.9)):
         mask = torch.rand(8, 4, 3, 3, generator=torch.Generator().manual_seed(step)) > sparsity
         for model, o in zip((dense, compressed), optimizers):
-            train(model, o, batches(2))
+            loss = train(model, o, batches(2))
             model[0].zero_grad() if step else None
             sk.set_mask_(model[0], mask, o)
-            train(model, o, batches(2))
+            loss = train(model, o, batches(2))
+            assert loss.isfinite()
         assert torch.equal(compressed[0].weight_mask, mask)
         torch.testing.assert_close(dense[0].weight, compressed[0].weight, rtol=1e-4, atol=1e-6)
     states = [o.state_dict()["state"][0] for o in optimizers]
@@ -182,8 +191,9 @@ def test_gmp_prunes_it():
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     pruner = sk.pruning.GMP(model, optimizer, sparsity=0.9, end=2, interval=1, distribution="uniform")
     for _ in range(4):
-        train(model, optimizer, batches(1))
+        loss = train(model, optimizer, batches(1))
         pruner.step()
+    assert loss.isfinite()
     pruner.finalize()
     assert sk.sparsity(model)["0"] == pytest.approx(0.9, abs=0.01)
 
@@ -200,7 +210,7 @@ def test_tied_weights():
     assert model[0].weight is model[1].weight
     model = nn.Sequential(sk.nn.SparseLinear.from_dense(nn.Linear(8, 8)), nn.Linear(8, 8))
     model[1].weight = model[0].weight
-    with pytest.raises(ValueError, match="must not tie sparse weights to plain layers, but does: 1"):
+    with pytest.raises(ValueError, match="must not tie sparse weights to plain Linear layers, but ties 1"):
         sk.compress_(model)
 
 
@@ -239,3 +249,112 @@ def test_compiles_whole_and_becomes_an_engine():
 def test_is_made_by_compress_only():
     with pytest.raises(TypeError, match="CompressedLinear is made by sparsekit.compress_"):
         sk.nn.CompressedLinear(4, 4)
+
+
+def test_what_is_loaded_may_keep_another_number_of_weights_while_a_graph_lives():
+    model, other = sk.compress_(network()), sk.compress_(network(1))
+    sk.set_mask_(other[0], torch.rand(8, 4, 3, 3) > 0.5)
+    x, y = batches()[0]
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    model.load_state_dict(other.state_dict())
+    F.cross_entropy(model(x), y).backward()
+    assert model[0].values.grad.shape == model[0].values.shape == other[0].values.shape
+    assert loss.requires_grad
+
+
+def test_another_shape_is_a_size_mismatch():
+    small, large = (sk.compress_(sk.sparsify_(nn.Linear(n, 8), min_sparsity=0)) for n in (4, 6))
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        large.load_state_dict(small.state_dict())
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        sk.nn.SparseLinear(6, 8).load_state_dict(small.state_dict())
+
+
+def test_parameters_alone_load_into_the_same_structure():
+    model, other = sk.compress_(network()), sk.compress_(network())
+    for parameter in model.parameters():
+        parameter.data.add_(1)
+    other.load_state_dict(dict(model.named_parameters()), strict=False)
+    assert_same_weights(model, other)
+    with pytest.raises(RuntimeError, match='Missing key.*"0.crow_indices"'):
+        other.load_state_dict(dict(model.named_parameters()))
+
+
+def test_states_of_torch_prune_load():
+    conv = nn.Conv2d(8, 16, 3)
+    prune.l1_unstructured(conv, "weight", 0.8)
+    layer = sk.compress_(sk.nn.SparseConv2d(8, 16, 3))
+    layer.load_state_dict(conv.state_dict())
+    assert torch.equal(layer.weight, conv.weight)
+
+
+def test_layers_are_counted_once_each():
+    model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(20)))
+    sk.compress_(sk.sparsify_(sk.pruning.magnitude_(model, 0.5, "uniform")))
+    model[1].values = model[0].values
+    assert len(sk.sparsity(model)) == 19
+
+
+def test_weights_are_drawn_anew():
+    layer = sk.compress_(sk.nn.SparseConv2d.from_dense(nn.Conv2d(4, 4, 3), torch.rand(4, 4, 3, 3) > 0.5))
+    mask, values, bias = layer.weight_mask, layer.values.clone(), layer.bias.clone()
+    layer.reset_parameters()
+    assert torch.equal(layer.weight_mask, mask) and not (layer.values == values).any() and (layer.bias != bias).any()
+
+
+def test_what_cannot_be_compressed_is_left_whole():
+    class Own(sk.nn.SparseLinear):
+        pass
+
+    tied = nn.Sequential(sk.nn.SparseLinear(8, 8), Own(8, 8))
+    tied[1].weight = tied[0].weight
+    differ = nn.Sequential(*(sk.nn.SparseLinear.from_dense(nn.Linear(8, 8), torch.rand(8, 8) > 0.5) for _ in range(2)))
+    differ[1].weight = differ[0].weight
+    for model, message in (
+        (tied, "must not tie sparse weights to sparse Own layers, but ties 1"),
+        (differ, "masks differ"),
+        (sk.nn.SparseLinear(8, 8, device="meta"), "on the meta device"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sk.compress_(model)
+        assert not any(isinstance(m, sk.nn.CompressedModule) for m in model.modules())
+
+
+def test_moves_through_the_meta_device():
+    model = sk.compress_(network())
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    x, expected = batches()[0][0], model(batches()[0][0])
+    model.to("meta").load_state_dict(state, assign=True)
+    assert torch.equal(model(x), expected)
+
+
+def test_densify_takes_the_optimizer_along():
+    model = sk.compress_(network())
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    train(model, optimizer, batches())
+    sk.densify_(model, optimizer)
+    before = model[0].weight.clone()
+    train(model, optimizer, batches())
+    assert type(model[0]) is nn.Conv2d and (model[0].weight != before).any()
+
+
+def test_wrapped_for_checkpointing(tmp_path):
+    for form in (network(), sk.compress_(network())):
+        plain = sk.dense_state_dict(form)
+        form[0] = checkpoint_wrapper(form[0])
+        assert sk.dense_state_dict(form).keys() == plain.keys()
+        sk.io.save_checkpoint(tmp_path / "c", form)
+        other = network(1)
+        sk.io.load_checkpoint(tmp_path / "c", other)
+        assert_same_weights(form, other)
+
+
+def test_a_weight_that_is_no_parameter_disturbs_nobody():
+    layer = parametrizations.weight_norm(sk.nn.SparseLinear(8, 8))
+    layer(torch.randn(2, 8)).sum().backward()
+    pruned = sk.nn.SparseLinear(8, 8)
+    prune.random_unstructured(pruned, "weight", 0.5)
+    assert pruned(torch.randn(2, 8)).requires_grad
+    other = sk.compress_(network())
+    sk.set_mask_(other[0], other[0].weight_mask.roll(1))

@@ -145,6 +145,17 @@ def test_sequences_train_as_pytorchs():
     assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
 
 
+def test_a_hook_on_all_modules_sees_all(models):
+    ours, _ = models
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m).__name__))
+    try:
+        ours.train()(torch.randn(2, 3, 32, 32))
+    finally:
+        handle.remove()
+    assert "ReLU" in seen
+
+
 def test_a_dense_model_stays_as_it_is():
     model = torchvision.models.resnet18(num_classes=2)
     assert type(sk.sparsify_(model).bn1) is nn.BatchNorm2d and type(model) is torchvision.models.ResNet

@@ -117,7 +117,7 @@ def test_frozen_layers_get_no_gradient_and_cost_none(form, monkeypatch):
 def test_functional_call(form):
     sparse, _ = pair(form)
     sparse.eval()
-    x, y = batch()
+    x, _ = batch()
     doubled = {name: 2 * p.detach() for name, p in sparse.named_parameters()}
     out = torch.func.functional_call(sparse, doubled, (x,))
     for parameter in sparse.parameters():
@@ -189,7 +189,7 @@ def test_losses_are_those_of_masked_dense_training(form):
                 if parameter.grad is not None:
                     parameter.grad.mul_(kept[name])
             optimizer.step()
-            losses[-1].append(float(loss))
+            losses[-1].append(loss.item())
     ours, theirs = torch.tensor(losses)
     assert (ours - theirs).abs().div(theirs)[:10].max() < 1e-4
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)

@@ -1,0 +1,99 @@
+"""A rank of a small data-parallel training: `torchrun worker.py FOLDER FORM [--crash-at STEP] [--other-mask]`.
+
+Writes FOLDER/result.pt (the dense state dict, and how many numbers each step sent) at the end, and a checkpoint after
+every step, from which it goes on after a restart.
+"""
+
+import argparse
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import sparsekit as sk
+
+STEPS, BATCH, CHANGE = 6, 8, 3
+
+
+def build(form):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, 2),
+        nn.Flatten(),
+        nn.Linear(72, 4),
+    )
+    sk.sparsify_(sk.pruning.magnitude_(model, 0.75, "uniform"))
+    for module in model.modules():
+        if isinstance(module, sk.nn.SparseModule):
+            module.backend = "sparse"
+    if form == "compressed":
+        sk.compress_(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    return model, optimizer
+
+
+def data(step):
+    g = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 3, 8, 8, generator=g), torch.randint(4, (BATCH,), generator=g)
+
+
+def train_step(run, model, optimizer, step, rank=0, ranks=1):
+    """Forward and backward on a rank's share of the batch, and the optimizer's step; masks change once."""
+    # Statistics of a share are not those of the batch.
+    model[1].eval()
+    x, y = (t.chunk(ranks)[rank] for t in data(step))
+    optimizer.zero_grad()
+    F.cross_entropy(run(x), y).backward()
+    optimizer.step()
+    if step == CHANGE:
+        sk.set_mask_(model[3], model[3].weight_mask.roll(1), optimizer)
+        sk.check_masks(model)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("form")
+    parser.add_argument("--crash-at", type=int)
+    parser.add_argument("--other-mask", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model, optimizer = build(args.form)
+    if args.other_mask and rank == 1:
+        sk.set_mask_(model[0], model[0].weight_mask.roll(1))
+    sk.check_masks(model)
+    path, start = args.folder / "checkpoint", 0
+    if path.exists():
+        start = sk.io.load_checkpoint(path, model, optimizer).extra["steps"]
+    parallel, sent = DistributedDataParallel(model), []
+
+    def count(state, bucket):
+        sent.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)
+
+    parallel.register_comm_hook(None, count)
+    for step in range(start, STEPS):
+        if step == args.crash_at and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os._exit(1)
+        train_step(parallel, model, optimizer, step, rank, ranks)
+        if rank == 0:
+            sk.io.save_checkpoint(path, model, optimizer, {"steps": step + 1})
+        dist.barrier()
+    if rank == 0:
+        torch.save({"model": sk.dense_state_dict(model), "sent": sum(sent), "start": start}, args.folder / "result.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
