@@ -116,11 +116,11 @@ def measure(
     dense = densify_(copy.deepcopy(next(iter(sparse_models.values()))))
     last = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     functions = {
-        "dense nchw": _runner(dense, images, labels, kind),
+        "dense nchw": _runner(copy.deepcopy(dense), images, labels, kind),
         "dense channels_last": _runner(last, images.contiguous(memory_format=torch.channels_last), labels, kind),
     }
     if compiled:
-        functions["dense compiled"] = _runner(copy.deepcopy(dense), images, labels, kind, run=torch.compile)
+        functions["dense compiled"] = _runner(dense, images, labels, kind, run=torch.compile)
     ways: dict[str, Callable] = {"sparse": lambda model: _runner(model, images, labels, kind)}
     if kind == "full":
         ways["compressed"] = lambda model: _runner(compress_(model), images, labels, kind)

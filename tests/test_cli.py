@@ -65,12 +65,14 @@ def test_bench_measures_every_way(kind, monkeypatch, tmp_path):
     monkeypatch.setenv("SPARSEKIT_CACHE", str(tmp_path))
     model = sk.sparsify_(sk.pruning.magnitude_(SmallResNet((8, 16), (1, 1)), 0.8))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    result = bench.measure({"80 %": model}, torch.randn(2, 1, 12, 12), kind, runs=2, compiled=False)
-    assert result["dense"]["fastest"] in ("nchw", "channels_last")
+    # Inductor would take a minute, and is PyTorch's to test.
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    result = bench.measure({"80 %": model}, torch.randn(2, 1, 12, 12), kind, runs=2, compile_sparse=True)
+    assert result["dense"].keys() >= {"nchw", "channels_last", "compiled"}
     assert result["sparse"]["80 %"]["speedup"] > 0
     assert bench.best(result)["80 %"]["speedup"] > 0
     if kind == "full":
-        assert result.keys() >= {"sparse", "compressed"}
+        assert result.keys() >= {"sparse", "compressed", "compiled"}
         parts = result["compressed"]["80 %"]["parts"]
         assert list(parts) == ["forward", "backward", "optimizer"] and all(v > 0 for v in parts.values())
     else:
