@@ -6,10 +6,11 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import sparsekit as sk
+
+torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
 from sparsekit.transfer.models import MobileNetV1
 
 
