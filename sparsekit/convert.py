@@ -15,7 +15,7 @@ from . import _ops
 from .nn.compressed import CompressedConv2d, CompressedLinear, CompressedModule
 from .nn.norm import BatchNorm2d, Sequential
 from .nn.pool import MaxPool2d
-from .nn.sparse import SparseConv2d, SparseLinear, SparseModule, _check_mask, modules_of, take_compressed
+from .nn.sparse import SparseConv2d, SparseLinear, SparseModule, _check_mask, modules_of, take_compressed, weight_id
 
 _SPARSE_CLASS = {nn.Conv2d: SparseConv2d, nn.Linear: SparseLinear}
 _DENSE_CLASS = {sparse: dense for dense, sparse in _SPARSE_CLASS.items()}
@@ -403,9 +403,8 @@ def sparsity(model: nn.Module) -> SparsityReport:
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue
-        identity = id(module._parameters.get(getattr(module, "STORED", "weight"), module))
-        if identity not in seen:
-            seen.add(identity)
+        if weight_id(module) not in seen:
+            seen.add(weight_id(module))
             weight = module.weight
             zeros[name or type(module).__name__] = int((weight == 0).sum())
             numel[name or type(module).__name__] = weight.numel()

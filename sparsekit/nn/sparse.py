@@ -26,6 +26,17 @@ logger = logging.getLogger("sparsekit")
 _modules: weakref.WeakSet[SparseModule] = weakref.WeakSet()
 
 
+# What the Parameter behind a layer's weight may be called.
+PARAMETERS = ("weight", "weight_orig", "values")
+
+
+def weight_id(module: nn.Module) -> int:
+    """What layers have in common if and only if their weights are tied."""
+    parameters = module._parameters
+    # torch.nn.utils.prune and compress_ rename the Parameter; a parametrization hides it, and its layer counts as untied.
+    return id(next((parameters[name] for name in PARAMETERS if name in parameters), module))
+
+
 def modules_of(parameter: Tensor) -> Iterator[SparseModule]:
     """The live sparse modules that keep their weight in this Parameter."""
     return (m for m in list(_modules) if m._parameters.get(m.STORED) is parameter)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..convert import set_mask_, sparsify_
 from ..nn import SparseModule
+from ..nn.sparse import weight_id
 from .distributions import Distribution, distribution_from
-from .layers import Rule, prunable_layers, weight_id
+from .layers import Rule, prunable_layers
 from .masks import top_k
 from .schedules import Schedule
 

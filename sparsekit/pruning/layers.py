@@ -10,11 +10,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from ..nn import SparseModule
+from ..nn.sparse import PARAMETERS, weight_id
 
 Rule = str | type[nn.Module] | Callable[[str, nn.Module], bool]
-
-# What the Parameter behind a layer's weight may be called.
-PARAMETERS = ("weight", "weight_orig", "values")
 
 
 def prunable_layers(model: nn.Module, exclude: Rule | Iterable[Rule] = ()) -> dict[str, nn.Module]:
@@ -86,13 +84,6 @@ def first_and_last(model: nn.Module) -> tuple[str, ...]:
     """
     names = list(prunable_layers(model))
     return tuple(dict.fromkeys((names[0], names[-1])))
-
-
-def weight_id(module: nn.Module) -> int:
-    """What layers have in common if and only if their weights are tied."""
-    parameters = module._parameters
-    # torch.nn.utils.prune and compress_ rename the Parameter; a parametrization hides it, and its layer counts as untied.
-    return id(next((parameters[name] for name in PARAMETERS if name in parameters), module))
 
 
 def _check_weight(name: str, module: nn.Module) -> None:
