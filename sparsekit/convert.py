@@ -347,7 +347,7 @@ def _exchange_parameter(
 
 def _check_compressible(model: nn.Module) -> None:
     """Raise ValueError if a layer cannot be compressed for what its weight is or whom it is tied to."""
-    sparse = {m._parameters[m.STORED]: m for m in model.modules() if type(m) in _COMPRESSED_CLASS}
+    sparse = {m.stored: m for m in model.modules() if type(m) in _COMPRESSED_CLASS}
     for name, module in model.named_modules():
         others = (
             [p for p in module._parameters.values() if p in sparse] if type(module) not in _COMPRESSED_CLASS else []

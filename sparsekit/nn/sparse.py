@@ -85,7 +85,12 @@ class SparseModule(nn.Module):
 
     @property
     def stored(self) -> nn.Parameter:
-        """The Parameter that is trained."""
+        """The Parameter that is trained; ValueError if a parametrization or a pruning hook computes the weight."""
+        if self.STORED not in self._parameters:
+            raise ValueError(
+                f"the {self.STORED} of this {type(self).__name__} must be a Parameter; remove the parametrization or the "
+                "torch.nn.utils.prune hook that computes it"
+            )
         return self._parameters[self.STORED]
 
     @property

@@ -356,5 +356,8 @@ def test_a_weight_that_is_no_parameter_disturbs_nobody():
     pruned = sk.nn.SparseLinear(8, 8)
     prune.random_unstructured(pruned, "weight", 0.5)
     assert pruned(torch.randn(2, 8)).requires_grad
+    for change in (lambda: sk.compress_(pruned), lambda: sk.set_mask_(layer, torch.ones(8, 8, dtype=torch.bool))):
+        with pytest.raises(ValueError, match="weight of this .* must be a Parameter; remove the parametrization"):
+            change()
     other = sk.compress_(network())
     sk.set_mask_(other[0], other[0].weight_mask.roll(1))
