@@ -2,8 +2,8 @@
 
 A small ResNet at 90 % on Fashion-MNIST, from the same start in the same order of images: dense with masks multiplied in
 (torch.nn.utils.prune), sparse modules, and compressed ones, for three seeds: their accuracy after three epochs, and the
-relative difference of their losses in the first steps, there and at a small learning rate. At a large one rounding grows
-tenfold every dozen steps, whatever computes. Figures go to benchmarks/results/agreement.json.
+relative difference of their losses in the first steps, there and at a small learning rate, for at a large one
+differences of rounding grow fast. Figures go to benchmarks/results/agreement.json.
 """
 
 from __future__ import annotations
