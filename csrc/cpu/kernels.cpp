@@ -379,6 +379,8 @@ void sddmm_strip(const float* tile, Ahead ahead, const Rows& rows, const float* 
     const float* from = dy + rows.order[r] * dy_stride;
     const float* soon = dy + rows.order[r + Rows::kAhead] * dy_stride;
     for (int f = 0; f < N * kLanes; f += kLineFloats) __builtin_prefetch(soon + f);
+    // What follows in the row is the next strip, or the next tile: dY too large for the caches is waited for else.
+    for (int f = 0; f < N * kLanes; f += kLineFloats) __builtin_prefetch(from + N * kLanes + f, 0, 2);
     Vec d[N];
     for (int v = 0; v < N - 1; ++v) d[v] = load(from + v * kLanes);
     d[N - 1] = tail == kLanes ? load(from + (N - 1) * kLanes) : load(from + (N - 1) * kLanes, tail);
