@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ CASES = {
     MAIN: ("ResNet-50", 16, "uniform", (0.8, 0.9, 0.95, 0.98), 7, True),
     "ResNet-50, batch 4": ("ResNet-50", 4, "uniform", (0.8, 0.9, 0.95, 0.98), 5, False),
     "ResNet-50, batch 32": ("ResNet-50", 32, "uniform", (0.9, 0.95), 3, False),
+    "ResNet-50, batch 64": ("ResNet-50", 64, "uniform", (0.95,), 3, False),
     "ResNet-50, batch 16, ERK": ("ResNet-50", 16, "erk", (0.8, 0.9, 0.95, 0.98), 3, False),
     "ResNet-50, batch 16, global": ("ResNet-50", 16, "global", (0.8, 0.9, 0.95, 0.98), 3, False),
     "ResNet-18, batch 16": ("ResNet-18", 16, "uniform", (0.8, 0.9, 0.95, 0.98), 5, False),
@@ -59,9 +61,20 @@ def pruned(name: str, sparsity: float, distribution: str = "uniform") -> nn.Modu
 
 
 def steps(name: str, batch: int, distribution: str, sparsities: tuple[float, ...], runs: int, compiled: bool) -> dict:
+    keep_freed_memory()
     models = {f"{100 * s:g} %": pruned(name, s, distribution) for s in sparsities}
     images = torch.randn(batch, 3, 224, 224)
     return bench.measure(models, images, "full", runs=runs, compiled=compiled, compile_sparse=compiled)
+
+
+def in_own_process(function: Callable, *arguments) -> Any:
+    """What a function of this module returns in a fresh process, whose memory nothing else has filled."""
+    code = (
+        "import json, torch; from benchmarks import training; torch.set_num_threads(2); "
+        f"print(json.dumps(training.{function.__name__}(*{arguments!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def autocast(sparsity: float = 0.95, batch: int = 16) -> dict:
@@ -106,13 +119,7 @@ def mask_updates(sparsity: float = 0.9) -> dict:
 
 
 def peak_memory(way: str, sparsity: float) -> float:
-    """Megabytes at most of a process that makes three steps, above what it has before them."""
-    code = f"from benchmarks.training import _peak; _peak({way!r}, {sparsity})"
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-
-
-def _peak(way: str, sparsity: float) -> None:
-    torch.set_num_threads(2)
+    """Megabytes at most of a fresh process that makes three steps, above what it has before them."""
     model = pruned("ResNet-50", sparsity)
     if way == "compressed":
         sk.compress_(model)
@@ -124,7 +131,7 @@ def _peak(way: str, sparsity: float) -> None:
     )
     for _ in range(3):
         step()
-    print(_megabytes("VmHWM") - before)
+    return _megabytes("VmHWM") - before
 
 
 def _megabytes(field: str) -> float:
@@ -180,11 +187,11 @@ def linear_epoch(sparsity: float = 0.95, batch: int = 16, batches: int = 16) -> 
 
 def measure(results: dict, save: Callable[[], None]) -> None:
     """Fill ``results`` with what is missing in it; start anew if nothing is, or if it is another machine's."""
-    parts: dict[str, Callable] = {name: lambda case=case: steps(*case) for name, case in CASES.items()}
+    parts: dict[str, Callable] = {name: lambda case=case: in_own_process(steps, *case) for name, case in CASES.items()}
     parts["autocast"] = autocast
     parts["mask updates"] = mask_updates
     parts["peak memory"] = lambda: {
-        f"{way}, {100 * s:g} %": peak_memory(way, s)
+        f"{way}, {100 * s:g} %": in_own_process(peak_memory, way, s)
         for way, s in (("dense", 0.95), *((w, s) for s in (0.8, 0.95) for w in ("sparse", "compressed")))
     }
     parts["linear epoch"] = linear_epoch
