@@ -1,4 +1,4 @@
-"""The command line: prune, transfer, compile, bench, explain, info, job."""
+"""The command line: prune, transfer, study, compile, bench, explain, info, job."""
 
 from __future__ import annotations
 
@@ -73,13 +73,21 @@ def prune(
     out: Annotated[Path, typer.Argument(help="where the sparse one goes")],
     sparsity: Annotated[float, typer.Option(help="fraction of zeros, in [0, 1)")] = 0.9,
     distribution: Distribution = Distribution.globally,
-    epochs: Annotated[int, typer.Option(help="epochs of GMP; 0 prunes at once and recalibrates BatchNorm")] = 0,
+    epochs: Annotated[int, typer.Option(help="epochs of training; 0 prunes at once and recalibrates BatchNorm")] = 0,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="a preset such as acdc-90 (see sparsekit recipes) or a YAML file, scaled to --epochs; else GMP"
+        ),
+    ] = None,
     task: Annotated[str, typer.Option(help="what to train on and recalibrate with")] = "fashion-mnist",
     lr: float = 0.05,
     seed: int = 0,
     json: Json = False,
 ) -> None:
-    """Prune an upstream model: one-shot magnitude, or gradual (GMP)."""
+    """Prune an upstream model: at once by magnitude, gradually (GMP), or by any recipe."""
+    import torch.nn.functional as F
+
     from . import pruning, sparsify_
     from . import sparsity as count
     from .io import save_checkpoint
@@ -87,13 +95,25 @@ def prune(
     from .transfer.finetune import prepare
 
     model, data = _load(checkpoint), tasks.load(task)
+    chosen = None if recipe is None else pruning.recipe(recipe)
+    if chosen is not None and not epochs:
+        raise typer.BadParameter(f"--recipe {recipe} needs --epochs, a positive number of epochs to scale it to")
     if epochs:
+
+        def pruner(network, optimizer, steps):
+            if chosen is None:
+                return pruning.GMP(
+                    network, optimizer, sparsity, end=max(epochs * steps // 2, 1), interval=max(steps // 5, 1),
+                    distribution=distribution.value,
+                )  # fmt: skip
+            shown = zip(data.train_images.split(128), data.train_labels.split(128))
+            batches = [(prepare(images, 28), labels) for images, labels in shown] if chosen.needs_data else None
+            return chosen.attach(network, optimizer, steps, epochs, batches, F.cross_entropy)
+
+        smoothing = 0.0 if chosen is None else chosen.training.get("label_smoothing", 0.0)
         result = train(
-            model, data, epochs=epochs, lr=lr, seed=seed, batch_size=128, schedule="cosine",
-            pruner=lambda m, o, steps: pruning.GMP(
-                m, o, sparsity, end=max(epochs * steps // 2, 1), interval=max(steps // 5, 1),
-                distribution=distribution.value,
-            ),
+            model, data, epochs=epochs, lr=lr, seed=seed, batch_size=128, schedule="cosine", pruner=pruner,
+            label_smoothing=smoothing,
         )  # fmt: skip
         accuracy = result.accuracy
     else:
@@ -227,6 +247,42 @@ def compile_model(
     engine.save(out)
     rows = engine.explain(images)
     print(json_module.dumps([row._asdict() for row in rows]) if json else f"{rows}\n{engine}\nsaved to {out}")
+
+
+@app.command()
+def recipes(json: Json = False) -> None:
+    """The recipes that `prune --recipe` knows, with the numbers of their authors."""
+    from .pruning import PRESETS
+
+    if json:
+        print(json_module.dumps({name: recipe.to_dict() for name, recipe in PRESETS.items()}))
+        return
+    for name, recipe in PRESETS.items():
+        settings = ", ".join(f"{key}={value}" for key, value in recipe.settings.items())
+        print(f"{name:<14} {recipe.method:<10} {recipe.epochs:g} epochs; {settings}")
+
+
+study = typer.Typer(no_args_is_help=True, help="The study's grids; each goes on where it was stopped.")
+app.add_typer(study, name="study")
+
+
+@study.command("upstream")
+def study_upstream(
+    folder: Annotated[Path, typer.Option(help="where results go")] = Path("runs/upstream"),
+    seeds: Annotated[int, typer.Option(help="seeds of every row at its first sparsity")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="part of a row's title; repeat for several")] = None,
+    images: Annotated[int, typer.Option(help="training images of Fashion-MNIST")] = 20_000,
+    epochs: Annotated[int, typer.Option(help="of training, for every method")] = 12,
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """Every pruning method on Fashion-MNIST, with the same budget of epochs: a table and a plot."""
+    from .transfer.study import Budget, document, upstream
+
+    if threads:
+        torch.set_num_threads(threads)
+    results = upstream(folder, Budget(images=images, epochs=epochs), range(seeds), only or ())
+    print(json_module.dumps(results) if json else document(results))
 
 
 @app.command()

@@ -29,6 +29,8 @@ class LayerReport(NamedTuple):
         expected_sparse, expected_dense: what dispatch compared.
         measured_sparse, measured_dense: medians of alternating runs just now; dense is PyTorch's own layer on the same
             input, in the memory format that the model feeds it.
+        weights: number of weights, zeros included.
+        macs: multiply-adds of the dense layer on this input.
     """
 
     name: str
@@ -40,6 +42,8 @@ class LayerReport(NamedTuple):
     expected_dense: float
     measured_sparse: float
     measured_dense: float
+    weights: int = 0
+    macs: int = 0
 
     @property
     def speedup(self) -> float:
@@ -104,7 +108,8 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple, train: bool = Fals
             decision = dispatch.Decision("dense", "a plain layer; sparsify_ converts layers that hold zeros")
             sparse, dense = math.nan, seconds_in_turns({"dense": _runner(module, input, needs_grad, train)})["dense"]
         shape = f"{'x'.join(map(str, weight.shape))} on {'x'.join(map(str, input.shape))}"
-        reports.append(LayerReport(names[module], shape, sparsity, *decision, sparse, dense))
+        macs = dispatch.shape_of(module, input).macs
+        reports.append(LayerReport(names[module], shape, sparsity, *decision, sparse, dense, weight.numel(), macs))
     return reports
 
 

@@ -1,9 +1,10 @@
 """Our own checkpoints: one safetensors file, sparse tensors compressed, written atomically.
 
-Version 1. Tensors are named ``model/<name in the state dict>`` and ``optimizer/<parameter number>/<state name>``. The
-weight of a sparse layer, and optimizer state of its shape, is stored as ``…:values`` ``[nnz]``; its structure as
-``model/<layer>.weight:crow_indices`` and ``:col_indices`` (int32, see :mod:`sparsekit.formats`). The file's metadata
-holds ``format`` = ``sparsekit``, ``version``, and under ``json`` the shapes, the optimizer's groups and the user's extra.
+Version 1. Tensors are named ``model/<name in the state dict>`` and ``optimizer/<parameter number>/<state name>``; those of
+the user's extra ``extra/<number>``. The weight of a sparse layer, and optimizer state of its shape, is stored as
+``…:values`` ``[nnz]``; its structure as ``model/<layer>.weight:crow_indices`` and ``:col_indices`` (int32, see
+:mod:`sparsekit.formats`). The file's metadata holds ``format`` = ``sparsekit``, ``version``, and under ``json`` the shapes,
+the optimizer's groups and the user's extra.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Checkpoint:
         state_dict: name to tensor, weights dense, with the masks of sparse layers.
         masks: ``{layer name: bool mask}`` of the sparse layers.
         optimizer: the optimizer's state dict, or None.
-        extra: what the caller stored, JSON types.
+        extra: what the caller stored: JSON types and tensors.
     """
 
     state_dict: dict[str, Tensor]
@@ -76,7 +77,7 @@ def save_checkpoint(
         path: where; folders are made.
         model: sparse layers are stored compressed.
         optimizer: whose state to store too.
-        extra: anything JSON can hold: epoch, method, accuracy …
+        extra: anything JSON can hold, and tensors: epoch, accuracy, a pruner's state dict …
 
     Raises:
         TypeError: ``extra`` or the optimizer's groups hold what JSON cannot.
@@ -90,7 +91,7 @@ def save_checkpoint(
         {'epoch': 3}
     """
     tensors: dict[str, Tensor] = {}
-    header: dict[str, Any] = {"shapes": {}, "extra": extra or {}}
+    header: dict[str, Any] = {"shapes": {}, "extra": _take_tensors(extra or {}, tensors)}
     layers = dict(_named_sparse(model))
     by_parameter = {id(layer.stored): (key, layer) for key, layer in reversed(layers.items())}
 
@@ -129,6 +130,29 @@ def save_checkpoint(
         header["optimizer"] = {"groups": state["param_groups"], "scalars": scalars, "structures": structures}
     metadata = {"format": "sparsekit", "version": str(VERSION), "json": json.dumps(header)}
     write_atomically(path, lambda name: save_file(tensors, name, metadata))
+
+
+_TENSOR = "sparsekit tensor"
+
+
+def _take_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """``value`` with its tensors moved to ``tensors``, and their names in their place."""
+    if torch.is_tensor(value):
+        name = f"extra/{len(tensors)}"
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        return {key: _take_tensors(item, tensors) for key, item in value.items()}
+    return [_take_tensors(item, tensors) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo :func:`_take_tensors`."""
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _put_tensors(item, tensors) for key, item in value.items()}
+    return [_put_tensors(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 def _named_sparse(model: nn.Module) -> Iterator[tuple[str, SparseModule]]:
@@ -194,7 +218,7 @@ def load_checkpoint(
         model.load_state_dict(state)
     if optimizer is not None:
         optimizer.load_state_dict(saved)
-    return Checkpoint(state, masks, saved, header["extra"])
+    return Checkpoint(state, masks, saved, _put_tensors(header["extra"], tensors))
 
 
 def _check_format(path: Path, metadata: dict[str, str]) -> None:

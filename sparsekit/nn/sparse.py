@@ -167,6 +167,10 @@ class SparseModule(nn.Module):
         dropped = ~(mask & self.weight_mask)
         return lambda tensor: tensor.masked_fill_(dropped, 0)
 
+    def dense_weight_grad(self, input: Tensor, grad_output: Tensor) -> Tensor:
+        """The gradient of every weight, pruned ones too, of the weight's shape: dense work, for re-growth methods."""
+        raise NotImplementedError
+
     def runs_sparse(self, input: Tensor) -> bool:
         """Whether :meth:`forward` on ``input`` takes the sparse kernels: see :func:`sparsekit.dispatch.decide`."""
         return dispatch.decide(self, input).backend == "sparse"
@@ -292,12 +296,7 @@ class SparseConv2d(SparseModule, nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self.runs_sparse(input):
             return super()._conv_forward(input, self.masked_weight(), bias)
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        if self.padding_mode != "zeros":
-            layout = torch.channels_last if _ops.is_channels_last(input) else torch.contiguous_format
-            input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
-            input = input.contiguous(memory_format=layout) if input.dim() == 4 else input
-            top = bottom = left = right = 0
+        input, padding = self._padded(input)
         return _ops.conv2d(
             input,
             self.compressed_weight(),
@@ -305,10 +304,27 @@ class SparseConv2d(SparseModule, nn.Conv2d):
             bias,
             kernel_size=self.kernel_size,
             stride=self.stride,
-            padding=(top, bottom, left, right),
+            padding=padding,
             dilation=self.dilation,
             groups=self.groups,
         )
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+        """The input, padded already if not with zeros, and the zeros that remain to be added: top, bottom, left, right."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        if self.padding_mode == "zeros":
+            return input, (top, bottom, left, right)
+        layout = torch.channels_last if _ops.is_channels_last(input) else torch.contiguous_format
+        input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+        return (input.contiguous(memory_format=layout) if input.dim() == 4 else input), (0, 0, 0, 0)
+
+    def dense_weight_grad(self, input: Tensor, grad_output: Tensor) -> Tensor:
+        input, padding = self._padded(input)
+        if input.dim() == 3:
+            input, grad_output = input.unsqueeze(0), grad_output.unsqueeze(0)
+        geometry = (list(self.kernel_size), list(self.stride), list(padding), list(self.dilation), self.groups)
+        dtype = self.stored.dtype
+        return torch.ops.sparsekit.conv2d_weight_grad(grad_output.to(dtype), input.to(dtype), *geometry)
 
 
 class SparseLinear(SparseModule, nn.Linear):
@@ -352,6 +368,11 @@ class SparseLinear(SparseModule, nn.Linear):
         if not self.runs_sparse(input):
             return F.linear(input, self.masked_weight(), self.bias)
         return _ops.linear(input, self.compressed_weight(), self.pattern, self.bias)
+
+    def dense_weight_grad(self, input: Tensor, grad_output: Tensor) -> Tensor:
+        dtype = self.stored.dtype
+        rows, columns = grad_output.reshape(-1, self.out_features), input.reshape(-1, self.in_features)
+        return rows.to(dtype).T @ columns.to(dtype)
 
 
 def _copy_parameters(target: nn.Module, source: nn.Module) -> nn.Module:

@@ -1,29 +1,69 @@
 """Pruning: scores rank weights, distributions share them out over layers, schedules say when, methods combine them."""
 
-from .base import Pruner, prune_masks
+from .alternating import ACDC, CrAM
+from .base import Pruner, best_masks, prune_masks
 from .batchnorm import recalibrate_batchnorm_
-from .distributions import DISTRIBUTIONS, erk, global_, uniform
+from .distributions import DISTRIBUTIONS, er, erk, global_, uniform
+from .first_order import SNIP, Movement
+from .latent import DNW, STR, TopKAST, soft_threshold
 from .layers import first_and_last, prunable_layers
+from .lottery import LTH
 from .magnitude import GMP, magnitude_
 from .masks import top_k
-from .schedules import Cubic, OneShot, Schedule
-from .scores import magnitude
+from .mfac_optimizer import MFACOptimizer
+from .recipes import METHODS, PRESETS, Recipe, recipe
+from .regrowth import SET, RigL, regrow
+from .report import PruningReport, report
+from .schedules import Constant, Cubic, Linear, OneShot, Phases, Rounds, Schedule
+from .scores import magnitude, movement, sensitivity
+from .second_order import MFAC, OBS, WoodFisher, obs_score
 
 __all__ = [
+    "ACDC",
     "DISTRIBUTIONS",
+    "DNW",
     "GMP",
+    "LTH",
+    "METHODS",
+    "MFAC",
+    "OBS",
+    "PRESETS",
+    "SET",
+    "SNIP",
+    "STR",
+    "Constant",
+    "CrAM",
     "Cubic",
+    "Linear",
+    "MFACOptimizer",
+    "Movement",
     "OneShot",
+    "Phases",
     "Pruner",
+    "PruningReport",
+    "Recipe",
+    "RigL",
+    "Rounds",
     "Schedule",
+    "TopKAST",
+    "WoodFisher",
+    "best_masks",
+    "er",
     "erk",
     "first_and_last",
     "global_",
     "magnitude",
     "magnitude_",
+    "movement",
+    "obs_score",
     "prunable_layers",
     "prune_masks",
     "recalibrate_batchnorm_",
+    "recipe",
+    "regrow",
+    "report",
+    "sensitivity",
+    "soft_threshold",
     "top_k",
     "uniform",
 ]

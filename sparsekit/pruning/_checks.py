@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..nn import CompressedModule
+
 
 def check_sparsity(value: float, name: str = "sparsity") -> None:
     """Raise unless ``value``, the argument called ``name``, is a fraction of zeros in [0, 1)."""
@@ -17,3 +24,28 @@ def check_steps(value: int, name: str, least: int = 0) -> None:
         raise TypeError(f"{name} must be a whole number of optimizer steps, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least} optimizer steps, got {value}")
+
+
+def check_fraction(value: float, name: str) -> None:
+    """Raise unless ``value``, the argument called ``name``, is in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_not_negative(value: float, name: str) -> None:
+    """Raise unless ``value``, the argument called ``name``, is a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_uncompressed(layers: Mapping[str, nn.Module], method: str) -> None:
+    """Raise if a layer has no dense weight, which ``method`` works on."""
+    for name, layer in layers.items():
+        if isinstance(layer, CompressedModule):
+            raise ValueError(
+                f"{method} needs dense weights, but layer {name!r} is compressed; decompress_ the model first"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 
 import torch
@@ -33,7 +33,7 @@ def prune_masks(
         scores: name to scores of the weight's shape; the lowest are pruned.
         sparsity: fraction of zeros over all ``layers``, in [0, 1), met within one weight. Layers that are sparser than
             that together keep their masks.
-        distribution: ``"global"``, ``"uniform"``, ``"erk"``, or a function as in :mod:`sparsekit.pruning.distributions`.
+        distribution: a name in :data:`DISTRIBUTIONS`, or a function as in :mod:`sparsekit.pruning.distributions`.
 
     Returns:
         Name to bool mask of the weight's shape; True is kept.
@@ -55,12 +55,27 @@ def prune_masks(
         # Below the score of any weight that is kept, even of one that is exactly zero.
         is_sparse = isinstance(module, SparseModule)
         candidates[name] = score.masked_fill(~module.weight_mask, -torch.inf) if is_sparse else score
-    counts = distribution_from(distribution)(candidates, sparsity)
-    return {name: top_k(score, counts[name]) for name, score in candidates.items()}
+    return best_masks(candidates, sparsity, distribution)
+
+
+def best_masks(
+    scores: Mapping[str, Tensor], sparsity: float, distribution: str | Distribution = "global"
+) -> dict[str, Tensor]:
+    """The masks that keep the best scores, whatever was pruned before; a score of minus infinity is never kept.
+
+    Arguments, returns and errors as :func:`prune_masks`.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> sk.pruning.best_masks({"fc": torch.tensor([[3.0, 1.0, 2.0]])}, sparsity=0.3)
+        {'fc': tensor([[ True, False,  True]])}
+    """
+    counts = distribution_from(distribution)(scores, sparsity)
+    return {name: top_k(score, counts[name]) for name, score in scores.items()}
 
 
 class Pruner:
-    """A pruning method attached to a model and its optimizer; subclasses mostly define :meth:`scores`.
+    """A pruning method attached to a model and its optimizer; many subclasses define :meth:`scores` alone.
 
     All pruned layers become sparse modules at once, with the Parameters the optimizer knows. Weights that a mask has
     pruned stay pruned. Zeros in a layer that is still plain are weights like any other: to keep them pruned, call
@@ -73,7 +88,7 @@ class Pruner:
         model: pruned in place.
         optimizer: holds the weight of every pruned layer.
         schedule: when masks change and to which sparsity; an update at step 0 happens here.
-        distribution: ``"global"``, ``"uniform"``, ``"erk"``, or a function as in :mod:`sparsekit.pruning.distributions`.
+        distribution: a name in :data:`DISTRIBUTIONS`, or a function as in :mod:`sparsekit.pruning.distributions`.
         exclude: layers to leave alone, see :func:`prunable_layers`. Sparsity counts the others.
 
     Attributes:
@@ -128,6 +143,22 @@ class Pruner:
         masks = [layer.weight_mask for layer in self.layers.values()]
         return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
+    def backward(self, loss: Callable[[], Tensor]) -> Tensor:
+        """Compute the gradients of a batch, as the method wants them: ``loss().backward()`` for most.
+
+        Loops that call this instead work with every method; a loop of one's own may call ``backward()`` itself unless
+        the method says otherwise (:class:`CrAM`).
+
+        Args:
+            loss: runs the model on the batch, and returns the scalar loss.
+
+        Returns:
+            The loss, detached.
+        """
+        value = loss()
+        value.backward()
+        return value.detach()
+
     def step(self) -> bool:
         """Count an optimizer step and follow the schedule: call it once after every ``optimizer.step()``.
 
@@ -158,13 +189,18 @@ class Pruner:
                 "%s finalized after %d of %d steps: pruning from sparsity %.4f to %.4f at once",
                 type(self).__name__, self.steps, self.schedule.end, self.sparsity, self.schedule.sparsity,
             )  # fmt: skip
-            self._prune_to(self.schedule.sparsity)
+            self._finish_early()
         for layer in self.layers.values():
             set_mask_(layer, layer.weight_mask, self.optimizer)
         return self.model
 
+    def _finish_early(self) -> None:
+        """Meet the target of a schedule that is not over."""
+        self._prune_to(self.schedule.sparsity)
+
     def state_dict(self) -> dict:
-        """The number of steps, and the settings it belongs to; masks are in the model's state dict."""
+        """The number of steps, the settings it belongs to, and what else the method remembers, tensors among it; masks are
+        in the model's state dict. :func:`sparsekit.io.save_checkpoint` takes it as ``extra``."""
         return {"steps": self.steps, **self._settings()}
 
     def load_state_dict(self, state: Mapping) -> None:
@@ -176,10 +212,10 @@ class Pruner:
         Raises:
             ValueError: ``state`` is of another method, or of one with other settings.
         """
-        settings = {key: value for key, value in state.items() if key != "steps"}
         for key, value in self._settings().items():
-            if settings.get(key) != value:
-                raise ValueError(f"state must be of a pruner with {key} = {value!r}, got {settings.get(key)!r}")
+            # Files know lists only.
+            if _as_lists(state.get(key)) != _as_lists(value):
+                raise ValueError(f"state must be of a pruner with {key} = {value!r}, got {state.get(key)!r}")
         self.steps = state["steps"]
 
     def _settings(self) -> dict:
@@ -191,9 +227,17 @@ class Pruner:
         }
 
     def _prune_to(self, sparsity: float) -> None:
-        masks = prune_masks(self.layers, self.scores(), sparsity, self.distribution)
-        for name, layer in self.layers.items():
-            set_mask_(layer, masks[name], self.optimizer)
+        self._set_masks(prune_masks(self.layers, self.scores(), sparsity, self.distribution))
+
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            set_mask_(self.layers[name], mask, self.optimizer)
+
+
+def _as_lists(value):
+    if isinstance(value, Mapping):
+        return {key: _as_lists(item) for key, item in value.items()}
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _sparse_layers(model: nn.Module, exclude: Rule | Iterable[Rule]) -> dict[str, SparseModule]:

@@ -67,6 +67,21 @@ def erk(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     return _share_out({name: sum(s.shape) for name, s in scores.items()}, scores, sparsity)
 
 
+def er(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
+    """Erdős–Rényi (SET, arXiv 1707.04780): density proportional to (n_in + n_out) / (n_in * n_out), kernel sizes aside.
+
+    Otherwise as :func:`erk`, from which it differs in convolutions alone.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> sk.pruning.er({"conv1": torch.rand(4, 3, 3, 3), "fc": torch.rand(10, 40)}, 0.9)
+        {'conv1': 28, 'fc': 23}
+    """
+    # Kept weights are density times size, and the size is n_in * n_out times that of the kernel.
+    shares = {name: (s.shape[0] + s.shape[1]) * math.prod(s.shape[2:]) for name, s in scores.items()}
+    return _share_out(shares, scores, sparsity)
+
+
 def global_(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     """Rank the scores of all layers together; equal ones are kept in the order of layers, then row-major.
 
@@ -90,7 +105,7 @@ def global_(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, int]:
     return {name: int(part.sum()) for name, part in zip(scores, parts)}
 
 
-DISTRIBUTIONS: dict[str, Distribution] = {"global": global_, "uniform": uniform, "erk": erk}
+DISTRIBUTIONS: dict[str, Distribution] = {"global": global_, "uniform": uniform, "erk": erk, "er": er}
 
 
 def distribution_from(distribution: str | Distribution) -> Distribution:

@@ -82,7 +82,7 @@ class GMP(Pruner):
         end: optimizer steps before the last update.
         interval: optimizer steps between updates.
         initial_sparsity: fraction of zeros at ``begin``.
-        distribution: ``"global"``, ``"uniform"``, ``"erk"``, or a function as in :mod:`sparsekit.pruning.distributions`.
+        distribution: a name in :data:`DISTRIBUTIONS`, or a function as in :mod:`sparsekit.pruning.distributions`.
         exclude: layers to leave alone: names, glob patterns, classes or functions, see :func:`prunable_layers`.
 
     Raises:

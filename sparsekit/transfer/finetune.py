@@ -94,6 +94,7 @@ def train(
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     schedule: str = "steps",
+    label_smoothing: float = 0.0,
     size: int = 28,
     augmented: bool = True,
     pruner: Callable[[nn.Module, torch.optim.Optimizer, int], Pruner] | None = None,
@@ -112,6 +113,7 @@ def train(
         seed: of order and augmentation.
         schedule: ``"steps"``: lr × 0.1 after 1/3 and 2/3 of the epochs, the protocol's; ``"cosine"``: to zero, by epoch,
             with one epoch of warm-up.
+        label_smoothing: of the cross entropy, in [0, 1).
         size: images are resized to this height and width.
         augmented: random crops and, if the task allows it, flips.
         pruner: called with (model, optimizer, optimizer steps per epoch); makes the pruner that prunes while training.
@@ -151,12 +153,19 @@ def train(
             model.train()
             for images, labels in batches(task, size, channels, batch_size, augmented, seed, epoch):
                 optimizer.zero_grad()
-                loss = F.cross_entropy(model(images), labels)
-                loss.backward()
+
+                def loss(images=images, labels=labels):
+                    return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+
+                if pruning:
+                    losses.append(pruning.backward(loss))
+                else:
+                    value = loss()
+                    value.backward()
+                    losses.append(value.detach())
                 optimizer.step()
                 if pruning:
                     pruning.step()
-                losses.append(loss.detach())
                 progress.advance(bar)
             history.append(
                 {

@@ -29,12 +29,13 @@ def torchrun(folder, *arguments, restarts=0):
 def alone(form):
     """The state dict that one process ends with, and its model."""
     model, optimizer = worker.build(form)
+    pruner = worker.pruner_of(form, model, optimizer)
     for step in range(worker.STEPS):
-        worker.train_step(model, model, optimizer, step)
+        worker.train_step(model, model, optimizer, step, pruner=pruner)
     return sk.dense_state_dict(model), model
 
 
-@pytest.mark.parametrize("form", ["sparse", "compressed"])
+@pytest.mark.parametrize("form", ["sparse", "compressed", "rigl"])
 def test_two_ranks_are_one_process(form, tmp_path):
     run = torchrun(tmp_path, form)
     assert run.returncode == 0, run.stderr

@@ -41,20 +41,31 @@ def build(form):
     return model, optimizer
 
 
+def pruner_of(form, model, optimizer):
+    """RigL, which updates masks by gradients that it must average over the ranks; else None."""
+    if form != "rigl":
+        return None
+    return sk.pruning.RigL(model, optimizer, 0.75, interval=2, end=20, start="magnitude")
+
+
 def data(step):
     g = torch.Generator().manual_seed(step)
     return torch.randn(BATCH, 3, 8, 8, generator=g), torch.randint(4, (BATCH,), generator=g)
 
 
-def train_step(run, model, optimizer, step, rank=0, ranks=1):
-    """Forward and backward on a rank's share of the batch, and the optimizer's step; masks change once."""
+def train_step(run, model, optimizer, step, rank=0, ranks=1, pruner=None):
+    """Forward and backward on a rank's share of the batch, and the optimizer's step; masks change once, or as a pruner
+    has it."""
     # Statistics of a share are not those of the batch.
     model[1].eval()
     x, y = (t.chunk(ranks)[rank] for t in data(step))
     optimizer.zero_grad()
     F.cross_entropy(run(x), y).backward()
     optimizer.step()
-    if step == CHANGE:
+    if pruner:
+        pruner.step()
+        sk.check_masks(model)
+    elif step == CHANGE:
         sk.set_mask_(model[3], model[3].weight_mask.roll(1), optimizer)
         sk.check_masks(model)
 
@@ -72,6 +83,7 @@ def main():
     model, optimizer = build(args.form)
     if args.other_mask and rank == 1:
         sk.set_mask_(model[0], model[0].weight_mask.roll(1))
+    pruner = pruner_of(args.form, model, optimizer)
     sk.check_masks(model)
     path, start = args.folder / "checkpoint", 0
     if path.exists():
@@ -86,7 +98,7 @@ def main():
     for step in range(start, STEPS):
         if step == args.crash_at and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os._exit(1)
-        train_step(parallel, model, optimizer, step, rank, ranks)
+        train_step(parallel, model, optimizer, step, rank, ranks, pruner)
         if rank == 0:
             sk.io.save_checkpoint(path, model, optimizer, {"steps": step + 1})
         dist.barrier()

@@ -121,3 +121,11 @@ def test_version_1_stays_readable(tmp_path):
     assert sk.io.load_checkpoint(tmp_path / "golden", layer).extra == {"epoch": 7}
     assert layer.weight.tolist() == [[0, 0, 5], [6, 0, 0]] and layer.bias.tolist() == [1, 2]
     assert type(layer) is sk.nn.SparseLinear and layer.sparsity == pytest.approx(4 / 6)
+
+
+def test_extra_holds_tensors(tmp_path):
+    extra = {"a": {"b": torch.arange(3), "c": [torch.tensor(True), 1, None]}, "d": (1, 2)}
+    sk.io.save_checkpoint(tmp_path / "c", nn.Linear(2, 2), extra=extra)
+    found = sk.io.load_checkpoint(tmp_path / "c").extra
+    assert torch.equal(found["a"]["b"], extra["a"]["b"]) and found["a"]["c"][0].item() is True
+    assert found["a"]["c"][1:] == [1, None] and found["d"] == [1, 2]

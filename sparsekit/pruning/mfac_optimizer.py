@@ -1,0 +1,113 @@
+"""M-FAC's optimizer: SGD along the inverse Fisher matrix of the last gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ._checks import check_not_negative, check_steps
+
+
+class MFACOptimizer(torch.optim.Optimizer):
+    """M-FAC, dynamic (Frantar et al., arXiv 2107.03356, section 4): steps along F^-1 g, F = lambda I + 1/m G^T G.
+
+    G holds the last m gradients, of all parameters together, as rows; those that are not there yet count as zeros. By the
+    Woodbury identity, F^-1 g = (g - G^T (m lambda I + G G^T)^-1 G g) / lambda; G G^T is kept up to date, so that a step
+    costs O(d m + m^3) and the memory is m gradients. Weight decay and momentum act on the result.
+
+    F^-1 mixes the entries of all weights. While masks stay, pruned weights get no step; where a pruner changes masks, call
+    :func:`sparsekit.keep_zeros` once.
+
+    Args:
+        params: as of any optimizer.
+        lr: step size; the published 1e-3 goes with ``dampening`` 1e-6 and momentum 0.9.
+        gradients: m.
+        dampening: lambda.
+        momentum, weight_decay: as of SGD.
+
+    Raises:
+        TypeError, ValueError: a setting is out of range.
+
+    Example:
+        >>> import torch, sparsekit as sk
+        >>> model = torch.nn.Linear(4, 1)
+        >>> optimizer = sk.pruning.MFACOptimizer(model.parameters(), lr=0.01, gradients=4, dampening=0.1)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        gradients: int = 32,
+        dampening: float = 1e-6,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ):
+        check_not_negative(lr, "lr")
+        check_steps(gradients, "gradients", least=1)
+        check_not_negative(dampening, "dampening")
+        if dampening == 0:
+            raise ValueError("dampening must be positive, got 0")
+        check_not_negative(momentum, "momentum")
+        check_not_negative(weight_decay, "weight_decay")
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        self.gradients, self.dampening = gradients, dampening
+        self._gram: Tensor | None = None
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One step; parameters without a gradient count as having a zero one, and stay where they are."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p].update(step=0, gradients=p.new_zeros(self.gradients, p.numel()))
+        number = self.state[parameters[0]]["step"] % self.gradients
+        rows = [self.state[p]["gradients"] for p in parameters]
+        for p, row in zip(parameters, rows):
+            row[number] = 0 if p.grad is None else p.grad.reshape(-1)
+            self.state[p]["step"] += 1
+        products = self._products(rows, number)
+        factors = self._factors(products)
+        directions = {}
+        for p, row in zip(parameters, rows):
+            if p.grad is not None:
+                directions[p] = ((row[number] - factors.to(row.dtype) @ row) / self.dampening).view_as(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._move(p, directions[p].add(p, alpha=group["weight_decay"]), group)
+        return loss
+
+    def _products(self, rows: list[Tensor], number: int) -> Tensor:
+        """G g for the newest gradient g, ``[m]``, of which G G^T gets a row and a column."""
+        if self._gram is None:
+            self._gram = sum(row.double() @ row.double().T for row in rows)
+        products = sum((row @ row[number]).double() for row in rows)
+        self._gram[number] = self._gram[:, number] = products
+        return products
+
+    def _factors(self, products: Tensor) -> Tensor:
+        """(m lambda I + G G^T)^-1 G g, ``[m]``."""
+        inner = self._gram.clone()
+        inner.diagonal().add_(self.gradients * self.dampening)
+        return torch.cholesky_solve(products.unsqueeze(1), torch.linalg.cholesky(inner)).squeeze(1)
+
+    def _move(self, p: Tensor, direction: Tensor, group: dict) -> None:
+        if group["momentum"]:
+            state = self.state[p]
+            buffer = state.setdefault("momentum_buffer", torch.zeros_like(p))
+            direction = buffer.mul_(group["momentum"]).add_(direction)
+        p.add_(direction, alpha=-group["lr"])
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._gram = None  # computed anew

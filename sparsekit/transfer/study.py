@@ -1,0 +1,396 @@
+"""The study's grid. Upstream: every pruning method on Fashion-MNIST, with the same budget of epochs.
+
+Every cell leaves a JSON file, so that a grid which is stopped goes on where it was; see ``sparsekit study --help``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+
+from .. import pruning
+from ..convert import sparsify_, sparsity
+from ..engine.tuning import cpu_name
+from ..io import load_checkpoint, save_checkpoint, write_atomically
+from ..nn import SparseModule
+from ..profile import seconds_in_turns
+from . import tasks
+from .finetune import batches, evaluate, prepare, train
+from .models import SmallResNet
+from .report import png, pyplot
+from .tasks import Task
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every cell may use.
+
+    Attributes:
+        images: of Fashion-MNIST's 60 000, the first ones.
+        epochs: of training, of a method from scratch; methods that start from a trained model have half of them, and the
+            model has had the other half.
+        batch_size, lr, lr_from_dense, weight_decay: of SGD with momentum 0.9 and a cosine schedule.
+        widths, blocks: of the :class:`SmallResNet`.
+        gradients: of second-order methods, each the mean over ``batch_size`` images.
+        calibration: batches for BatchNorm after pruning.
+    """
+
+    images: int = 20_000
+    epochs: int = 12
+    batch_size: int = 128
+    lr: float = 0.1
+    lr_from_dense: float = 0.05
+    weight_decay: float = 5e-4
+    widths: tuple[int, ...] = (32, 64, 128)
+    blocks: tuple[int, ...] = (1, 1, 1)
+    gradients: int = 128
+    calibration: int = 32
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table.
+
+    Attributes:
+        title: for people.
+        recipe: of the method; None: dense, or magnitude if ``one_shot``.
+        from_dense: whether it starts from the trained model.
+        one_shot: whether it prunes that model without training.
+        recalibrate: whether BatchNorm's statistics are computed anew afterwards.
+        sparsities: the targets.
+        note: what a reader must know.
+    """
+
+    title: str
+    recipe: pruning.Recipe | None
+    from_dense: bool = False
+    one_shot: bool = False
+    recalibrate: bool = False
+    sparsities: tuple[float, ...] = (0.9, 0.95)
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in self.title.lower())
+
+
+def _recipe(preset: str, epochs: float, **settings: Any) -> pruning.Recipe:
+    """A preset with some numbers of a short training; its times are then epochs of that."""
+    known = pruning.PRESETS[preset]
+    return pruning.Recipe(known.method, known.sparsity, epochs, settings, known.training)
+
+
+def _entries(budget: Budget) -> list[Entry]:
+    """The rows, in the order of the table."""
+    whole, half = budget.epochs, budget.epochs / 2
+    # As published: of the whole training, 20 .. 79 % from scratch, and a tenth of one per cent between updates.
+    scratch = {"begin": 0.2 * whole, "end": 0.79 * whole, "interval": 0.02 * whole}
+    dense = {"begin": 0.01 * half, "end": 0.5 * half, "interval": 0.05 * half, "initial_sparsity": 0.05}
+    second = {**dense, "interval": 0.1 * half, "gradients": budget.gradients}
+    regrowth = {"interval": 0.25, "end": 0.78 * whole, "fraction": 0.3, "distribution": "erk"}
+    phases = {"warmup": 0.1, "sparse": 0.1, "dense": 0.1, "last_dense": 0.1, "final": 0.8}
+    once = {"gradients": budget.gradients}
+    only = (0.9,)
+    return [
+        Entry("dense", None, sparsities=(0.0,)),
+        Entry("GMP", _recipe("gmp", whole, **scratch, distribution="erk")),
+        Entry("GMP from dense", _recipe("gmp-finetune", half, **dense), True, sparsities=only),
+        Entry("WoodFisher", _recipe("woodfisher", half, **second, block=200), True, sparsities=only),
+        Entry("oBS", _recipe("obs", half, **second), True),
+        Entry("M-FAC", _recipe("mfac", half, **second), True),
+        Entry("SET", _recipe("set", whole, **regrowth)),
+        Entry("RigL", _recipe("rigl", whole, **regrowth)),
+        Entry(
+            "Top-KAST", _recipe("topkast", whole, backward_sparsity=0.8, interval=0.25, end=whole, distribution="erk"),
+            sparsities=only,
+        ),
+        Entry(
+            "STR", _recipe("str", whole, initial=-8.0, weight_decay=5e-3),
+            note="at the sparsity that it reached; weight decay of s chosen for it",
+        ),
+        Entry("DNW", _recipe("dnw", whole, distribution="erk"), sparsities=only),
+        Entry("AC/DC", _recipe("acdc", whole, **{key: share * whole for key, share in phases.items()})),
+        Entry(
+            "LTH", _recipe("lth", whole, interval=1, rate=0.37, rewind_to=0), sparsities=only,
+            note="five rounds of an epoch, then the ticket trains for the rest",
+        ),
+        Entry(
+            "LTH-T", _recipe("lth-transfer", half, interval=half / 11, rate=0.2, transfer=True).at(1 - 0.8**10), True,
+            recalibrate=True, sparsities=only, note="the mask on the trained weights, at its tenth round, 89.3 %",
+        ),
+        Entry(
+            "CrAM+", _recipe("cram", whole, levels=[0.5, 0.7, 0.9]), recalibrate=True,
+            note="two passes a step; pruned once, at the end",
+        ),
+        *(
+            Entry(f"{title}, one-shot", recipe, True, True, True, (0.8, 0.9))
+            for title, recipe in (
+                ("magnitude", None),
+                ("WoodFisher", _recipe("woodfisher", half, **once, block=200)),
+                ("oBS", _recipe("obs", half, **once)),
+                ("M-FAC", _recipe("mfac", half, **once)),
+                ("SNIP", pruning.Recipe("SNIP", settings=once)),
+            )
+        ),
+    ]  # fmt: skip
+
+
+def upstream(
+    folder: Path,
+    budget: Budget | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    only: Sequence[str] = (),
+    task: Task | None = None,
+) -> dict:
+    """Run what is missing of the grid, and write its table.
+
+    Rows at their first sparsity get all seeds, at others the first one.
+
+    Args:
+        folder: for a JSON file per cell, the trained models that several cells start from, ``results.json``,
+            ``upstream.md`` and ``upstream.png``.
+        budget: what every cell may use.
+        seeds: of weights, order and augmentation.
+        only: parts of the titles of rows; none: all rows.
+        task: None: Fashion-MNIST.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        ValueError: ``only`` matches no row, or ``folder`` holds results of another budget.
+    """
+    budget = budget or Budget()
+    entries = [e for e in _entries(budget) if not only or any(part.lower() in e.title.lower() for part in only)]
+    if not entries:
+        raise ValueError(f"only must match a row, such as {_entries(budget)[1].title!r}, got {list(only)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_budget(folder, budget)
+    grid = _Grid(folder, budget, task or tasks.load("fashion-mnist").first(budget.images))
+    # The first seed of everything before the second of anything: a table early.
+    for seed in seeds:
+        for entry in entries:
+            for target in entry.sparsities if seed == seeds[0] or entry.one_shot else entry.sparsities[:1]:
+                grid.cell(entry, target, seed)
+    results = {
+        "cpu": cpu_name(), "torch": torch.__version__, "threads": torch.get_num_threads(), "task": grid.task.name,
+        "budget": json.loads(json.dumps(asdict(budget))), "rows": _rows(folder, budget),
+    }  # fmt: skip
+    write_atomically(folder / "results.json", lambda name: Path(name).write_text(json.dumps(results, indent=1) + "\n"))
+    write_atomically(folder / "upstream.md", lambda name: Path(name).write_text(document(results)))
+    write_atomically(folder / "upstream.png", lambda name: Path(name).write_bytes(plot(results)))
+    return results
+
+
+def _check_budget(folder: Path, budget: Budget) -> None:
+    path, wanted = folder / "budget.json", json.loads(json.dumps(asdict(budget)))
+    if path.exists() and json.loads(path.read_text()) != wanted:
+        raise ValueError(f"folder must be empty or hold results of this budget, but {path} has another one")
+    write_atomically(path, lambda name: Path(name).write_text(json.dumps(wanted)))
+
+
+class _Grid:
+    """The cells of a grid, each run once."""
+
+    def __init__(self, folder: Path, budget: Budget, task: Task):
+        self.folder, self.budget, self.task, self.console = folder, budget, task, Console(stderr=True)
+
+    def cell(self, entry: Entry, target: float, seed: int) -> None:
+        path = self.folder / f"{entry.name}-{100 * target:g}-{seed}.json"
+        if path.exists():
+            return
+        start = time.perf_counter()
+        with self.console.status(f"{entry.title}, {100 * target:g} %, seed {seed}"):
+            model = self._model(seed)
+            record = (
+                self._one_shot(entry, model, target, seed)
+                if entry.one_shot
+                else self._train(entry, model, target, seed)
+            )
+        record |= {"title": entry.title, "target": target, "seed": seed, "seconds": time.perf_counter() - start}
+        record["sparsity"] = sparsity(model).overall
+        write_atomically(path, lambda name: Path(name).write_text(json.dumps(record)))
+        self.console.print(
+            f"{entry.title} at {100 * record['sparsity']:.1f} %, seed {seed}: {100 * record['accuracy']:.2f} % "
+            f"({record['seconds']:.0f} s)"
+        )
+
+    def _model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        channels = self.task.train_images.shape[1]
+        return SmallResNet(self.budget.widths, self.budget.blocks, channels, self.task.classes)
+
+    def _settings(self, lr: float, seed: int) -> dict:
+        budget = self.budget
+        return {
+            "lr": lr, "seed": seed, "batch_size": budget.batch_size, "weight_decay": budget.weight_decay,
+            "schedule": "cosine",
+        }  # fmt: skip
+
+    def _trained(self, model: nn.Module, seed: int) -> None:
+        """Give ``model`` the weights that methods from a trained model begin with."""
+        path, epochs = self.folder / f"trained-{seed}.safetensors", max(self.budget.epochs // 2, 1)
+        if not path.exists():
+            trained = self._model(seed)
+            train(trained, self.task, epochs=epochs, description="trained", **self._settings(self.budget.lr, seed))
+            save_checkpoint(path, trained)
+        load_checkpoint(path, model)
+
+    def _train(self, entry: Entry, model: nn.Module, target: float, seed: int) -> dict:
+        budget, recipe, epochs = self.budget, entry.recipe, self.budget.epochs
+        if entry.from_dense:
+            self._trained(model, seed)
+            epochs = max(epochs - epochs // 2, 1)
+        attach: Callable | None = None
+        if recipe is not None:
+            # One target only: the row's own.
+            recipe = recipe if len(entry.sparsities) == 1 and entry.recalibrate else recipe.at(target)
+
+            def attach(model, optimizer, steps):
+                # With an interval of a tenth of an epoch, a mask changes more than once in it.
+                return recipe.attach(model, optimizer, steps, epochs, self._gradient_batches(), F.cross_entropy)
+
+        lr = budget.lr_from_dense if entry.from_dense else budget.lr
+        result = train(
+            model, self.task, epochs=epochs, pruner=attach, description=f"{entry.title}, seed {seed}",
+            checkpoint=self.folder / "partial" / f"{entry.name}-{100 * target:g}-{seed}.safetensors",
+            **self._settings(lr, seed),
+        )  # fmt: skip
+        accuracy = result.accuracy
+        if entry.recalibrate:
+            accuracy = self._recalibrated(model)
+        record = {"accuracy": accuracy, "history": result.history}
+        if seed == 0 and recipe is not None:
+            record["step_seconds"] = self._step_seconds(model)
+        return record
+
+    def _one_shot(self, entry: Entry, model: nn.Module, target: float, seed: int) -> dict:
+        self._trained(model, seed)
+        if entry.recipe is None:
+            sparsify_(pruning.magnitude_(model, target), min_sparsity=0)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), 0.0)
+            entry.recipe.at(target).attach(
+                model, optimizer, 1, batches=self._gradient_batches(), loss_fn=F.cross_entropy
+            ).finalize()
+        return {"accuracy": self._recalibrated(model)}
+
+    def _gradient_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The first training images, as they are."""
+        size, count = self.budget.batch_size, self.budget.gradients
+        images = self.task.train_images[: size * count].split(size)
+        return [(prepare(part, 28), labels) for part, labels in zip(images, self.task.train_labels.split(size))]
+
+    def _recalibrated(self, model: nn.Module) -> float:
+        size, count = self.budget.batch_size, self.budget.calibration
+        parts = self.task.train_images[: size * count].split(size)
+        pruning.recalibrate_batchnorm_(model, [prepare(part, 28) for part in parts])
+        return evaluate(model, self.task)
+
+    def _step_seconds(self, model: nn.Module) -> dict[str, float]:
+        """A training step with the final masks: as it runs, and on masked dense layers."""
+        images, labels = next(batches(self.task, 28, 1, self.budget.batch_size, True, 0, 0))
+        layers = [module for module in model.modules() if isinstance(module, SparseModule)]
+
+        def step(backend):
+            for layer in layers:
+                layer.backend = backend
+            F.cross_entropy(model(images), labels).backward()
+
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.train()
+        try:
+            return seconds_in_turns({"sparse": lambda: step("auto"), "masked dense": lambda: step("dense")}, runs=9)
+        finally:
+            model.zero_grad()
+            for layer in layers:
+                layer.backend = "auto"
+            model.load_state_dict(state)
+            model.eval()
+
+
+def _rows(folder: Path, budget: Budget) -> list[dict]:
+    """The cells that are there, gathered by row and sparsity."""
+    rows = []
+    for entry in _entries(budget):
+        for target in entry.sparsities:
+            cells = [
+                json.loads(path.read_text()) for path in sorted(folder.glob(f"{entry.name}-{100 * target:g}-*.json"))
+            ]
+            if not cells:
+                continue
+            found = [cell["accuracy"] for cell in cells]
+            row = {
+                "title": entry.title, "target": target, "one_shot": entry.one_shot, "note": entry.note,
+                "sparsity": statistics.mean(cell["sparsity"] for cell in cells), "seeds": len(cells),
+                "accuracy": statistics.mean(found), "std": statistics.stdev(found) if len(found) > 1 else None,
+            }  # fmt: skip
+            epochs = [epoch["seconds"] for cell in cells for epoch in cell.get("history", ())]
+            row["epoch_seconds"] = statistics.median(epochs) if epochs else None
+            row["step_seconds"] = next((cell["step_seconds"] for cell in cells if "step_seconds" in cell), None)
+            rows.append(row)
+    return rows
+
+
+def document(results: dict) -> str:
+    """The results as Markdown."""
+    budget, rows = results["budget"], results["rows"]
+    dense = next((row["accuracy"] for row in rows if row["title"] == "dense"), None)
+    lines = [
+        "# Every pruning method, upstream",
+        "",
+        f"A ResNet of widths {tuple(budget['widths'])} and {tuple(budget['blocks'])} basic blocks on the first "
+        f"{budget['images']:,} training images of {results['task']}, {budget['epochs']} epochs for every method; those "
+        "*from dense*, second-order methods and LTH-T have half of them, after the model they prune had the other half. "
+        "Authors' schedules, scaled to these epochs; all layers are pruned and counted, shared out by ERK where a paper does "
+        "not rank them together (it leaves the first and the last layer dense). Mean ± standard deviation over seeds. "
+        f"{results['cpu']}, {results['threads']} threads, torch {results['torch']}. `sparsekit study upstream` makes "
+        "this page. Small grey images: what carries over to ImageNet is the procedure, not the numbers.",
+        "",
+        "| method | sparsity | accuracy | against dense | seeds | epoch | step, sparse / masked dense | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        std = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
+        against = "" if dense is None or row["title"] == "dense" else f"{100 * (row['accuracy'] - dense):+.2f}"
+        epoch = "" if row["epoch_seconds"] is None else f"{row['epoch_seconds']:.1f} s"
+        step = row["step_seconds"]
+        step = "" if step is None else f"{1e3 * step['sparse']:.0f} / {1e3 * step['masked dense']:.0f} ms"
+        lines.append(
+            f"| {row['title']} | {100 * row['sparsity']:.1f} % | {100 * row['accuracy']:.2f}{std} | {against} | "
+            f"{row['seeds']} | {epoch} | {step} | {row['note']} |"
+        )
+    return "\n".join([*lines, "", "![accuracy by sparsity](upstream.png)", ""])
+
+
+def plot(results: dict) -> bytes:
+    """Accuracy by sparsity, trained and one-shot methods apart, as PNG."""
+    rows = results["rows"]
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for axis, one_shot, title in ((axes[0], False, "trained"), (axes[1], True, "one-shot, BatchNorm recalibrated")):
+        for name in dict.fromkeys(row["title"] for row in rows if row["one_shot"] == one_shot):
+            own = [row for row in rows if row["title"] == name and row["one_shot"] == one_shot]
+            if name == "dense":
+                axis.axhline(100 * own[0]["accuracy"], color="black", linewidth=1, label="dense")
+                continue
+            axis.errorbar(
+                [100 * row["sparsity"] for row in own], [100 * row["accuracy"] for row in own],
+                [100 * (row["std"] or 0) for row in own], marker="o", capsize=2, label=name,
+            )  # fmt: skip
+        axis.set(title=title, xlabel="sparsity, %", ylabel="top-1 accuracy, %")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    return png(plt, figure)
