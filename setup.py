@@ -56,7 +56,7 @@ def extension():
                     "csrc/ops.cpp",
                     *(
                         f"csrc/cpu/{name}.cpp"
-                        for name in ("batch_norm", "conv2d", "dispatch", "pattern", "pool2d", "walk")
+                        for name in ("batch_norm", "conv2d", "depthwise", "dispatch", "pattern", "pool2d", "walk")
                     ),
                     *(f"csrc/engine/{name}.cpp" for name in ("layers", "program", "programs")),
                 ],

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from . import _ops
 from .nn.compressed import CompressedConv2d, CompressedLinear, CompressedModule
+from .nn.depthwise import DepthwiseConv2d, is_depthwise
 from .nn.norm import BatchNorm2d, Sequential
 from .nn.pool import MaxPool2d
 from .nn.sparse import SparseConv2d, SparseLinear, SparseModule, _check_mask, modules_of, take_compressed, weight_id
@@ -39,7 +40,8 @@ def sparsify_(
 
     Modules change their class and keep everything else: the Parameter objects (so optimizers stay valid), hooks, tied
     weights, mode. ``torch.nn.utils.prune`` masks and parametrizations of ``weight`` are made permanent first. If a layer
-    becomes sparse, BatchNorm2d, MaxPool2d, Sequential and torchvision's blocks become ours: the same, faster in training.
+    becomes sparse, BatchNorm2d, MaxPool2d, Sequential, torchvision's blocks and depthwise convolutions that stay dense become
+    ours: the same, faster in training.
 
     Args:
         model: any module; subclasses of ``nn.Conv2d`` and ``nn.Linear`` with a forward of their own are left alone.
@@ -66,6 +68,8 @@ def sparsify_(
             continue
         if filter_fn is not None and not filter_fn(name, module):
             continue
+        if type(module) is DepthwiseConv2d:
+            _plain_depthwise(module)
         mask = _bake_pruning(module)
         if type(module) not in _SPARSE_CLASS:
             continue
@@ -79,8 +83,16 @@ def sparsify_(
         ours = _fused_classes()
         for module in model.modules():
             module.__class__ = ours.get(type(module), type(module))
+            if type(module) is nn.Conv2d and is_depthwise(module) and not module.weight.is_meta:
+                module.__class__ = DepthwiseConv2d
+                module._attach()
     _hide_structure_from_ddp(model)
     return model
+
+
+def _plain_depthwise(module: DepthwiseConv2d) -> None:
+    module._detach()
+    module.__class__ = nn.Conv2d
 
 
 def _hide_structure_from_ddp(model: nn.Module) -> None:
@@ -142,6 +154,8 @@ def densify_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
         if isinstance(module, SparseModule):
             module._detach()
             module.__class__ = next(dense for sparse, dense in _DENSE_CLASS.items() if isinstance(module, sparse))
+        elif type(module) is DepthwiseConv2d:
+            _plain_depthwise(module)
         else:
             module.__class__ = plain.get(type(module), type(module))
     return model

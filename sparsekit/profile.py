@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch
+from .nn import DepthwiseConv2d
 from .nn.sparse import SparseModule
 
 RUNS = 5
@@ -105,7 +106,13 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple, train: bool = Fals
                 decision = dispatch.decide(module, input)
             sparse, dense = _measure(module, input, needs_grad, train)
         else:
-            decision = dispatch.Decision("dense", "a plain layer; sparsify_ converts layers that hold zeros")
+            is_ours = isinstance(module, DepthwiseConv2d)
+            why = (
+                "depthwise, on kernels of ours"
+                if is_ours
+                else "a plain layer; sparsify_ converts layers that hold zeros"
+            )
+            decision = dispatch.Decision("dense", why)
             sparse, dense = math.nan, seconds_in_turns({"dense": _runner(module, input, needs_grad, train)})["dense"]
         shape = f"{'x'.join(map(str, weight.shape))} on {'x'.join(map(str, input.shape))}"
         macs = dispatch.shape_of(module, input).macs

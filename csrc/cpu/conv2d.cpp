@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/depthwise.h"
 #include "cpu/packed_weight.h"
 #include "cpu/parallel.h"
 #include "cpu/walk.h"
@@ -135,6 +136,7 @@ class PreparedWalk {
 };
 
 void conv2d(const Conv2dGeometry& g, const Csr& weight, const float* bias, const Images& x, const Images& y) {
+  if (is_depthwise(g, x, y)) return depthwise(g, weight, bias, x, y);
   use_huge_pages(y.data, g.batch * g.out_channels * g.out_h * g.out_w);
   PreparedWalk(forward_walk(g, x, y), weight).run(x.data, y.data, {bias});
 }
@@ -185,11 +187,13 @@ std::shared_ptr<const PreparedWalk> FixedConv2d::prepared(const Conv2dGeometry& 
 }
 
 void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Images& dy, const Images& dx) {
+  if (is_depthwise(g, dx, dy)) return depthwise_input_grad(g, weight_t, dy, dx);
   use_huge_pages(dx.data, g.batch * g.in_channels * g.in_h * g.in_w);
   PreparedWalk(input_grad_walk(g, dy, dx), weight_t).run(dy.data, dx.data, {});
 }
 
 void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad) {
+  if (is_depthwise(g, x, dy)) return depthwise_values_grad(g, weight, dy, x, grad);
   Walk walk = forward_walk(g, x, dy);
   merge_rows(walk);
   choose_tile(walk, walk.direct ? kDirectLanes : kTileLanes, 48);

@@ -1,6 +1,7 @@
 """Drop-in modules whose weights are sparse."""
 
 from .compressed import CompressedConv2d, CompressedLinear, CompressedModule
+from .depthwise import DepthwiseConv2d
 from .norm import BatchNorm2d, Sequential
 from .pool import MaxPool2d
 from .sparse import SparseConv2d, SparseLinear, SparseModule
@@ -10,6 +11,7 @@ __all__ = [
     "CompressedConv2d",
     "CompressedLinear",
     "CompressedModule",
+    "DepthwiseConv2d",
     "MaxPool2d",
     "Sequential",
     "SparseConv2d",

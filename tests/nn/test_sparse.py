@@ -207,3 +207,66 @@ def test_meta_modules_materialise():
     loaded.load_state_dict(sk.nn.SparseLinear.from_dense(nn.Linear(4, 4), torch.eye(4, dtype=torch.bool)).state_dict())
     assert loaded.sparsity == 0.75
     loaded(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": (5, 3), "padding": (2, 0), "stride": (1, 2), "dilation": (1, 2), "bias": False},
+        {"kernel_size": 3, "padding": 3, "stride": 3},
+        {"kernel_size": 2, "padding": "same"},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    ],
+)
+@pytest.mark.parametrize("size", [(2, 5, 17, 23), (1, 5, 7, 7), (3, 5, 40, 9), (0, 5, 9, 9)])
+def test_depthwise_is_dense(settings, size):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(5, 5, groups=5, **settings)
+    ours = sk.nn.DepthwiseConv2d(5, 5, groups=5, **settings)
+    ours.load_state_dict(plain.state_dict())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(size).contiguous(memory_format=layout)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        expected, found = plain(a), ours(b)
+        dy = torch.randn_like(expected)
+        plain.zero_grad(), ours.zero_grad()
+        expected.backward(dy), found.backward(dy)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-5)
+        for p, q in zip(ours.parameters(), plain.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_depthwise_layers_change_class_with_the_model():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=4))
+    keys = list(model.state_dict())
+    sk.sparsify_(sk.pruning.magnitude_(model, 0.75, exclude=["0", "2"]))
+    assert [type(m).__name__ for m in model] == ["DepthwiseConv2d", "SparseConv2d", "Conv2d"]
+    assert list(sk.dense_state_dict(model)) == keys
+    found = copy.deepcopy(model)(x := torch.randn(2, 4, 9, 9))
+    torch.testing.assert_close(found, sk.densify_(copy.deepcopy(model))(x), rtol=1e-4, atol=1e-5)
+    # Pruned later, it becomes sparse like any other.
+    sk.sparsify_(sk.pruning.magnitude_(model, 0.8, exclude=["1", "2"]))
+    assert type(model[0]) is sk.nn.SparseConv2d
+    assert [type(m) for m in sk.densify_(model)] == [nn.Conv2d] * 3
+    with pytest.raises(ValueError, match="in_channels, out_channels and groups must be equal"):
+        sk.nn.DepthwiseConv2d(4, 8, 3, groups=4)
+
+
+def test_depthwise_passes_infinities_on_and_does_not_depend_on_threads():
+    conv = sk.nn.DepthwiseConv2d(3, 3, 3, stride=2, padding=1, groups=3)
+    x = torch.randn(2, 3, 20, 20)
+    x[0, 1, 5, 5], x[1, 2, 0, 0] = float("inf"), float("nan")
+    expected = nn.functional.conv2d(x, conv.weight, conv.bias, 2, 1, 1, 3)
+    assert torch.equal(conv(x).isfinite(), expected.isfinite())
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            y = conv(a := torch.nan_to_num(x, 0, 0, 0).requires_grad_())
+            results.append([y, *torch.autograd.grad(y.square().sum(), [a, conv.weight])])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(p, q) for result in results[1:] for p, q in zip(result, results[0]))
