@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import sys
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -71,8 +72,12 @@ def info(json: Json = False) -> None:
 def prune(
     checkpoint: Annotated[Path, typer.Argument(help="a dense or sparse checkpoint of ours")],
     out: Annotated[Path, typer.Argument(help="where the sparse one goes")],
-    sparsity: Annotated[float, typer.Option(help="fraction of zeros, in [0, 1)")] = 0.9,
-    distribution: Distribution = Distribution.globally,
+    sparsity: Annotated[
+        float | None, typer.Option(help="fraction of zeros, in [0, 1); default: the recipe's, else 0.9")
+    ] = None,
+    distribution: Annotated[
+        Distribution | None, typer.Option(help="of sparsity over layers, where there is no recipe; default: global")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="epochs of training; 0 prunes at once and recalibrates BatchNorm")] = 0,
     recipe: Annotated[
         str | None,
@@ -96,15 +101,23 @@ def prune(
 
     model, data = _load(checkpoint), tasks.load(task)
     chosen = None if recipe is None else pruning.recipe(recipe)
-    if chosen is not None and not epochs:
-        raise typer.BadParameter(f"--recipe {recipe} needs --epochs, a positive number of epochs to scale it to")
+    if chosen is not None:
+        if not epochs:
+            raise typer.BadParameter(f"--recipe {recipe} needs --epochs, a positive number of epochs to scale it to")
+        if distribution is not None:
+            raise typer.BadParameter(
+                f"--distribution is the recipe's own; leave it out, or write --recipe {recipe} as YAML"
+            )
+        if sparsity is not None:
+            chosen = chosen.at(sparsity)
+    target, shared_out = 0.9 if sparsity is None else sparsity, (distribution or Distribution.globally).value
     if epochs:
 
         def pruner(network, optimizer, steps):
             if chosen is None:
                 return pruning.GMP(
-                    network, optimizer, sparsity, end=max(epochs * steps // 2, 1), interval=max(steps // 5, 1),
-                    distribution=distribution.value,
+                    network, optimizer, target, end=max(epochs * steps // 2, 1), interval=max(steps // 5, 1),
+                    distribution=shared_out,
                 )  # fmt: skip
             shown = zip(data.train_images.split(128), data.train_labels.split(128))
             batches = [(prepare(images, 28), labels) for images, labels in shown] if chosen.needs_data else None
@@ -117,7 +130,7 @@ def prune(
         )  # fmt: skip
         accuracy = result.accuracy
     else:
-        sparsify_(pruning.magnitude_(model, sparsity, distribution.value), min_sparsity=0)
+        sparsify_(pruning.magnitude_(model, target, shared_out), min_sparsity=0)
         pruning.recalibrate_batchnorm_(model, [prepare(p, 28) for p in data.train_images[:4096].split(256)])
         accuracy = evaluate(model, data)
     save_checkpoint(out, model, extra={"accuracy": accuracy, "task": task})
@@ -281,7 +294,9 @@ def study_upstream(
 
     if threads:
         torch.set_num_threads(threads)
-    results = upstream(folder, Budget(images=images, epochs=epochs), range(seeds), only or ())
+    budget = Budget(images=images, epochs=epochs)
+    gradients = max(min(budget.gradients, images // budget.batch_size), 1)
+    results = upstream(folder, replace(budget, gradients=gradients), range(seeds), only or ())
     print(json_module.dumps(results) if json else document(results))
 
 
@@ -304,7 +319,7 @@ def main() -> None:
     """The entry point; errors that a user can act on end without a traceback."""
     try:
         app()
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
+    except (FileNotFoundError, MemoryError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 

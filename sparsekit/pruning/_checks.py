@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from ..nn import CompressedModule
@@ -42,6 +43,12 @@ def check_not_negative(value: float, name: str) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
+def refuse_closure(args: tuple, kwargs: Mapping, method: str) -> None:
+    """Raise if an optimizer's step, whose arguments a hook was given, computes gradients itself, too late for ``method``."""
+    if any(argument is not None for argument in (*args[1:], *kwargs.values())):
+        raise RuntimeError(f"{method} needs gradients before optimizer.step(): call it without a closure")
+
+
 def check_uncompressed(layers: Mapping[str, nn.Module], method: str) -> None:
     """Raise if a layer has no dense weight, which ``method`` works on."""
     for name, layer in layers.items():
@@ -49,3 +56,11 @@ def check_uncompressed(layers: Mapping[str, nn.Module], method: str) -> None:
             raise ValueError(
                 f"{method} needs dense weights, but layer {name!r} is compressed; decompress_ the model first"
             )
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """Random numbers that depend on nothing but ``numbers``, such as a seed and a step."""
+    mixed = 0
+    for number in numbers:
+        mixed = (1_000_003 * mixed + number) % (2**63 - 1)
+    return torch.Generator().manual_seed(mixed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import set_mask_
-from ._checks import check_not_negative, check_sparsity, check_uncompressed
+from ._checks import check_not_negative, check_sparsity, check_uncompressed, generator
 from .base import Pruner, prune_masks
 from .distributions import Distribution
 from .layers import Rule
@@ -123,6 +123,8 @@ class CrAM(Pruner):
         0.75
     """
 
+    needs_recalibration = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -181,9 +183,7 @@ class CrAM(Pruner):
     def _pruned(self) -> Iterator[None]:
         """The model at TopK(w + rho * gradient), whose gradients are added where weights are kept."""
         layers = self.layers
-        drawn = torch.randint(
-            len(self.levels), (), generator=torch.Generator().manual_seed(1_000_003 * self.seed + self.steps)
-        )
+        drawn = torch.randint(len(self.levels), (), generator=generator(self.seed, self.steps))
         old, kept, grads, ascended = {}, {}, {}, {}
         for name, layer in layers.items():
             weight = layer.weight

@@ -78,9 +78,9 @@ class Pruner:
     """A pruning method attached to a model and its optimizer; many subclasses define :meth:`scores` alone.
 
     All pruned layers become sparse modules at once, with the Parameters the optimizer knows. Weights that a mask has
-    pruned stay pruned. Zeros in a layer that is still plain are weights like any other: to keep them pruned, call
-    :func:`sparsekit.sparsify_` first. An optimizer that mixes the entries of a weight needs
-    :func:`sparsekit.keep_zeros`.
+    pruned stay pruned, but for methods that let weights come back. Zeros in a layer that is still plain are weights like
+    any other: to keep them pruned, call :func:`sparsekit.sparsify_` first. An optimizer that mixes the entries of a weight
+    needs :func:`sparsekit.keep_zeros`.
 
     To resume, build the same model and pruner, then load the state dicts of model, optimizer and pruner.
 
@@ -94,6 +94,7 @@ class Pruner:
     Attributes:
         layers: ``{name: sparse layer}``, what is pruned; tied weights once.
         steps: optimizer steps counted so far.
+        needs_recalibration: whether BatchNorm wants :func:`recalibrate_batchnorm_` after :meth:`finalize`.
 
     Raises:
         TypeError: a layer is of a class that cannot become sparse; exclude it.
@@ -111,6 +112,8 @@ class Pruner:
         0.5
     """
 
+    needs_recalibration = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -122,6 +125,7 @@ class Pruner:
         distribution_from(distribution)
         self.model, self.optimizer, self.schedule, self.distribution = model, optimizer, schedule, distribution
         self.steps = 0
+        self._is_final = False
         self.layers: dict[str, SparseModule] = _sparse_layers(model, exclude)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         foreign = [name for name, layer in self.layers.items() if id(layer.stored) not in held]
@@ -164,7 +168,12 @@ class Pruner:
 
         Returns:
             Whether the masks were updated.
+
+        Raises:
+            RuntimeError: after :meth:`finalize`.
         """
+        if self._is_final:
+            raise RuntimeError(f"{type(self).__name__} is finalized: it has nothing to do in further steps")
         self.steps += 1
         is_update = self.schedule.updates_at(self.steps)
         if is_update:
@@ -184,18 +193,21 @@ class Pruner:
             The model, whose pruned layers are :class:`~sparsekit.nn.SparseConv2d` and
             :class:`~sparsekit.nn.SparseLinear`.
         """
+        if self._is_final:
+            return self.model
         if self.steps < self.schedule.end:
-            logger.warning(
-                "%s finalized after %d of %d steps: pruning from sparsity %.4f to %.4f at once",
-                type(self).__name__, self.steps, self.schedule.end, self.sparsity, self.schedule.sparsity,
-            )  # fmt: skip
             self._finish_early()
+        self._is_final = True
         for layer in self.layers.values():
             set_mask_(layer, layer.weight_mask, self.optimizer)
         return self.model
 
     def _finish_early(self) -> None:
         """Meet the target of a schedule that is not over."""
+        logger.warning(
+            "%s finalized after %d of %d steps: pruning from sparsity %.4f to %.4f at once",
+            type(self).__name__, self.steps, self.schedule.end, self.sparsity, self.schedule.sparsity,
+        )  # fmt: skip
         self._prune_to(self.schedule.sparsity)
 
     def state_dict(self) -> dict:

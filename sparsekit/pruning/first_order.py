@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_steps, check_uncompressed
+from ._checks import check_steps, check_uncompressed, refuse_closure
 from .base import Pruner
 from .distributions import Distribution
 from .fisher import Batches, LossFn, gradients
@@ -116,14 +116,15 @@ class Movement(Pruner):
         super().__init__(model, optimizer, schedule, distribution, exclude)
         check_uncompressed(self.layers, "Movement")
         self.total = {name: torch.zeros_like(layer.weight) for name, layer in self.layers.items()}
-        self._watching = optimizer.register_step_pre_hook(lambda *_: self._add_up())
+        self._watching = optimizer.register_step_pre_hook(lambda _, *arguments: self._add_up(*arguments))
 
     def scores(self) -> dict[str, Tensor]:
         """The sum over steps of -w * gradient."""
         return self.total
 
     @torch.no_grad()
-    def _add_up(self) -> None:
+    def _add_up(self, args: tuple, kwargs: Mapping) -> None:
+        refuse_closure(args, kwargs, "Movement")
         for name, layer in self.layers.items():
             if layer.weight.grad is not None:
                 self.total[name] += movement(layer.weight, layer.weight.grad)

@@ -24,7 +24,7 @@ def gradients(
     """The gradients of ``count`` mini-batches, one after the other: ``{name: of the weight's shape}``.
 
     The model runs in eval mode, so that BatchNorm's statistics stay, and has its modes back afterwards. No ``grad`` is
-    touched.
+    touched. Frozen weights have gradients too.
 
     Args:
         model: whose loss it is.
@@ -35,14 +35,17 @@ def gradients(
 
     Raises:
         TypeError: ``batches`` can be iterated only once.
-        ValueError: ``batches`` has fewer than ``count``, or a gradient is not finite.
+        ValueError: ``batches`` has fewer than ``count``, or a loss is not finite.
     """
     if iter(batches) is batches:
         raise TypeError("batches must be iterable again and again, as a list or a DataLoader is, got an iterator")
     modes = {module: module.training for module in model.modules()}
+    frozen = [weight for weight in weights.values() if not weight.requires_grad]
     done = 0
     try:
         model.eval()
+        for weight in frozen:
+            weight.requires_grad_(True)
         for inputs, targets in track(islice(batches, count), count, "gradients"):
             with torch.enable_grad():
                 loss = loss_fn(model(inputs), targets)
@@ -54,6 +57,8 @@ def gradients(
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for weight in frozen:
+            weight.requires_grad_(False)
     if done < count:
         raise ValueError(f"batches must hold at least {count} mini-batches, one for every gradient, got {done}")
 
@@ -61,8 +66,9 @@ def gradients(
 class BlockFisher:
     """Inverses of the diagonal blocks of F: consecutive weights of a layer, in row-major order, make a block.
 
-    Several gradients at a time go in by the Woodbury identity, which gives what one Sherman-Morrison step after the other
-    gives: F^-1 <- F^-1 - F^-1 G^T (m I + G F^-1 G^T)^-1 G F^-1 (WoodFisher, arXiv 2004.14340, equation 10).
+    Inverses are in float64, since entries of the size of 1 / lambda make up for each other. Several gradients at a time go
+    in by the Woodbury identity, which gives what one Sherman-Morrison step after the other gives:
+    F^-1 <- F^-1 - F^-1 G^T (m I + G F^-1 G^T)^-1 G F^-1 (WoodFisher, arXiv 2004.14340, equation 10).
 
     Args:
         weights: ``{name: weight}`` of the layers, for shapes and dtype.
@@ -87,15 +93,16 @@ class BlockFisher:
         self.inverse: dict[str, Tensor] = {}
         for name, weight in weights.items():
             size = min(block, weight.numel())
-            identity = torch.eye(size, dtype=weight.dtype, device=weight.device) / dampening
+            identity = torch.eye(size, dtype=torch.float64, device=weight.device) / dampening
             self.inverse[name] = identity.expand(-(-weight.numel() // size), size, size).clone()
         self._shapes = {name: weight.shape for name, weight in weights.items()}
+        self._dtypes = {name: weight.dtype for name, weight in weights.items()}
 
     @staticmethod
     def bytes_for(weight: Tensor, block: int) -> int:
         """What a layer takes."""
         size = min(block, weight.numel())
-        return -(-weight.numel() // size) * size * size * weight.element_size()
+        return -(-weight.numel() // size) * size * size * 8
 
     @torch.no_grad()
     def add(self, grads: Iterable[Mapping[str, Tensor]]) -> None:
@@ -124,18 +131,18 @@ class BlockFisher:
     def _blocks(self, name: str, x: Tensor) -> Tensor:
         """``[blocks, size]``, with zeros behind the last weight."""
         blocks, size, _ = self.inverse[name].shape
-        flat = x.reshape(-1)
+        flat = x.reshape(-1).double()
         return torch.nn.functional.pad(flat, (0, blocks * size - flat.numel())).view(blocks, size)
 
     def _unblock(self, name: str, x: Tensor) -> Tensor:
         shape = self._shapes[name]
-        return x.reshape(-1)[: shape.numel()].reshape(shape)
+        return x.reshape(-1)[: shape.numel()].reshape(shape).to(self._dtypes[name])
 
 
 class LowRankFisher:
     """F^-1 of all weights at once, by the vectors v_i = F_(i-1)^-1 g_i: static M-FAC (arXiv 2107.03356, section 3).
 
-    F^-1 x = x / lambda - sum_i v_i (v_i^T x) / (m + g_i^T v_i), in O(d m) memory and time.
+    F^-1 x = x / lambda - sum_i v_i (v_i^T x) / (m + g_i^T v_i), in O(d m) memory and time, in float64.
 
     Args:
         weights: ``{name: weight}``, for shapes and dtype.
@@ -154,17 +161,18 @@ class LowRankFisher:
     def __init__(self, weights: Mapping[str, Tensor], dampening: float, count: int):
         self.dampening, self.count = dampening, count
         self._shapes = {name: weight.shape for name, weight in weights.items()}
-        first = next(iter(weights.values()))
+        self._dtypes = {name: weight.dtype for name, weight in weights.items()}
         size = sum(weight.numel() for weight in weights.values())
+        device = next(iter(weights.values())).device
         # [m, d], and [m]
-        self._vectors = first.new_empty(count, size).detach()
-        self._denominators = first.new_empty(count).detach()
+        self._vectors = torch.empty(count, size, dtype=torch.float64, device=device)
+        self._denominators = torch.empty(count, dtype=torch.float64, device=device)
         self._added = 0
 
     @staticmethod
     def bytes_for(weights: Iterable[Tensor], count: int) -> int:
         """What so many gradients take."""
-        return sum(count * weight.numel() * weight.element_size() for weight in weights)
+        return sum(count * weight.numel() * 8 for weight in weights)
 
     @torch.no_grad()
     def add(self, grads: Iterable[Mapping[str, Tensor]]) -> None:
@@ -183,13 +191,13 @@ class LowRankFisher:
         total = torch.zeros(shape.numel(), dtype=vectors.dtype, device=vectors.device)
         for vector, denominator in zip(vectors, self._denominators):
             total.addcmul_(vector, vector / denominator)
-        return (1 / self.dampening - total).reshape(shape)
+        return (1 / self.dampening - total).reshape(shape).to(self._dtypes[name])
 
     def solve_all(self, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """F^-1 x, both ``{name: of the weight's shape}``."""
         product = self._product(self._flat(x))
         parts = product.split([shape.numel() for shape in self._shapes.values()])
-        return {name: part.reshape(shape) for (name, shape), part in zip(self._shapes.items(), parts)}
+        return {n: part.reshape(shape).to(self._dtypes[n]) for (n, shape), part in zip(self._shapes.items(), parts)}
 
     def _product(self, x: Tensor) -> Tensor:
         vectors = self._vectors[: self._added]
@@ -197,7 +205,7 @@ class LowRankFisher:
         return x / self.dampening - factors @ vectors
 
     def _flat(self, x: Mapping[str, Tensor]) -> Tensor:
-        return torch.cat([x[name].reshape(-1) for name in self._shapes])
+        return torch.cat([x[name].reshape(-1).double() for name in self._shapes])
 
     def _place(self, name: str) -> tuple[int, torch.Size]:
         at = 0

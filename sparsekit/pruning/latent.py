@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import set_mask_
-from ._checks import check_not_negative, check_sparsity, check_uncompressed
+from ._checks import check_not_negative, check_sparsity, check_uncompressed, refuse_closure
 from .base import Pruner, best_masks
 from .distributions import Distribution
 from .layers import Rule
@@ -36,9 +36,13 @@ class _Latent(Pruner):
         # {layer name: the weights that are trained}, dense
         self.latent = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         self._hooks = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_pre_hook(lambda _, *arguments: self._check_and_begin(*arguments)),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
+
+    def _check_and_begin(self, args: tuple, kwargs: Mapping) -> None:
+        refuse_closure(args, kwargs, type(self).__name__)
+        self._before_step()
 
     @torch.no_grad()
     def _before_step(self) -> None:
@@ -98,7 +102,8 @@ class TopKAST(_Latent):
         model: pruned in place; every Conv2d and Linear becomes sparse unless excluded.
         optimizer: holds the weight of every pruned layer.
         sparsity: fraction of zeros over the pruned layers in the forward pass, in [0, 1), met within one weight.
-        backward_sparsity: fraction of weights that no gradient reaches, in [0, ``sparsity``].
+        backward_sparsity: fraction of weights that no gradient reaches, in [0, ``sparsity``]; None: the backward pass reaches
+            twice as many as the forward pass uses.
         interval: optimizer steps between choices.
         end: optimizer step of the last choice.
         exploration_decay: factor of the optimizer's ``weight_decay``; None: 1 / (1 - ``sparsity``), the paper's section 2.3.
@@ -128,7 +133,7 @@ class TopKAST(_Latent):
         optimizer: torch.optim.Optimizer,
         sparsity: float = 0.9,
         *,
-        backward_sparsity: float = 0.8,
+        backward_sparsity: float | None = None,
         interval: int = 100,
         end: int = 32_000,
         exploration_decay: float | None = None,
@@ -136,6 +141,8 @@ class TopKAST(_Latent):
         exclude: Rule | Iterable[Rule] = (),
     ):
         check_sparsity(sparsity)
+        if backward_sparsity is None:
+            backward_sparsity = max(0.0, 1 - 2 * (1 - sparsity))
         check_sparsity(backward_sparsity, "backward_sparsity")
         if backward_sparsity > sparsity:
             raise ValueError(f"backward_sparsity must be at most sparsity = {sparsity}, got {backward_sparsity}")
@@ -159,13 +166,18 @@ class TopKAST(_Latent):
     @torch.no_grad()
     def _before_step(self) -> None:
         super()._before_step()
-        decay = {id(p): group.get("weight_decay", 0) for group in self.optimizer.param_groups for p in group["params"]}
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         for name, layer in self.layers.items():
-            weight = layer.weight
+            weight, group = layer.weight, groups[id(layer.weight)]
             weight.masked_fill_(~layer.weight_mask, 0)  # out of reach of weight decay, too
-            more = decay[id(weight)] * (self.exploration_decay - 1)
-            if weight.grad is not None and more:
-                weight.grad.add_(weight.masked_fill(self.used[name], 0), alpha=more)
+            more = group.get("weight_decay", 0) * (self.exploration_decay - 1)
+            if weight.grad is None or not more:
+                continue
+            explored = weight.masked_fill(self.used[name], 0)
+            if group.get("decoupled_weight_decay"):
+                weight.sub_(explored, alpha=group["lr"] * more)
+            else:
+                weight.grad.add_(explored, alpha=more)
 
     @torch.no_grad()
     def _after_step(self) -> None:
@@ -307,7 +319,8 @@ class STR(_Latent):
             group["weight_decay"] = weight_decay
         optimizer.add_param_group(group)
         for name, layer in self.layers.items():
-            self._hooks.append(layer.weight.register_post_accumulate_grad_hook(self._threshold_grad(name)))
+            if layer.weight.requires_grad:
+                self._hooks.append(layer.weight.register_post_accumulate_grad_hook(self._threshold_grad(name)))
         self._show()
 
     def update(self) -> None:

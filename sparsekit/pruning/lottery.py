@@ -71,6 +71,7 @@ class LTH(Pruner):
         if rewind_to >= interval:
             raise ValueError(f"rewind_to must be earlier than the first round ends, at {interval}, got {rewind_to}")
         self.rewind_to, self.transfer = rewind_to, transfer
+        self.needs_recalibration = transfer
         self._start: dict[str, Tensor] = {}
         super().__init__(model, optimizer, schedule, distribution, exclude)
         check_uncompressed(self.layers, "LTH")

@@ -54,10 +54,24 @@ class MFACOptimizer(torch.optim.Optimizer):
             raise ValueError("dampening must be positive, got 0")
         check_not_negative(momentum, "momentum")
         check_not_negative(weight_decay, "weight_decay")
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
-        self.gradients, self.dampening = gradients, dampening
         self._gram: Tensor | None = None
-        super().__init__(params, defaults)
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        # In defaults, which copies and pickles keep.
+        self.defaults |= {"gradients": gradients, "dampening": dampening}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._gram = None  # computed anew
+
+    @property
+    def gradients(self) -> int:
+        """m."""
+        return self.defaults["gradients"]
+
+    @property
+    def dampening(self) -> float:
+        """lambda."""
+        return self.defaults["dampening"]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -91,7 +105,8 @@ class MFACOptimizer(torch.optim.Optimizer):
         """G g for the newest gradient g, ``[m]``, of which G G^T gets a row and a column."""
         if self._gram is None:
             self._gram = sum(row.double() @ row.double().T for row in rows)
-        products = sum((row @ row[number]).double() for row in rows)
+        # In double: m lambda may be far below the rounding errors of float.
+        products = sum(row.double() @ row[number].double() for row in rows)
         self._gram[number] = self._gram[:, number] = products
         return products
 
@@ -107,7 +122,3 @@ class MFACOptimizer(torch.optim.Optimizer):
             buffer = state.setdefault("momentum_buffer", torch.zeros_like(p))
             direction = buffer.mul_(group["momentum"]).add_(direction)
         p.add_(direction, alpha=-group["lr"])
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        self._gram = None  # computed anew

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -21,8 +22,10 @@ from .layers import first_and_last
 from .lottery import LTH
 from .magnitude import GMP
 from .regrowth import SET, RigL
-from .schedules import Phases
+from .schedules import Cubic, Linear, Phases, Rounds
 from .second_order import MFAC, OBS, WoodFisher
+
+logger = logging.getLogger("sparsekit")
 
 METHODS: dict[str, type[Pruner]] = {
     method.__name__: method
@@ -31,6 +34,10 @@ METHODS: dict[str, type[Pruner]] = {
 # Settings that are times.
 _TIMES = {"begin", "end", "interval", "rewind_to", "warmup", "sparse", "dense", "last_dense", "final"}
 _NEEDS_DATA = (WoodFisher, MFAC, OBS, SNIP)
+# Every update takes the place of an optimizer step: no more than one in so many.
+_LEAST_REGROWTH = 20
+# Over these the weight decay of STR's thresholds acts as published: 100 epochs of ImageNet in batches of 256.
+_STR_STEPS = 100 * 5004
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,9 @@ class Recipe:
     Attributes:
         method: name of a class of :mod:`sparsekit.pruning`.
         sparsity: fraction of zeros; STR has none, and reaches what it reaches.
-        epochs: of the whole training; times in ``settings`` are epochs of it, and stretch with it.
+        epochs: of the whole training; times in ``settings`` are epochs of it, and stretch with it. SET and RigL update at
+            every 20th step at most, since the optimizer does nothing then; the weight decay of STR's thresholds grows as
+            training has fewer steps than its authors', so that it does as much in all.
         settings: arguments of the method; ``exclude`` may be ``"first_and_last"``. Those of AC/DC are those of
             :meth:`Phases.evenly`.
         training: what else the authors trained with, for people and for :func:`sparsekit.transfer.train`: lr, momentum …
@@ -69,6 +78,13 @@ class Recipe:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if not self.epochs > 0:
             raise ValueError(f"epochs must be positive, got {self.epochs}")
+        for name in ("settings", "training"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} must be a dict, got {getattr(self, name)!r}")
+        if self.sparsity is not None and self.method == "STR":
+            raise ValueError(
+                f"sparsity must be None for STR, which reaches what its weight decay leads to, got {self.sparsity}"
+            )
         if self.sparsity is None and self.method != "STR":
             raise ValueError(f"sparsity must be given for {self.method}, got None")
         if self.sparsity is not None:
@@ -103,11 +119,27 @@ class Recipe:
         settings = {key: _steps(value, scale, key) if key in _TIMES else value for key, value in self.settings.items()}
         if settings.get("exclude") == "first_and_last":
             settings["exclude"] = first_and_last(model)
+        total = round(steps_per_epoch * (self.epochs if epochs is None else epochs))
+        pruner = self._attach(model, optimizer, settings, total, batches, loss_fn)
+        if isinstance(pruner.schedule, (Cubic, Linear, Phases, Rounds)) and pruner.schedule.end > total:
+            logger.warning(
+                "the last update of %s comes after %d steps, but training has %d",
+                self.method,
+                pruner.schedule.end,
+                total,
+            )
+        return pruner
+
+    def _attach(self, model, optimizer, settings, total, batches, loss_fn) -> Pruner:
         method = METHODS[self.method]
+        if method in (SET, RigL) and "interval" in settings:
+            settings["interval"] = max(settings["interval"], _LEAST_REGROWTH)
         if method is ACDC:
             kept = {key: settings.pop(key) for key in ("distribution", "exclude") if key in settings}
             return ACDC(model, optimizer, Phases.evenly(self.sparsity, **settings), **kept)
         if method is STR:
+            if "weight_decay" in settings:
+                settings["weight_decay"] *= _STR_STEPS / max(total, 1)
             return STR(model, optimizer, **settings)
         if self.needs_data:
             if batches is None or loss_fn is None:
@@ -157,7 +189,7 @@ PRESETS: dict[str, Recipe] = {
     "obs": Recipe("OBS", settings=_GRADUAL, training=_FROM_DENSE),
     "set": Recipe("SET", settings=_REGROWTH, training=_STEPPED),
     "rigl": Recipe("RigL", settings=_REGROWTH, training=_STEPPED),
-    "topkast": Recipe("TopKAST", settings={"backward_sparsity": 0.8, "interval": 0.3125, "end": 100}, training=_STEPPED),
+    "topkast": Recipe("TopKAST", settings={"interval": 0.3125, "end": 100}, training=_STEPPED),
     "str": Recipe(
         "STR", sparsity=None, settings={"initial": -3200.0, "weight_decay": 2.25e-5},
         training={**_SMOOTH, "weight_decay": 2.25e-5},
@@ -202,12 +234,15 @@ def recipe(source: str | os.PathLike | dict) -> Recipe:
         return PRESETS[source]
     name, _, percent = str(source).rpartition("-")
     try:
-        return PRESETS[name].at(float(percent) / 100)
+        sparsity = float(percent) / 100
+        check_sparsity(sparsity)
+        found = PRESETS[name]
     except (KeyError, ValueError):
         raise ValueError(
             f"source must be one of {', '.join(PRESETS)}, with or without a sparsity in [0, 100) % behind it as in "
             f"acdc-90, or a .yaml file, got {str(source)!r}"
         ) from None
+    return found.at(sparsity)
 
 
 def _from_dict(fields: Any) -> Recipe:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._checks import check_fraction
+from ._checks import check_fraction, generator, refuse_closure
 from .base import Pruner, prune_masks
 from .distributions import Distribution
 from .layers import Rule
@@ -73,7 +73,7 @@ class _Regrowth(Pruner):
             for name, layer in self.layers.items()
         }
         self._set_masks(prune_masks(self.layers, scores, sparsity, distribution))
-        self._skipping = optimizer.register_step_pre_hook(lambda *_: self._skip_step())
+        self._skipping = optimizer.register_step_pre_hook(lambda _, *arguments: self._skip_step(*arguments))
 
     def update(self) -> None:
         share = self.schedule.cosine(self.steps, self.fraction)
@@ -89,12 +89,12 @@ class _Regrowth(Pruner):
     def _random(self, name: str) -> Tensor:
         """A number in [0, 1) for every weight of a layer, which depends on nothing but seed, step and layer."""
         number = list(self.layers).index(name)
-        generator = torch.Generator().manual_seed(1_000_003 * (1_000_003 * self.seed + self.steps) + number)
         weight = self.layers[name].weight
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        return torch.rand(weight.shape, generator=generator(self.seed, self.steps, number)).to(weight.device)
 
-    def _skip_step(self) -> None:
+    def _skip_step(self, args: tuple, kwargs: Mapping) -> None:
         """An update takes the place of the optimizer step that it is counted for."""
+        refuse_closure(args, kwargs, type(self).__name__)
         if self.schedule.updates_at(self.steps + 1):
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -153,7 +153,8 @@ class RigL(_Regrowth):
 
     The dense gradient is computed for the batch of an update only, layer by layer during its backward pass, and gone when
     the layer's new mask is found. It is averaged over the ranks of a data-parallel run. Of several backward passes before
-    an update (gradient accumulation), the last one counts; a layer that no gradient reaches keeps its mask.
+    an update (gradient accumulation), the last one counts; within one, a layer that is called several times, or shares its
+    weight, counts as a whole. A layer that no gradient reaches keeps its mask.
 
     Published for ResNet-50 on ImageNet: lr 0.1 for 256 images, divided by 10 at epochs 30, 70 and 90, weight decay 1e-4,
     label smoothing 0.1; 'Nx' runs are N times as long, ``end`` too.
@@ -206,7 +207,9 @@ class RigL(_Regrowth):
             return
         share = self.schedule.cosine(self.steps + 1, self.fraction)
         for name, layer in self.layers.items():
-            self._listeners.append(layer.register_forward_hook(self._listener(name, share)))
+            listener = self._listener(name, share)
+            for owner in layer._owners():
+                self._listeners.append(owner.register_forward_hook(listener, with_kwargs=True))
 
     def _stop_listening(self) -> None:
         for listener in self._listeners:
@@ -214,17 +217,29 @@ class RigL(_Regrowth):
         self._listeners = []
 
     def _listener(self, name: str, share: float):
-        def on_forward(layer, inputs, output):
+        layer = self.layers[name]
+        owners = layer._owners()
+        # Calls whose gradient is to come, and the sum of those that came: nothing, for a layer that is called once.
+        waiting, total = 0, None
+
+        def on_forward(owner, args, kwargs, output):
+            nonlocal waiting
             # A copy of the model takes hooks along.
-            if output.requires_grad and layer is self.layers[name]:
-                input = inputs[0].detach()
-                output.register_hook(lambda grad: choose(layer, input, grad))
+            if output.requires_grad and owner in owners:
+                waiting += 1
+                input = (args[0] if args else kwargs["input"]).detach()
+                output.register_hook(lambda grad: on_backward(owner, input, grad))
 
         @torch.no_grad()
-        def choose(layer, input, grad):
-            dense = layer.dense_weight_grad(input, grad)
+        def on_backward(owner, input, grad):
+            nonlocal waiting, total
+            dense = owner.dense_weight_grad(input, grad)
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(dense)  # the sum ranks as the mean does
+            if total is not None:
+                dense += total
             self._next[name] = regrow(layer.weight, layer.weight_mask, dense.abs(), share)
+            waiting -= 1
+            total = dense if waiting > 0 else None
 
         return on_forward

@@ -54,13 +54,23 @@ class _SecondOrder(Pruner):
         check_not_negative(dampening, "dampening")
         if dampening == 0:
             raise ValueError("dampening must be positive, got 0")
+        if end == 0 and (begin, interval, initial_sparsity) != (0, 1, 0.0):
+            raise ValueError(
+                "end must be given where begin, interval or initial_sparsity is, got 0: pruning is one-shot"
+            )
         self.batches, self.loss_fn = batches, loss_fn
         self.gradients, self.dampening, self.recompute, self.memory = gradients, dampening, recompute, memory
         schedule = OneShot(sparsity) if end == 0 else Cubic(sparsity, begin, end, interval, initial_sparsity)
         super().__init__(model, optimizer, schedule, distribution, exclude)
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Raise MemoryError if an update would need more than is allowed."""
+        raise NotImplementedError
 
     def _prune_to(self, sparsity: float) -> None:
         check_uncompressed(self.layers, type(self).__name__)
+        self._check_memory()
         before = self.sparsity
         for part in range(1, self.recompute + 1):
             target = before + (sparsity - before) * part / self.recompute
@@ -100,9 +110,10 @@ class _SecondOrder(Pruner):
 class OBS(_SecondOrder):
     """Optimal brain surgeon with a block-diagonal Fisher matrix, as oBERT defines it (Kurtic et al., arXiv 2203.07259).
 
-    The inverse takes ``block`` numbers a weight; layers are worked on in groups that fit into ``memory``, each with a pass
-    over the gradients of its own, and another for the update if there are several groups. Beside ``memory``, a call holds
-    the gradients of 8 mini-batches for one group: ResNet-50 with block 50 needs less than 4 GB beyond the model.
+    The inverse takes 8 * ``block`` bytes a weight; layers are worked on in groups that fit into ``memory``, each with a pass
+    over the gradients of its own, and another for the update if there are several groups: five, for ResNet-50 with block
+    50. Beside ``memory``, an update holds the gradients of 8 mini-batches for one group, scores, and updates. Under DDP, give
+    every rank the same ``batches``, or masks will differ.
 
     Args:
         model: pruned in place; every Conv2d and Linear becomes sparse unless excluded.
@@ -157,6 +168,7 @@ class OBS(_SecondOrder):
         groups = self._groups()
         scores, fisher = {}, None
         for group in groups:
+            fisher = None  # make room for the next
             fisher = self._fisher(group)
             for name in group:
                 scores[name] = obs_score(self.layers[name].weight, fisher.diagonal(name))
@@ -164,7 +176,7 @@ class OBS(_SecondOrder):
         updates = {}
         for group in groups:
             if len(groups) > 1:
-                fisher = None  # make room for the next
+                fisher = None
                 fisher = self._fisher(group)
             for name in group:
                 updates[name] = -fisher.solve(name, self._pruned_over_diagonal(name, masks, fisher.diagonal(name)))
@@ -172,9 +184,7 @@ class OBS(_SecondOrder):
         self._move(masks, updates)
         self._set_masks(masks)
 
-    def _groups(self) -> list[list[str]]:
-        """Names of layers whose inverses fit into memory together."""
-        groups, taken = [], math.inf
+    def _check_memory(self) -> None:
         for name, layer in self.layers.items():
             needed = BlockFisher.bytes_for(layer.weight, self.block)
             if needed > self.memory:
@@ -182,6 +192,12 @@ class OBS(_SecondOrder):
                     f"block = {self.block} takes {needed:,} bytes for layer {name!r}, but memory = {self.memory:,.0f}; "
                     "choose a smaller block, or allow more memory"
                 )
+
+    def _groups(self) -> list[list[str]]:
+        """Names of layers whose inverses fit into memory together."""
+        groups, taken = [], math.inf
+        for name, layer in self.layers.items():
+            needed = BlockFisher.bytes_for(layer.weight, self.block)
             if taken + needed > self.memory:
                 groups.append([])
                 taken = 0
@@ -205,8 +221,8 @@ class WoodFisher(OBS):
     """WoodFisher (Singh & Alistarh, arXiv 2004.14340): :class:`OBS` with larger blocks and stronger dampening.
 
     Published for ResNet-50 on ImageNet: blocks of 2000 (1000 at 98 %), 400 gradients of 400 images, lambda 1e-5, GMP's
-    schedule from a trained model. A block takes ``block`` numbers a weight: 200 GB for all of ResNet-50, of which
-    ``memory`` is held at a time.
+    schedule from a trained model. Such blocks take 8 * ``block`` bytes a weight, 38 GB for the largest layer of ResNet-50:
+    allow that much ``memory``, or choose a smaller ``block``.
 
     Arguments, errors and example as :class:`OBS`.
     """
@@ -233,7 +249,7 @@ class WoodFisher(OBS):
 class MFAC(_SecondOrder):
     """M-FAC, static (Frantar et al., arXiv 2107.03356, section 3): the whole Fisher matrix, without blocks.
 
-    Holds ``gradients`` numbers a weight; the optimizer of the paper is :class:`MFACOptimizer`.
+    Holds 8 * ``gradients`` bytes a weight; the optimizer of the paper is :class:`MFACOptimizer`.
 
     Args:
         gradients: m, how many mini-batches' gradients make the Fisher matrix.
@@ -272,14 +288,16 @@ class MFAC(_SecondOrder):
             model, optimizer, sparsity, batches, loss_fn, gradients=gradients, dampening=dampening, **schedule
         )
 
-    def _prune_once(self, sparsity: float) -> None:
-        weights = {name: layer.weight.detach() for name, layer in self.layers.items()}
-        needed = LowRankFisher.bytes_for(weights.values(), self.gradients)
+    def _check_memory(self) -> None:
+        needed = LowRankFisher.bytes_for([layer.weight for layer in self.layers.values()], self.gradients)
         if needed > self.memory:
             raise MemoryError(
                 f"gradients = {self.gradients} take {needed:,} bytes, but memory = {self.memory:,.0f}; choose fewer, or "
                 "allow more memory"
             )
+
+    def _prune_once(self, sparsity: float) -> None:
+        weights = {name: layer.weight.detach() for name, layer in self.layers.items()}
         fisher = LowRankFisher(weights, self.dampening, self.gradients)
         fisher.add(self._gradients(weights))
         diagonals = {name: fisher.diagonal(name) for name in weights}

@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from ..engine import compile
 from ..io import load_checkpoint, save_checkpoint
-from ..pruning import Pruner
+from ..pruning import Pruner, recalibrate_batchnorm_
 from .models import head_name, replace_head_
 from .tasks import Task
 
@@ -116,7 +116,8 @@ def train(
         label_smoothing: of the cross entropy, in [0, 1).
         size: images are resized to this height and width.
         augmented: random crops and, if the task allows it, flips.
-        pruner: called with (model, optimizer, optimizer steps per epoch); makes the pruner that prunes while training.
+        pruner: called with (model, optimizer, optimizer steps per epoch); makes the pruner that prunes while training. It is
+            finalized at the end, and BatchNorm recalibrated where the method wants it.
         checkpoint: a file, written after every epoch, and read first if it is there.
         description: for the progress bar.
 
@@ -180,6 +181,9 @@ def train(
                 save_checkpoint(checkpoint, model, optimizer, extra)
     if pruning:
         pruning.finalize()
+        if pruning.needs_recalibration:
+            shown = task.train_images[: 32 * batch_size].split(batch_size)
+            recalibrate_batchnorm_(model, [prepare(images, size, channels) for images in shown])
     accuracy = evaluate(model, task, size=size)
     return Result(accuracy, history, sum(h["seconds"] for h in history), model.eval())
 

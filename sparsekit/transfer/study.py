@@ -66,7 +66,7 @@ class Entry:
         recipe: of the method; None: dense, or magnitude if ``one_shot``.
         from_dense: whether it starts from the trained model.
         one_shot: whether it prunes that model without training.
-        recalibrate: whether BatchNorm's statistics are computed anew afterwards.
+        keeps_weights: whether the weights are those of that model in the end, so that it is what they compare with.
         sparsities: the targets.
         note: what a reader must know.
     """
@@ -75,7 +75,7 @@ class Entry:
     recipe: pruning.Recipe | None
     from_dense: bool = False
     one_shot: bool = False
-    recalibrate: bool = False
+    keeps_weights: bool = False
     sparsities: tuple[float, ...] = (0.9, 0.95)
     note: str = ""
 
@@ -111,25 +111,25 @@ def _entries(budget: Budget) -> list[Entry]:
         Entry("SET", _recipe("set", whole, **regrowth)),
         Entry("RigL", _recipe("rigl", whole, **regrowth)),
         Entry(
-            "Top-KAST", _recipe("topkast", whole, backward_sparsity=0.8, interval=0.25, end=whole, distribution="erk"),
+            "Top-KAST", _recipe("topkast", whole, interval=0.25, end=whole, distribution="erk"),
             sparsities=only,
         ),
         Entry(
-            "STR", _recipe("str", whole, initial=-8.0, weight_decay=5e-3),
+            "STR", _recipe("str", whole, initial=-8.0, weight_decay=2e-5), sparsities=only,
             note="at the sparsity that it reached; weight decay of s chosen for it",
         ),
         Entry("DNW", _recipe("dnw", whole, distribution="erk"), sparsities=only),
         Entry("AC/DC", _recipe("acdc", whole, **{key: share * whole for key, share in phases.items()})),
         Entry(
             "LTH", _recipe("lth", whole, interval=1, rate=0.37, rewind_to=0), sparsities=only,
-            note="five rounds of an epoch, then the ticket trains for the rest",
+            note="five rounds of an epoch, then the ticket trains for the rest; the learning rate is not rewound",
         ),
         Entry(
             "LTH-T", _recipe("lth-transfer", half, interval=half / 11, rate=0.2, transfer=True).at(1 - 0.8**10), True,
-            recalibrate=True, sparsities=only, note="the mask on the trained weights, at its tenth round, 89.3 %",
+            keeps_weights=True, sparsities=only, note="the mask on the trained weights, at its tenth round, 89.3 %",
         ),
         Entry(
-            "CrAM+", _recipe("cram", whole, levels=[0.5, 0.7, 0.9]), recalibrate=True,
+            "CrAM+", _recipe("cram", whole, levels=[0.5, 0.7, 0.9]),
             note="two passes a step; pruned once, at the end",
         ),
         *(
@@ -175,8 +175,14 @@ def upstream(
     if not entries:
         raise ValueError(f"only must match a row, such as {_entries(budget)[1].title!r}, got {list(only)}")
     folder.mkdir(parents=True, exist_ok=True)
+    task = task or tasks.load("fashion-mnist").first(budget.images)
+    available = len(task.train_labels) // budget.batch_size
+    if budget.gradients > available:
+        raise ValueError(
+            f"budget must have at most {available} gradients for {available} batches, got {budget.gradients}"
+        )
     _check_budget(folder, budget)
-    grid = _Grid(folder, budget, task or tasks.load("fashion-mnist").first(budget.images))
+    grid = _Grid(folder, budget, task)
     # The first seed of everything before the second of anything: a table early.
     for seed in seeds:
         for entry in entries:
@@ -237,27 +243,27 @@ class _Grid:
             "schedule": "cosine",
         }  # fmt: skip
 
-    def _trained(self, model: nn.Module, seed: int) -> None:
-        """Give ``model`` the weights that methods from a trained model begin with."""
+    def _trained(self, model: nn.Module, seed: int) -> float:
+        """Give ``model`` the weights that methods from a trained model begin with; their accuracy."""
         path, epochs = self.folder / f"trained-{seed}.safetensors", max(self.budget.epochs // 2, 1)
         if not path.exists():
             trained = self._model(seed)
-            train(trained, self.task, epochs=epochs, description="trained", **self._settings(self.budget.lr, seed))
-            save_checkpoint(path, trained)
-        load_checkpoint(path, model)
+            settings = self._settings(self.budget.lr, seed)
+            result = train(trained, self.task, epochs=epochs, description="trained", **settings)
+            save_checkpoint(path, trained, extra={"accuracy": result.accuracy})
+        return load_checkpoint(path, model).extra["accuracy"]
 
     def _train(self, entry: Entry, model: nn.Module, target: float, seed: int) -> dict:
-        budget, recipe, epochs = self.budget, entry.recipe, self.budget.epochs
+        budget, recipe, epochs, pruned_accuracy = self.budget, entry.recipe, self.budget.epochs, None
         if entry.from_dense:
-            self._trained(model, seed)
+            pruned_accuracy = self._trained(model, seed)
             epochs = max(epochs - epochs // 2, 1)
         attach: Callable | None = None
         if recipe is not None:
-            # One target only: the row's own.
-            recipe = recipe if len(entry.sparsities) == 1 and entry.recalibrate else recipe.at(target)
+            # STR has no target, and lottery tickets that of whole rounds.
+            recipe = recipe if recipe.sparsity is None or recipe.method == "LTH" else recipe.at(target)
 
             def attach(model, optimizer, steps):
-                # With an interval of a tenth of an epoch, a mask changes more than once in it.
                 return recipe.attach(model, optimizer, steps, epochs, self._gradient_batches(), F.cross_entropy)
 
         lr = budget.lr_from_dense if entry.from_dense else budget.lr
@@ -266,16 +272,13 @@ class _Grid:
             checkpoint=self.folder / "partial" / f"{entry.name}-{100 * target:g}-{seed}.safetensors",
             **self._settings(lr, seed),
         )  # fmt: skip
-        accuracy = result.accuracy
-        if entry.recalibrate:
-            accuracy = self._recalibrated(model)
-        record = {"accuracy": accuracy, "history": result.history}
+        record = {"accuracy": result.accuracy, "history": result.history, "pruned_accuracy": pruned_accuracy}
         if seed == 0 and recipe is not None:
             record["step_seconds"] = self._step_seconds(model)
         return record
 
     def _one_shot(self, entry: Entry, model: nn.Module, target: float, seed: int) -> dict:
-        self._trained(model, seed)
+        pruned_accuracy = self._trained(model, seed)
         if entry.recipe is None:
             sparsify_(pruning.magnitude_(model, target), min_sparsity=0)
         else:
@@ -283,23 +286,28 @@ class _Grid:
             entry.recipe.at(target).attach(
                 model, optimizer, 1, batches=self._gradient_batches(), loss_fn=F.cross_entropy
             ).finalize()
-        return {"accuracy": self._recalibrated(model)}
+        return {"accuracy": self._recalibrated(model), "pruned_accuracy": pruned_accuracy}
 
     def _gradient_batches(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """The first training images, as they are."""
         size, count = self.budget.batch_size, self.budget.gradients
         images = self.task.train_images[: size * count].split(size)
-        return [(prepare(part, 28), labels) for part, labels in zip(images, self.task.train_labels.split(size))]
+        return [(self._prepare(part), labels) for part, labels in zip(images, self.task.train_labels.split(size))]
+
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        return prepare(images, 28, images.shape[1])
 
     def _recalibrated(self, model: nn.Module) -> float:
         size, count = self.budget.batch_size, self.budget.calibration
         parts = self.task.train_images[: size * count].split(size)
-        pruning.recalibrate_batchnorm_(model, [prepare(part, 28) for part in parts])
+        pruning.recalibrate_batchnorm_(model, [self._prepare(part) for part in parts])
         return evaluate(model, self.task)
 
     def _step_seconds(self, model: nn.Module) -> dict[str, float]:
         """A training step with the final masks: as it runs, and on masked dense layers."""
-        images, labels = next(batches(self.task, 28, 1, self.budget.batch_size, True, 0, 0))
+        images, labels = next(
+            batches(self.task, 28, self.task.train_images.shape[1], self.budget.batch_size, True, 0, 0)
+        )
         layers = [module for module in model.modules() if isinstance(module, SparseModule)]
 
         def step(backend):
@@ -319,6 +327,11 @@ class _Grid:
             model.eval()
 
 
+def _mean(values) -> float | None:
+    values = [value for value in values if value is not None]
+    return statistics.mean(values) if values else None
+
+
 def _rows(folder: Path, budget: Budget) -> list[dict]:
     """The cells that are there, gathered by row and sparsity."""
     rows = []
@@ -330,11 +343,15 @@ def _rows(folder: Path, budget: Budget) -> list[dict]:
             if not cells:
                 continue
             found = [cell["accuracy"] for cell in cells]
-            row = {
-                "title": entry.title, "target": target, "one_shot": entry.one_shot, "note": entry.note,
-                "sparsity": statistics.mean(cell["sparsity"] for cell in cells), "seeds": len(cells),
-                "accuracy": statistics.mean(found), "std": statistics.stdev(found) if len(found) > 1 else None,
-            }  # fmt: skip
+            row = {name: getattr(entry, name) for name in ("title", "one_shot", "keeps_weights", "note")}
+            row |= {
+                "target": target,
+                "seeds": len(cells),
+                "sparsity": statistics.mean(cell["sparsity"] for cell in cells),
+                "accuracy": statistics.mean(found),
+                "std": statistics.stdev(found) if len(found) > 1 else None,
+                "pruned_accuracy": _mean(cell["pruned_accuracy"] for cell in cells),
+            }
             epochs = [epoch["seconds"] for cell in cells for epoch in cell.get("history", ())]
             row["epoch_seconds"] = statistics.median(epochs) if epochs else None
             row["step_seconds"] = next((cell["step_seconds"] for cell in cells if "step_seconds" in cell), None)
@@ -351,7 +368,8 @@ def document(results: dict) -> str:
         "",
         f"A ResNet of widths {tuple(budget['widths'])} and {tuple(budget['blocks'])} basic blocks on the first "
         f"{budget['images']:,} training images of {results['task']}, {budget['epochs']} epochs for every method; those "
-        "*from dense*, second-order methods and LTH-T have half of them, after the model they prune had the other half. "
+        "*from dense*, second-order methods and LTH-T have half of them, after the model they prune had the other half; "
+        "one-shot methods and LTH-T end with weights of that model, and are compared with it. "
         "Authors' schedules, scaled to these epochs; all layers are pruned and counted, shared out by ERK where a paper does "
         "not rank them together (it leaves the first and the last layer dense). Mean ± standard deviation over seeds. "
         f"{results['cpu']}, {results['threads']} threads, torch {results['torch']}. `sparsekit study upstream` makes "
@@ -362,7 +380,8 @@ def document(results: dict) -> str:
     ]
     for row in rows:
         std = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
-        against = "" if dense is None or row["title"] == "dense" else f"{100 * (row['accuracy'] - dense):+.2f}"
+        base = row["pruned_accuracy"] if row["keeps_weights"] else dense
+        against = "" if base is None or row["title"] == "dense" else f"{100 * (row['accuracy'] - base):+.2f}"
         epoch = "" if row["epoch_seconds"] is None else f"{row['epoch_seconds']:.1f} s"
         step = row["step_seconds"]
         step = "" if step is None else f"{1e3 * step['sparse']:.0f} / {1e3 * step['masked dense']:.0f} ms"

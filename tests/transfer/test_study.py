@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ def test_upstream_runs_every_row_and_goes_on(task, tmp_path):
 def test_upstream_refuses_other_budgets_and_unknown_rows(task, tmp_path):
     study.upstream(tmp_path, BUDGET, seeds=(0,), only=["dense"], task=task)
     with pytest.raises(ValueError, match="hold results of this budget"):
-        study.upstream(tmp_path, Budget(epochs=3), task=task)
+        study.upstream(tmp_path, replace(BUDGET, epochs=3), task=task)
     with pytest.raises(ValueError, match="only must match a row, such as 'GMP', got"):
         study.upstream(tmp_path, BUDGET, only=["nothing"], task=task)
+    with pytest.raises(ValueError, match="at most 4 gradients for 4 batches, got 5"):
+        study.upstream(tmp_path / "other", replace(BUDGET, gradients=5), task=task)
