@@ -407,7 +407,8 @@ def test_autotuning_is_measured_once():
         tuning.path().write_text(damaged)
         sk.compile(model, x)
         measured = json.loads(tuning.path().read_text())[tuning.machine()]
-        assert all("dense" in measured[key] or key.startswith("parts-") for key in keys)
+        # Which parts are timed depends on what the layers took just now.
+        assert all("dense" in measured[key] for key in keys if not key.startswith("parts-"))
 
 
 def test_explain():
