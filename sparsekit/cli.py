@@ -300,6 +300,42 @@ def study_upstream(
     print(json_module.dumps(results) if json else document(results))
 
 
+@study.command("imagenet")
+def study_imagenet(
+    folder: Annotated[Path, typer.Option(help="where the pruned models and their figures go")] = Path("runs/imagenet"),
+    out: Annotated[
+        Path | None, typer.Option(help="where imagenet.md and imagenet.json go; default: the same folder")
+    ] = None,
+    photos: Annotated[
+        Path | None,
+        typer.Option(
+            help="a folder of photographs to calibrate and compare with; default: those of two Debian packages"
+        ),
+    ] = None,
+    crops: Annotated[int, typer.Option(help="of the calibration photographs, a gradient each")] = 512,
+    dampening: Annotated[float, typer.Option(help="lambda of oBS, but for the published one")] = 1e-4,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="time the models pruned before, while nothing else runs; takes minutes")
+    ] = False,
+    threads: Threads = 0,
+    json: Json = False,
+) -> None:
+    """What magnitude and second-order pruning keep of a real ImageNet model, EfficientNet-Lite0: a table."""
+    from .bench import keep_freed_memory
+    from .transfer import imagenet
+
+    if threads:
+        torch.set_num_threads(threads)
+    keep_freed_memory()
+    if speed:
+        imagenet.speed(folder)
+    else:
+        settings = imagenet.Settings(crops=crops, dampening=dampening)
+        imagenet.prune(folder, settings, imagenet.load_images(settings, photos))
+    results = imagenet.write(folder, out)
+    print(json_module.dumps(results) if json else imagenet.document(results))
+
+
 @app.command()
 def job(
     name: Annotated[str, typer.Option(help="results go to runs/NAME; an unfinished job goes on")] = "default",

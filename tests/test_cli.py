@@ -34,6 +34,8 @@ def test_info():
 def test_every_command_has_help():
     for command in ("prune", "transfer", "compile", "bench", "explain", "info", "job"):
         assert "Usage" in run(command, "--help").stdout
+    for grid in ("upstream", "imagenet"):
+        assert "Usage" in run("study", grid, "--help").stdout
 
 
 def test_prune_transfer_explain(checkpoint, tmp_path):

@@ -1,7 +1,18 @@
 """The transfer loops: upstream training, linear and full finetuning, evaluation. Needs the ``transfer`` extra."""
 
-from . import models, study, tasks
+from . import imagenet, models, study, tasks
 from .finetune import Result, evaluate, full_finetune, linear_finetune, train
 from .tasks import Task
 
-__all__ = ["Result", "Task", "evaluate", "full_finetune", "linear_finetune", "models", "study", "tasks", "train"]
+__all__ = [
+    "Result",
+    "Task",
+    "evaluate",
+    "full_finetune",
+    "imagenet",
+    "linear_finetune",
+    "models",
+    "study",
+    "tasks",
+    "train",
+]
