@@ -16,7 +16,7 @@ test: $(STAMP)
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/cpu/*.* csrc/engine/*.*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy setuptools wheel ninja
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
@@ -44,12 +44,12 @@ bench-costs: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/cpu/*.* csrc/engine/*.*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/*/*.*
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.* csrc/cpu/*.* csrc/engine/*.*
+	$(BIN)/clang-format -i csrc/*.* csrc/*/*.*
 
 # The file that was built against torch in .venv, unchanged, under another torch: what the stable ABI promises.
 test-torch: $(STAMP)
