@@ -1,6 +1,6 @@
 """PyTorch kernels that make pruned CNNs fast, and the pruning and transfer loops that run on them."""
 
-from . import io, nn, pruning
+from . import gpu, io, nn, pruning
 from ._ops import available_backends, backend, set_isa, use_isa
 from ._version import __version__
 from .convert import (
@@ -28,6 +28,7 @@ __all__ = [
     "dense_state_dict",
     "densify_",
     "explain",
+    "gpu",
     "io",
     "keep_zeros",
     "load",

@@ -3,10 +3,11 @@
 A sparse weight reaches the ops as ``values`` ``[nnz]`` and the five int32 tensors of a
 :class:`sparsekit.formats.Pattern`. Convolutions take ``padding`` as (top, bottom, left, right). Each op has a slow
 reference of the same signature in :mod:`sparsekit.reference`, and a C++ kernel under ``torch.ops.sparsekit_cpu`` that
-writes into an output it is given. float32 on the CPU runs the C++ kernel; every other dtype on the CPU, and
-everything where the package was installed without C++, runs the reference; other devices are not implemented yet.
+writes into an output it is given. float32 on the CPU runs the C++ kernel; float32, float16 and bfloat16 on a GPU run a
+kernel that :mod:`sparsekit.gpu` chooses; every other dtype, and everything where the package was installed without
+kernels, runs the reference.
 
-Ops never fall back in silence: :func:`backend` says what runs.
+Ops never fall back in silence: :func:`backend` and :func:`sparsekit.gpu.backends` say what runs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import reference
+from . import gpu, reference
 from .formats import Pattern
 
 # zen4 is avx512 for cores that load one register a cycle.
@@ -98,7 +99,14 @@ def use_isa(isa: str) -> Iterator[None]:
 
 
 def _runs_native(*tensors: Tensor) -> bool:
-    return _state["isa"] != "reference" and all(t.dtype == torch.float32 for t in tensors)
+    return _state["isa"] != "reference" and all(t.dtype == torch.float32 and t.is_cpu for t in tensors)
+
+
+def _kernels(*tensors: Tensor):
+    """What runs an op on these tensors, its functions with the signatures of sparsekit_cpu; None is the reference."""
+    if tensors[0].is_cuda:
+        return gpu if gpu.runs(*tensors) else None
+    return torch.ops.sparsekit_cpu if _runs_native(*tensors) else None
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
@@ -141,17 +149,22 @@ def _pooled_size(input_size, kernel_size, stride, padding, dilation, ceil_mode):
 # --- registration ---------------------------------------------------------------------------------------------------
 
 
-def _define(schema: str, cpu, fake) -> None:
+def _without_autocast(function, device: str):
+    # Dtypes were settled by the caller; autocast must not change them again inside the reference.
     def run(*args):
-        # Dtypes were settled by the caller; autocast must not change them again inside the reference.
-        if not torch.is_autocast_enabled("cpu"):
-            return cpu(*args)
-        with torch.autocast("cpu", enabled=False):
-            return cpu(*args)
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
 
+    return run
+
+
+def _define(schema: str, function, fake) -> None:
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    torch.library.impl(f"sparsekit::{name}", "CPU", run, lib=_LIBRARY)
+    for device in ("cpu", "cuda"):
+        torch.library.impl(f"sparsekit::{name}", device.upper(), _without_autocast(function, device), lib=_LIBRARY)
     torch.library.register_fake(f"sparsekit::{name}", fake, lib=_LIBRARY)
 
 
@@ -183,10 +196,11 @@ _define("pattern(Tensor mask, int groups) -> (Tensor, Tensor, Tensor, Tensor, Te
 
 # compress: the kept entries of a dense weight, [out_channels, ...] -> [nnz]. Its gradient is decompress.
 def _compress(weight, crow_indices, col_indices):
-    if not _runs_native(weight):
+    kernels = _kernels(weight)
+    if kernels is None:
         return reference.compress(weight, crow_indices, col_indices)
     out = weight.new_empty(col_indices.shape)
-    torch.ops.sparsekit_cpu.compress(out, weight, crow_indices, col_indices)
+    kernels.compress(out, weight, crow_indices, col_indices)
     return out
 
 
@@ -199,10 +213,11 @@ _define(
 
 # decompress: values [nnz] -> dense weight of shape size, zero elsewhere. Its gradient is compress.
 def _decompress(values, crow_indices, col_indices, size, channels_last):
-    if not _runs_native(values):
+    kernels = _kernels(values)
+    if kernels is None:
         return reference.decompress(values, crow_indices, col_indices, size, channels_last)
     out = _decompress_fake(values, crow_indices, col_indices, size, channels_last)
-    torch.ops.sparsekit_cpu.decompress(out, values.contiguous(), crow_indices, col_indices)
+    kernels.decompress(out, values.contiguous(), crow_indices, col_indices)
     return out
 
 
@@ -223,11 +238,12 @@ def _conv2d(
     input, values, crow, col, t_crow, t_col, t_permutation, bias, kernel_size, stride, padding, dilation, groups
 ):
     geometry = (kernel_size, stride, padding, dilation, groups)
-    if not _runs_native(input, values):
+    kernels = _kernels(input, values)
+    if kernels is None:
         return reference.conv2d(input, values, crow, col, bias, *geometry)
     input = _dense_layout(input)
     out = _empty(input, output_size(input.shape, crow.numel() - 1, *geometry[:4]))
-    torch.ops.sparsekit_cpu.conv2d(out, input, values.contiguous(), crow, col, bias, *geometry)
+    kernels.conv2d(out, input, values.contiguous(), crow, col, bias, *geometry)
     return out
 
 
@@ -242,14 +258,13 @@ _define(f"conv2d(Tensor input, Tensor values, {_PATTERN}, Tensor? bias, {_GEOMET
 
 # conv2d_input_grad: grad_output [n, out_channels, oh, ow] -> [n, in_channels, h, w] = input_size.
 def _conv2d_input_grad(grad_output, values, t_crow, t_col, t_permutation, input_size, *geometry):
-    if not _runs_native(grad_output, values):
+    kernels = _kernels(grad_output, values)
+    if kernels is None:
         grad = reference.conv2d_input_grad(grad_output, values, t_crow, t_col, t_permutation, input_size, *geometry)
         return _empty(grad_output, input_size).copy_(grad)
     grad_output = _dense_layout(grad_output)
     out = _empty(grad_output, input_size)
-    torch.ops.sparsekit_cpu.conv2d_input_grad(
-        out, grad_output, values.contiguous(), t_crow, t_col, t_permutation, *geometry
-    )
+    kernels.conv2d_input_grad(out, grad_output, values.contiguous(), t_crow, t_col, t_permutation, *geometry)
     return out
 
 
@@ -263,12 +278,11 @@ _define(
 
 # conv2d_values_grad: the weight gradient at the kept positions only, [nnz].
 def _conv2d_values_grad(grad_output, input, crow, col, *geometry):
-    if not _runs_native(grad_output, input):
+    kernels = _kernels(grad_output, input)
+    if kernels is None:
         return reference.conv2d_values_grad(grad_output, input, crow, col, *geometry)
     out = input.new_empty(col.shape)
-    torch.ops.sparsekit_cpu.conv2d_values_grad(
-        out, _dense_layout(grad_output), _dense_layout(input), crow, col, *geometry
-    )
+    kernels.conv2d_values_grad(out, _dense_layout(grad_output), _dense_layout(input), crow, col, *geometry)
     return out
 
 
@@ -292,10 +306,11 @@ _define(
 
 # linear: input [batch, in_features] -> [batch, out_features].
 def _linear(input, values, crow, col, t_crow, t_col, t_permutation, bias):
-    if not _runs_native(input, values):
+    kernels = _kernels(input, values)
+    if kernels is None:
         return reference.linear(input, values, crow, col, bias)
     out = input.new_empty(input.shape[0], crow.numel() - 1)
-    torch.ops.sparsekit_cpu.linear(out, input.contiguous(), values.contiguous(), crow, col, bias)
+    kernels.linear(out, input.contiguous(), values.contiguous(), crow, col, bias)
     return out
 
 
@@ -310,12 +325,11 @@ _define(
 
 # linear_input_grad: grad_output [batch, out_features] -> [batch, in_features].
 def _linear_input_grad(grad_output, values, t_crow, t_col, t_permutation):
-    if not _runs_native(grad_output, values):
+    kernels = _kernels(grad_output, values)
+    if kernels is None:
         return reference.linear_input_grad(grad_output, values, t_crow, t_col, t_permutation)
     out = grad_output.new_empty(grad_output.shape[0], t_crow.numel() - 1)
-    torch.ops.sparsekit_cpu.linear_input_grad(
-        out, grad_output.contiguous(), values.contiguous(), t_crow, t_col, t_permutation
-    )
+    kernels.linear_input_grad(out, grad_output.contiguous(), values.contiguous(), t_crow, t_col, t_permutation)
     return out
 
 
@@ -331,10 +345,11 @@ _define(
 
 # linear_values_grad: the weight gradient at the kept positions only, [nnz].
 def _linear_values_grad(grad_output, input, crow, col):
-    if not _runs_native(grad_output, input):
+    kernels = _kernels(grad_output, input)
+    if kernels is None:
         return reference.linear_values_grad(grad_output, input, crow, col)
     out = input.new_empty(col.shape)
-    torch.ops.sparsekit_cpu.linear_values_grad(out, grad_output.contiguous(), input.contiguous(), crow, col)
+    kernels.linear_values_grad(out, grad_output.contiguous(), input.contiguous(), crow, col)
     return out
 
 
@@ -717,14 +732,16 @@ def decompress(values: Tensor, pattern: Pattern, size: Sequence[int], channels_l
 
 def _check_device(input: Tensor, values: Tensor, bias: Tensor | None) -> None:
     for name, t in (("input", input), ("values", values), ("bias", bias)):
-        if t is not None and t.device.type not in ("cpu", "meta"):
-            raise NotImplementedError(f"{name} is on {t.device}: sparsekit has kernels for the CPU only")
+        if t is not None and t.device.type not in ("cpu", "cuda", "meta"):
+            raise NotImplementedError(f"{name} is on {t.device}: sparsekit has kernels for the CPU and for GPUs")
+        if t is not None and t.device != input.device:
+            raise ValueError(f"{name} must be on {input.device} like input, got {t.device}")
     if not input.is_floating_point():
         raise TypeError(f"input must be floating point, got {input.dtype}")
 
 
 def _run(op, input: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None, *geometry) -> Tensor:
-    """Apply ``op`` with the dtype rules of dense layers: autocast's dtype if on; float16/bfloat16 compute in float32."""
+    """Apply ``op`` with the dtype rules of dense layers: autocast's dtype if on; float16/bfloat16 add up in float32."""
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device))
@@ -732,9 +749,10 @@ def _run(op, input: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | Non
         raise TypeError(f"input and weight must have the same dtype, got {input.dtype} and {values.dtype}")
     dtype = input.dtype
     if dtype in (torch.bfloat16, torch.float16):
-        # Rounded to the low precision first, as a dense layer would do, then computed in float32.
-        input, values = input.float(), values.to(dtype).float()
-        bias = bias if bias is None else bias.to(dtype).float()
+        # Rounded to the low precision first, as a dense layer would do; the CPU's kernels then compute in float32.
+        compute = dtype if device == "cuda" else torch.float32
+        input, values = input.to(compute), values.to(dtype).to(compute)
+        bias = bias if bias is None else bias.to(dtype).to(compute)
     return op(input, values, *pattern, bias, *geometry).to(dtype)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, gpu
 
 
 class Decision(NamedTuple):
@@ -93,9 +93,26 @@ def _capability() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def tuned_key(shape: Shape, train: bool) -> str:
-    """Where a module keeps what :func:`sparsekit.autotune_` measured on this shape with this many threads."""
-    return f"{shape.key}-{'train' if train else 'eval'}-{_threads()}t"
+def tuned_key(shape: Shape, train: bool, input: Tensor) -> str:
+    """Where a module keeps what :func:`sparsekit.autotune_` measured on this shape, with this many threads or this GPU."""
+    place = _gpu_key(input.device.index, _computed_in(input)) if input.is_cuda else f"{_threads()}t"
+    return f"{shape.key}-{'train' if train else 'eval'}-{place}"
+
+
+@torch.compiler.assume_constant_result
+def _gpu_key(index: int, dtype: torch.dtype) -> str:
+    return f"{torch.cuda.get_device_name(index)}-{str(dtype).removeprefix('torch.')}-{int(_uses_tf32())}"
+
+
+def _uses_tf32() -> bool:
+    return torch.backends.cudnn.allow_tf32
+
+
+def _computed_in(input: Tensor) -> torch.dtype:
+    """The dtype that autocast leaves of a layer's input."""
+    device = input.device.type
+    is_cast = torch.is_autocast_enabled(device) and input.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_cast else input.dtype
 
 
 class Work(NamedTuple):
@@ -187,6 +204,50 @@ def predict_in_chain(shape: Shape, nnz: int) -> float:
     return ratio * shape.batch * work / _threads()
 
 
+class GpuCost(NamedTuple):
+    """Seconds on an H100 per multiply-add of the sparse kernels and of PyTorch's dense ones, and per byte moved."""
+
+    sparse: float
+    dense: float
+    move: float
+
+
+# From ResNet-50's layers on an H100, batch 32, caches cold (docs/gpu.md); TF32 is float32 as cuDNN computes it unless told
+# otherwise. The sparse kernels wait for their first tile before they compute, so that their parts add up.
+GPU_COSTS = {
+    "float32": GpuCost(1.8e-13, 4.0e-14, 4.2e-13),
+    "tf32": GpuCost(1.8e-13, 1.0e-14, 4.2e-13),
+    "float16": GpuCost(2.5e-13, 4.5e-15, 4.2e-13),
+    "bfloat16": GpuCost(2.5e-13, 4.5e-15, 4.2e-13),
+}
+GPU_MULTIPROCESSORS = 132
+GPU_START_SECONDS = {"sparse": 2.7e-5, "dense": 5e-6}
+
+
+def predict_on_gpu(shape: Shape, nnz: int, train: bool, dtype: torch.dtype, index: int) -> tuple[float, float]:
+    """As :func:`predict`, on a GPU."""
+    name = str(dtype).removeprefix("torch.")
+    cost = GPU_COSTS["tf32" if name == "float32" and _uses_tf32() else name]
+    scale = GPU_MULTIPROCESSORS / _multiprocessors(index)
+    moved = shape.batch * (shape.in_channels * shape.in_pixels + shape.out_channels * shape.out_pixels)
+    move = cost.move * moved * dtype.itemsize
+    passes = 3 if train else 1
+    sparse = cost.sparse * nnz * shape.batch * shape.out_pixels + move
+    dense = max(cost.dense * shape.macs * (GROUPED_DENSE_FACTOR if shape.groups > 1 else 1), move)
+    start = GPU_START_SECONDS
+    return passes * (start["sparse"] + scale * sparse), passes * (start["dense"] + scale * dense)
+
+
+@torch.compiler.assume_constant_result
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@torch.compiler.assume_constant_result
+def _gpu_lacks() -> str:
+    return gpu.missing()
+
+
 def decide(module, input: Tensor) -> Decision:
     """Which way ``module`` runs on ``input``, and why."""
     if module.backend == "sparse":
@@ -195,15 +256,22 @@ def decide(module, input: Tensor) -> Decision:
         return Decision("dense", "forced by module.backend")
     if module.backend != "auto":
         raise ValueError(f"backend must be 'auto', 'sparse' or 'dense', got {module.backend!r}")
-    if _ops.backend() == "reference":
-        return Decision("dense", "installed without C++ kernels")
     if input.dtype == torch.float64:
         return Decision("dense", "no sparse kernels for float64")
-    if input.device.type != "cpu":
+    if input.device.type not in ("cpu", "cuda"):
         return Decision("dense", f"no sparse kernels for {input.device.type}")
+    if input.is_cuda and _gpu_lacks():
+        return Decision("dense", _gpu_lacks())
+    if not input.is_cuda and _ops.backend() == "reference":
+        return Decision("dense", "installed without C++ kernels")
     shape = shape_of(module, input)
     train = torch.is_grad_enabled() and module.is_trained
-    measured = module.tuned.get(tuned_key(shape, train))
-    sparse, dense = measured or predict(shape, module._kept, train)
+    measured = module.tuned.get(tuned_key(shape, train, input))
+    if measured:
+        sparse, dense = measured
+    elif input.is_cuda:
+        sparse, dense = predict_on_gpu(shape, module._kept, train, _computed_in(input), input.device.index)
+    else:
+        sparse, dense = predict(shape, module._kept, train)
     backend = "sparse" if sparse < dense else "dense"
     return Decision(backend, "measured" if measured else "cost table", sparse, dense)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import dispatch
+from . import _ops, dispatch, gpu
 from .nn import DepthwiseConv2d
 from .nn.sparse import SparseModule
 
@@ -32,6 +32,8 @@ class LayerReport(NamedTuple):
             input, in the memory format that the model feeds it.
         weights: number of weights, zeros included.
         macs: multiply-adds of the dense layer on this input.
+        kernel: the variant of the forward that runs: an ISA of the CPU, a backend of :mod:`sparsekit.gpu` and its tiling,
+            or ``"pytorch"``.
     """
 
     name: str
@@ -45,6 +47,7 @@ class LayerReport(NamedTuple):
     measured_dense: float
     weights: int = 0
     macs: int = 0
+    kernel: str = "pytorch"
 
     @property
     def speedup(self) -> float:
@@ -60,13 +63,13 @@ class Explanation(list):
         width = max([len(r.name) for r in self] + [5])
         shapes = max([len(r.shape) for r in self] + [5])
         head = (
-            f"{'layer':<{width}}  {'shape':<{shapes}}  sparsity  runs    expected sparse / dense ms  "
+            f"{'layer':<{width}}  {'shape':<{shapes}}  sparsity  runs    kernel      expected sparse / dense ms  "
             "measured sparse / dense ms  speed-up  why"
         )
         lines = [head]
         for r in self:
             lines.append(
-                f"{r.name:<{width}}  {r.shape:<{shapes}}  {r.sparsity:8.3f}  {r.backend:<6}  "
+                f"{r.name:<{width}}  {r.shape:<{shapes}}  {r.sparsity:8.3f}  {r.backend:<6}  {r.kernel:<10}  "
                 f"     {_ms(r.expected_sparse)} / {_ms(r.expected_dense)}       "
                 f"    {_ms(r.measured_sparse)} / {_ms(r.measured_dense)}  {r.speedup:7.2f}x  {r.reason}"
             )
@@ -116,7 +119,9 @@ def explain(model: nn.Module, example_inputs: Tensor | tuple, train: bool = Fals
             sparse, dense = math.nan, seconds_in_turns({"dense": _runner(module, input, needs_grad, train)})["dense"]
         shape = f"{'x'.join(map(str, weight.shape))} on {'x'.join(map(str, input.shape))}"
         macs = dispatch.shape_of(module, input).macs
-        reports.append(LayerReport(names[module], shape, sparsity, *decision, sparse, dense, weight.numel(), macs))
+        kernel = _kernel(module, input) if decision.backend == "sparse" else "pytorch"
+        report = LayerReport(names[module], shape, sparsity, *decision, sparse, dense, weight.numel(), macs, kernel)
+        reports.append(report)
     return reports
 
 
@@ -142,7 +147,10 @@ def autotune_(model: nn.Module, example_inputs: Tensor | tuple, train: bool = Fa
     """
     for module, (input, needs_grad) in _inputs_of(model, example_inputs, train).items():
         if isinstance(module, SparseModule):
-            key = dispatch.tuned_key(dispatch.shape_of(module, input), train and module.is_trained)
+            if input.is_cuda and not gpu.missing():
+                with gpu.tuning():
+                    _with_backend(module, "sparse", _runner(module, input, needs_grad, train))()
+            key = dispatch.tuned_key(dispatch.shape_of(module, input), train and module.is_trained, input)
             module.tuned[key] = _measure(module, input, needs_grad, train)
     return model
 
@@ -168,6 +176,15 @@ def _inputs_of(model: nn.Module, example_inputs: Tensor | tuple, train: bool) ->
         for module, mode in modes.items():
             module.training = mode
     return inputs
+
+
+def _kernel(module: SparseModule, input: Tensor) -> str:
+    """The variant of the sparse kernels that a layer's forward takes."""
+    if not input.is_cuda:
+        return _ops.backend()
+    with gpu.watch() as calls, torch.no_grad():
+        _with_backend(module, "sparse", lambda: module.forward(input))()
+    return calls[-1][1] if calls else "reference"
 
 
 def _runner(module: nn.Module, input: Tensor, needs_grad: bool, train: bool) -> Callable[[], object]:
@@ -196,19 +213,19 @@ def _runner(module: nn.Module, input: Tensor, needs_grad: bool, train: bool) -> 
 def _measure(module: SparseModule, input: Tensor, needs_grad: bool, train: bool) -> tuple[float, float]:
     """Median seconds of (sparse, dense) for one layer, in alternating runs."""
     run = _runner(module, input, needs_grad, train)
-
-    def with_backend(backend):
-        def call():
-            before, module.backend = module.backend, backend
-            try:
-                return run()
-            finally:
-                module.backend = before
-
-        return call
-
-    seconds = seconds_in_turns({backend: with_backend(backend) for backend in ("sparse", "dense")})
+    seconds = seconds_in_turns({backend: _with_backend(module, backend, run) for backend in ("sparse", "dense")})
     return seconds["sparse"], seconds["dense"]
+
+
+def _with_backend(module: SparseModule, backend: str, run: Callable[[], object]) -> Callable[[], object]:
+    def call():
+        before, module.backend = module.backend, backend
+        try:
+            return run()
+        finally:
+            module.backend = before
+
+    return call
 
 
 def seconds_in_turns(
@@ -223,6 +240,8 @@ def seconds_in_turns(
         for name, function in functions.items():
             start = time.perf_counter()
             function()
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
             if run:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}

@@ -309,7 +309,9 @@ class Schedule:
                 expected = dispatch.predict(layer.shape_on(input.shape), layer.nnz, train=False)
             seconds = seconds_in_turns(self._ways(number, input, residual))
             measured = (seconds.get(way, math.nan) for way in BACKENDS)
-            reports.append(LayerReport(layer.layer.name, shape, layer.sparsity, backend, why, *expected, *measured))
+            kernel = _ops.backend() if backend == "sparse" else "pytorch"
+            times = (*expected, *measured)
+            reports.append(LayerReport(layer.layer.name, shape, layer.sparsity, backend, why, *times, kernel=kernel))
             return self._run_layer(number, input, residual)
 
         self._run(inputs, self._steps, report)
