@@ -1,4 +1,4 @@
-"""Tables in README, between marks that name them."""
+"""Tables in README and other documents, between marks that name them."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 README = Path(__file__).parent.parent / "README.md"
 
 
-def fill(name: str, table: str) -> None:
+def fill(name: str, table: str, document: Path = README) -> None:
     """Put ``table`` between ``<!-- name -->`` and ``<!-- /name -->``."""
     text = re.sub(
         rf"(<!-- {name} -->\n).*?\n?(<!-- /{name} -->)",
         lambda match: f"{match.group(1)}{table}\n{match.group(2)}",
-        README.read_text(),
+        document.read_text(),
         flags=re.DOTALL,
     )
-    README.write_text(text)
+    document.write_text(text)
