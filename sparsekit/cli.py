@@ -286,18 +286,26 @@ def study_upstream(
     only: Annotated[list[str] | None, typer.Option(help="part of a row's title; repeat for several")] = None,
     images: Annotated[int, typer.Option(help="training images of Fashion-MNIST")] = 20_000,
     epochs: Annotated[int, typer.Option(help="of training, for every method")] = 12,
+    out: Annotated[
+        Path | None, typer.Option(help="where upstream.md, upstream.json and upstream.png go; default: the same folder")
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="time steps of the models trained before, while nothing else runs")
+    ] = False,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
     """Every pruning method on Fashion-MNIST, with the same budget of epochs: a table and a plot."""
-    from .transfer.study import Budget, document, upstream
+    from .transfer import study as grid
 
     if threads:
         torch.set_num_threads(threads)
-    budget = Budget(images=images, epochs=epochs)
+    if speed:
+        grid.speed(folder)
+    budget = grid.Budget(images=images, epochs=epochs)
     gradients = max(min(budget.gradients, images // budget.batch_size), 1)
-    results = upstream(folder, replace(budget, gradients=gradients), range(seeds), only or ())
-    print(json_module.dumps(results) if json else document(results))
+    results = grid.upstream(folder, replace(budget, gradients=gradients), range(seeds), only or (), out=out)
+    print(json_module.dumps(results) if json else grid.document(results))
 
 
 @study.command("imagenet")

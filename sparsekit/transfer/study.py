@@ -68,6 +68,7 @@ class Entry:
         one_shot: whether it prunes that model without training.
         keeps_weights: whether the weights are those of that model in the end, so that it is what they compare with.
         sparsities: the targets.
+        trains_sparse: whether training ends with steps on the final masks, so that :func:`speed` can time them.
         note: what a reader must know.
     """
 
@@ -77,6 +78,7 @@ class Entry:
     one_shot: bool = False
     keeps_weights: bool = False
     sparsities: tuple[float, ...] = (0.9, 0.95)
+    trains_sparse: bool = True
     note: str = ""
 
     @property
@@ -102,7 +104,7 @@ def _entries(budget: Budget) -> list[Entry]:
     once = {"gradients": budget.gradients}
     only = (0.9,)
     return [
-        Entry("dense", None, sparsities=(0.0,)),
+        Entry("dense", None, sparsities=(0.0,), trains_sparse=False),
         Entry("GMP", _recipe("gmp", whole, **scratch, distribution="erk")),
         Entry("GMP from dense", _recipe("gmp-finetune", half, **dense), True, sparsities=only),
         Entry("WoodFisher", _recipe("woodfisher", half, **second, block=200), True, sparsities=only),
@@ -112,13 +114,13 @@ def _entries(budget: Budget) -> list[Entry]:
         Entry("RigL", _recipe("rigl", whole, **regrowth)),
         Entry(
             "Top-KAST", _recipe("topkast", whole, interval=0.25, end=whole, distribution="erk"),
-            sparsities=only,
+            sparsities=only, trains_sparse=False,
         ),
         Entry(
             "STR", _recipe("str", whole, initial=-8.0, weight_decay=2e-5), sparsities=only,
             note="at the sparsity that it reached; weight decay of s chosen for it",
         ),
-        Entry("DNW", _recipe("dnw", whole, distribution="erk"), sparsities=only),
+        Entry("DNW", _recipe("dnw", whole, distribution="erk"), sparsities=only, trains_sparse=False),
         Entry("AC/DC", _recipe("acdc", whole, **{key: share * whole for key, share in phases.items()})),
         Entry(
             "LTH", _recipe("lth", whole, interval=1, rate=0.37, rewind_to=0), sparsities=only,
@@ -129,7 +131,7 @@ def _entries(budget: Budget) -> list[Entry]:
             keeps_weights=True, sparsities=only, note="the mask on the trained weights, at its tenth round, 89.3 %",
         ),
         Entry(
-            "CrAM+", _recipe("cram", whole, levels=[0.5, 0.7, 0.9]),
+            "CrAM+", _recipe("cram", whole, levels=[0.5, 0.7, 0.9]), trains_sparse=False,
             note="two passes a step; pruned once, at the end",
         ),
         *(
@@ -151,21 +153,22 @@ def upstream(
     seeds: Sequence[int] = (0, 1, 2),
     only: Sequence[str] = (),
     task: Task | None = None,
+    out: Path | None = None,
 ) -> dict:
     """Run what is missing of the grid, and write its table.
 
     Rows at their first sparsity get all seeds, at others the first one.
 
     Args:
-        folder: for a JSON file per cell, the trained models that several cells start from, ``results.json``,
-            ``upstream.md`` and ``upstream.png``.
+        folder: for a JSON file per cell, and the models.
         budget: what every cell may use.
         seeds: of weights, order and augmentation.
         only: parts of the titles of rows; none: all rows.
         task: None: Fashion-MNIST.
+        out: for ``upstream.json``, ``upstream.md`` and ``upstream.png``; None: ``folder``.
 
     Returns:
-        What ``results.json`` holds.
+        What ``upstream.json`` holds.
 
     Raises:
         ValueError: ``only`` matches no row, or ``folder`` holds results of another budget.
@@ -188,13 +191,56 @@ def upstream(
         for entry in entries:
             for target in entry.sparsities if seed == seeds[0] or entry.one_shot else entry.sparsities[:1]:
                 grid.cell(entry, target, seed)
+    return write(folder, budget, task.name, out)
+
+
+def speed(folder: Path, task: Task | None = None) -> None:
+    """Time a training step of every row that trains on its final masks, with nothing else running; see :func:`upstream`.
+
+    Args:
+        folder: of a grid whose first seed has been trained.
+        task: None: Fashion-MNIST.
+
+    Raises:
+        FileNotFoundError: no grid was begun there.
+    """
+    budget = Budget(**json.loads((folder / "budget.json").read_text()))
+    grid = _Grid(folder, budget, task or tasks.load("fashion-mnist").first(budget.images))
+    times = {
+        f"{entry.name}-{100 * target:g}": grid.step_seconds(entry, target)
+        for entry in _entries(budget)
+        for target in entry.sparsities
+        if entry.trains_sparse and grid.model_path(entry, target).exists()
+    }
+    record = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "steps": times}
+    write_atomically(folder / "speed.json", lambda name: Path(name).write_text(json.dumps(record)))
+
+
+def _times(folder: Path) -> dict:
+    path = folder / "speed.json"
+    return json.loads(path.read_text())["steps"] if path.exists() else {}
+
+
+def write(folder: Path, budget: Budget, task: str, out: Path | None = None) -> dict:
+    """Gather the cells that are there into ``upstream.json``, ``upstream.md`` and ``upstream.png``.
+
+    Args:
+        folder: of the grid.
+        budget: that it has.
+        task: its name.
+        out: where to write; None: ``folder``.
+
+    Returns:
+        What ``upstream.json`` holds.
+    """
+    out = out or folder
     results = {
-        "cpu": cpu_name(), "torch": torch.__version__, "threads": torch.get_num_threads(), "task": grid.task.name,
+        "cpu": cpu_name(), "torch": torch.__version__, "threads": torch.get_num_threads(), "task": task,
         "budget": json.loads(json.dumps(asdict(budget))), "rows": _rows(folder, budget),
     }  # fmt: skip
-    write_atomically(folder / "results.json", lambda name: Path(name).write_text(json.dumps(results, indent=1) + "\n"))
-    write_atomically(folder / "upstream.md", lambda name: Path(name).write_text(document(results)))
-    write_atomically(folder / "upstream.png", lambda name: Path(name).write_bytes(plot(results)))
+    write_atomically(out / "upstream.json", lambda name: Path(name).write_text(json.dumps(results, indent=1) + "\n"))
+    write_atomically(out / "upstream.md", lambda name: Path(name).write_text(document(results)))
+    write_atomically(out / "upstream.png", lambda name: Path(name).write_bytes(plot(results)))
     return results
 
 
@@ -273,8 +319,8 @@ class _Grid:
             **self._settings(lr, seed),
         )  # fmt: skip
         record = {"accuracy": result.accuracy, "history": result.history, "pruned_accuracy": pruned_accuracy}
-        if seed == 0 and recipe is not None:
-            record["step_seconds"] = self._step_seconds(model)
+        if seed == 0:
+            save_checkpoint(self.model_path(entry, target), model)
         return record
 
     def _one_shot(self, entry: Entry, model: nn.Module, target: float, seed: int) -> dict:
@@ -303,8 +349,14 @@ class _Grid:
         pruning.recalibrate_batchnorm_(model, [self._prepare(part) for part in parts])
         return evaluate(model, self.task)
 
-    def _step_seconds(self, model: nn.Module) -> dict[str, float]:
+    def model_path(self, entry: Entry, target: float) -> Path:
+        """The trained model of the first seed."""
+        return self.folder / "models" / f"{entry.name}-{100 * target:g}.safetensors"
+
+    def step_seconds(self, entry: Entry, target: float) -> dict[str, float]:
         """A training step with the final masks: as it runs, and on masked dense layers."""
+        model = self._model(0)
+        load_checkpoint(self.model_path(entry, target), model)
         images, labels = next(
             batches(self.task, 28, self.task.train_images.shape[1], self.budget.batch_size, True, 0, 0)
         )
@@ -315,16 +367,8 @@ class _Grid:
                 layer.backend = backend
             F.cross_entropy(model(images), labels).backward()
 
-        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         model.train()
-        try:
-            return seconds_in_turns({"sparse": lambda: step("auto"), "masked dense": lambda: step("dense")}, runs=9)
-        finally:
-            model.zero_grad()
-            for layer in layers:
-                layer.backend = "auto"
-            model.load_state_dict(state)
-            model.eval()
+        return seconds_in_turns({"sparse": lambda: step("auto"), "masked dense": lambda: step("dense")}, runs=15)
 
 
 def _mean(values) -> float | None:
@@ -334,7 +378,7 @@ def _mean(values) -> float | None:
 
 def _rows(folder: Path, budget: Budget) -> list[dict]:
     """The cells that are there, gathered by row and sparsity."""
-    rows = []
+    rows, times = [], _times(folder)
     for entry in _entries(budget):
         for target in entry.sparsities:
             cells = [
@@ -347,14 +391,13 @@ def _rows(folder: Path, budget: Budget) -> list[dict]:
             row |= {
                 "target": target,
                 "seeds": len(cells),
+                "accuracies": found,
                 "sparsity": statistics.mean(cell["sparsity"] for cell in cells),
                 "accuracy": statistics.mean(found),
                 "std": statistics.stdev(found) if len(found) > 1 else None,
                 "pruned_accuracy": _mean(cell["pruned_accuracy"] for cell in cells),
             }
-            epochs = [epoch["seconds"] for cell in cells for epoch in cell.get("history", ())]
-            row["epoch_seconds"] = statistics.median(epochs) if epochs else None
-            row["step_seconds"] = next((cell["step_seconds"] for cell in cells if "step_seconds" in cell), None)
+            row["step_seconds"] = times.get(f"{entry.name}-{100 * target:g}")
             rows.append(row)
     return rows
 
@@ -373,21 +416,23 @@ def document(results: dict) -> str:
         "Authors' schedules, scaled to these epochs; all layers are pruned and counted, shared out by ERK where a paper does "
         "not rank them together (it leaves the first and the last layer dense). Mean ± standard deviation over seeds. "
         f"{results['cpu']}, {results['threads']} threads, torch {results['torch']}. `sparsekit study upstream` makes "
-        "this page. Small grey images: what carries over to ImageNet is the procedure, not the numbers.",
+        "this page. *Epoch* is the time of its steps (forward and backward) on the final masks, "
+        "timed apart by `--speed`: on the sparse kernels where a layer gains by them, and on dense layers with masked "
+        "weights; methods that train dense weights have none. Small grey images: what carries over to ImageNet is the "
+        "procedure, not the numbers.",
         "",
-        "| method | sparsity | accuracy | against dense | seeds | epoch | step, sparse / masked dense | |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| method | sparsity | accuracy | against dense | seeds | epoch, sparse / masked dense | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:
         std = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
         base = row["pruned_accuracy"] if row["keeps_weights"] else dense
         against = "" if base is None or row["title"] == "dense" else f"{100 * (row['accuracy'] - base):+.2f}"
-        epoch = "" if row["epoch_seconds"] is None else f"{row['epoch_seconds']:.1f} s"
-        step = row["step_seconds"]
-        step = "" if step is None else f"{1e3 * step['sparse']:.0f} / {1e3 * step['masked dense']:.0f} ms"
+        step, steps = row["step_seconds"], budget["images"] // budget["batch_size"]
+        epoch = "" if step is None else f"{steps * step['sparse']:.1f} / {steps * step['masked dense']:.1f} s"
         lines.append(
             f"| {row['title']} | {100 * row['sparsity']:.1f} % | {100 * row['accuracy']:.2f}{std} | {against} | "
-            f"{row['seeds']} | {epoch} | {step} | {row['note']} |"
+            f"{row['seeds']} | {epoch} | {row['note']} |"
         )
     return "\n".join([*lines, "", "![accuracy by sparsity](upstream.png)", ""])
 

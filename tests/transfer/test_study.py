@@ -36,7 +36,13 @@ def test_upstream_runs_every_row_and_goes_on(task, tmp_path):
     again = study.upstream(tmp_path, BUDGET, seeds=(0,), task=task)
     assert [path for path in cells if path.stat().st_mtime_ns != cells[path]] == [gone]
     assert [row["accuracy"] for row in again["rows"]] == [row["accuracy"] for row in results["rows"]]
-    assert json.loads((tmp_path / "results.json").read_text()) == again
+
+    assert not any(row["step_seconds"] for row in again["rows"])
+    study.speed(tmp_path, task)
+    timed_too = study.upstream(tmp_path, BUDGET, seeds=(0,), task=task)
+    assert json.loads((tmp_path / "upstream.json").read_text()) == timed_too
+    timed = {row["title"] for row in timed_too["rows"] if row["step_seconds"] and min(row["step_seconds"].values()) > 0}
+    assert {"GMP", "RigL", "AC/DC", "STR"} < timed and not timed & {"dense", "DNW", "CrAM+", "oBS, one-shot"}
 
 
 def test_upstream_refuses_other_budgets_and_unknown_rows(task, tmp_path):
