@@ -296,7 +296,7 @@ def study_upstream(
     json: Json = False,
 ) -> None:
     """Every pruning method on Fashion-MNIST, with the same budget of epochs: a table and a plot."""
-    from .transfer import study as grid
+    from .transfer.study import methods as grid
 
     if threads:
         torch.set_num_threads(threads)
@@ -342,6 +342,69 @@ def study_imagenet(
         imagenet.prune(folder, settings, imagenet.load_images(settings, photos))
     results = imagenet.write(folder, out)
     print(json_module.dumps(results) if json else imagenet.document(results))
+
+
+Document = Annotated[Path, typer.Argument(help="a study document, such as studies/fashion.yaml")]
+
+
+@study.command("check")
+def study_check(document: Document) -> None:
+    """Load every model and task of a study, and see whether it can run."""
+    from .transfer.study import check, load
+
+    facts = check(load(document))
+    for model in facts["upstreams"]:
+        print(f"{model['title']}: {model['architecture']}, {100 * model['sparsity']:.1f} % zeros")
+    for task in facts["tasks"]:
+        print(f"{task['name']}: {task['classes']} classes, {task['train']} images to train, {task['test']} to test")
+
+
+@study.command("run")
+def study_run(
+    document: Document,
+    workers: Annotated[int | None, typer.Option(help="instead of the document's; 0: this process")] = None,
+    json: Json = False,
+) -> None:
+    """Run what is not finished of a study: checks it first, and tries failed cells again."""
+    from .transfer.study import load, run
+
+    chosen = load(document)
+    if workers is not None:
+        chosen = replace(chosen, work=replace(chosen.work, workers=workers))
+    results = run(chosen)
+    print(json_module.dumps(results) if json else f"results: {chosen.out / 'results.json'}")
+
+
+@study.command("status")
+def study_status(document: Document, json: Json = False) -> None:
+    """How many cells are finished, which are running, and what failed."""
+    from .transfer.study import load, status
+
+    state = status(load(document))
+    if json:
+        print(json_module.dumps(state))
+        return
+    print(f"{state['finished']} of {state['cells']} cells are finished")
+    columns = list(next(iter(state["rows"].values())))
+    width = max(len(title) for title in state["rows"])
+    for title, row in state["rows"].items():
+        cells = "  ".join(f"{key} {row[key]}/{state['seeds']}" for key in columns)
+        print(f"{title:<{width}}  {cells}")
+    for title in state["running"]:
+        print(f"running: {title}")
+    for title, error in state["failed"].items():
+        print(f"failed: {title}: {error}")
+
+
+@study.command("collect")
+def study_collect(document: Document, json: Json = False) -> None:
+    """Gather the finished cells into results.json."""
+    from .transfer.study import collect, load
+
+    chosen = load(document)
+    results = collect(chosen)
+    missing = f"{len(results['cells'])} cells, {results['missing']} missing: {chosen.out / 'results.json'}"
+    print(json_module.dumps(results) if json else missing)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,21 @@ class Result:
 
 
 def prepare(images: Tensor, size: int, channels: int = 1) -> Tensor:
-    """uint8 ``[n, c, h, w]`` -> float ``[n, channels, size, size]``, about zero mean and unit variance."""
+    """uint8 ``[n, c, h, w]`` -> float ``[n, channels, size, size]``, about zero mean and unit variance.
+
+    A model of one channel sees the luma of colour images (ITU-R BT.601), a model of three sees grey ones three times.
+
+    Raises:
+        ValueError: other numbers of channels differ.
+    """
     if images.shape[-2:] != (size, size):
         images = vision.resize(images, [size, size], antialias=True)
-    if images.shape[1] != channels:
+    if (images.shape[1], channels) == (3, 1):
+        images = vision.rgb_to_grayscale(images)
+    elif images.shape[1] == 1:
         images = images.expand(-1, channels, -1, -1)
+    elif images.shape[1] != channels:
+        raise ValueError(f"images must have 1 channel or {channels}, the model's, got {images.shape[1]}")
     return images.float().div_(255).sub_(0.3).div_(0.35)
 
 
@@ -267,6 +278,7 @@ def linear_finetune(
     size: int = 28,
     on_the_fly: bool = False,
     checkpoint: str | os.PathLike | None = None,
+    features: Features | None = None,
 ) -> Result:
     """Linear finetuning: a new dense head on the features of the frozen backbone, which runs as an inference engine.
 
@@ -275,23 +287,36 @@ def linear_finetune(
         task, epochs, lr, seed, batch_size, size: see :func:`train`.
         on_the_fly: run the backbone on augmented images in every epoch; else once, on plain ones.
         checkpoint: a file for the head, written after every epoch, and read first if it is there.
+        features: of this model and task, to share between seeds; None: extracted here. Not with ``on_the_fly``.
 
     Where :func:`sparsekit.compile` cannot capture the backbone, it runs as it is, with a warning.
 
     Returns:
         The :class:`Result`, with a copy that has the new head.
+
+    Raises:
+        ValueError: ``features`` are of another number of images, or given with ``on_the_fly``.
     """
+    start = time.perf_counter()
+    if on_the_fly and features is not None:
+        raise ValueError("features must be None with on_the_fly=True, which extracts them from augmented images")
+    if features is None and not on_the_fly:
+        features = extract_features(model, task, size=size)
+    if features is not None and (len(features.train), len(features.test)) != (
+        len(task.train_images),
+        len(task.test_images),
+    ):
+        raise ValueError(
+            f"features must be of {len(task.train_images)} and {len(task.test_images)} images, as {task.name} has, got "
+            f"{len(features.train)} and {len(features.test)}"
+        )
     model = _with_new_head(model, task.classes, seed)
     head = replace_head_(model, nn.Identity())
     model.eval()
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     optimizer = torch.optim.SGD(head.parameters(), lr, 0.9, weight_decay=5e-4)
-    start = time.perf_counter()
-    backbone = _engine(model, torch.zeros(batch_size, channels, size, size))
-    stored = None
-    if not on_the_fly:
-        with torch.no_grad():
-            stored = torch.cat([backbone(prepare(part, size, channels)) for part in task.train_images.split(128)])
+    backbone = _engine(model, torch.zeros(batch_size, channels, size, size)) if on_the_fly else None
+    stored = None if features is None else features.train
     history: list[dict[str, float]] = []
     if checkpoint is not None and Path(checkpoint).exists():
         history = load_checkpoint(checkpoint, head, optimizer).extra["history"]
@@ -301,9 +326,9 @@ def linear_finetune(
             began, losses = time.perf_counter(), []
             for group in optimizer.param_groups:
                 group["lr"] = lr * _factor("steps", epoch, epochs)
-            for features, labels in _features(backbone, task, size, channels, batch_size, seed, epoch, stored):
+            for inputs, labels in _features(backbone, task, size, channels, batch_size, seed, epoch, stored):
                 optimizer.zero_grad()
-                loss = F.cross_entropy(head(features), labels)
+                loss = F.cross_entropy(head(inputs), labels)
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())
@@ -320,7 +345,47 @@ def linear_finetune(
                 save_checkpoint(checkpoint, head, optimizer, {"history": history})
     seconds = time.perf_counter() - start
     _put_head_back(model, head)
-    return Result(evaluate(model, task, size=size), history, seconds, model)
+    if features is None:
+        return Result(evaluate(model, task, size=size), history, seconds, model)
+    with torch.no_grad():
+        predicted = head(features.test).argmax(1)
+    return Result(accuracy(predicted, task.test_labels, task.metric), history, seconds, model)
+
+
+class Features(NamedTuple):
+    """What a frozen backbone makes of a task's images, as they are.
+
+    Attributes:
+        train, test: float32 ``[n, features]``.
+    """
+
+    train: Tensor
+    test: Tensor
+
+
+@torch.no_grad()
+def extract_features(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 128) -> Features:
+    """Run the backbone, as an inference engine, over all images once.
+
+    Args:
+        model: ends in an ``nn.Linear``, which is left out; it is not changed.
+        task: which images.
+        size: images are resized to this height and width.
+        batch_size: images at a time.
+
+    Returns:
+        The :class:`Features`.
+    """
+    model = copy.deepcopy(model).eval()
+    replace_head_(model, nn.Identity())
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    backbone = _engine(model, torch.zeros(batch_size, channels, size, size))
+    return Features(
+        *(
+            torch.cat([backbone(prepare(part, size, channels)) for part in images.split(batch_size)])
+            for images in (task.train_images, task.test_images)
+        )
+    )
 
 
 def _engine(backbone: nn.Module, example: Tensor) -> nn.Module:

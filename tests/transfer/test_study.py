@@ -1,55 +1,144 @@
 import json
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from sparsekit.transfer import Task, study
-from sparsekit.transfer.study import Budget
+pytest.importorskip("torchvision", exc_type=ImportError)
+pytest.importorskip("sklearn")
+yaml = pytest.importorskip("yaml")
 
-BUDGET = Budget(images=64, epochs=2, batch_size=16, widths=(8, 8), blocks=(1, 1), gradients=4, calibration=2)
-
-
-@pytest.fixture(scope="module")
-def task():
-    g = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (96, 1, 28, 28), generator=g, dtype=torch.uint8)
-    labels = torch.randint(10, (96,), generator=g)
-    return Task("noise", 10, "top1", images[:64], labels[:64], images[64:], labels[64:])
+import sparsekit as sk
+from sparsekit.transfer import study
+from sparsekit.transfer.models import SmallResNet
+from sparsekit.transfer.study import table
 
 
-def test_upstream_runs_every_row_and_goes_on(task, tmp_path):
-    results = study.upstream(tmp_path, BUDGET, seeds=(0,), task=task)
-    rows = {(row["title"], row["target"]): row for row in results["rows"]}
-    assert rows.keys() == {(e.title, target) for e in study._entries(BUDGET) for target in e.sparsities}
-    for (title, target), row in rows.items():
-        assert 0 <= row["accuracy"] <= 1 and row["seeds"] == 1
-        expected = {"dense": 0, "LTH-T": 1 - 0.8**10}.get(title, target)
-        if title not in ("STR",):
-            # First and last layers are pruned too, but the pruned ones alone are counted where a recipe leaves some out.
-            assert row["sparsity"] == pytest.approx(expected, abs=5e-3), title
-    page = (tmp_path / "upstream.md").read_text()
-    assert "| RigL | 90.0 % |" in page and (tmp_path / "upstream.png").read_bytes()[:4] == b"\x89PNG"
+@pytest.fixture
+def document(tmp_path):
+    """Writes a study of a dense and a pruned model on digits; its keys can be changed."""
+    torch.manual_seed(0)
+    dense = SmallResNet((8, 16), (1, 1))
+    sk.io.save_checkpoint(tmp_path / "dense.safetensors", dense)
+    pruned = sk.sparsify_(sk.pruning.magnitude_(dense, 0.9), min_sparsity=0)
+    sk.io.save_checkpoint(tmp_path / "pruned.safetensors", pruned)
 
-    cells = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0.json")}
-    (gone := next(iter(cells))).unlink()
-    again = study.upstream(tmp_path, BUDGET, seeds=(0,), task=task)
-    assert [path for path in cells if path.stat().st_mtime_ns != cells[path]] == [gone]
-    assert [row["accuracy"] for row in again["rows"]] == [row["accuracy"] for row in results["rows"]]
+    def write(name="study", **keys):
+        content = {
+            "title": "tiny",
+            "out": f"runs/{name}",
+            "upstreams": [
+                {"method": "dense", "sparsity": 0, "checkpoint": "dense.safetensors"},
+                {"method": "magnitude", "sparsity": 0.9, "checkpoint": "pruned.safetensors"},
+            ],
+            "tasks": [{"name": "digits", "images": 96}],
+            "seeds": [0, 1],
+            "linear": {"epochs": 3},
+            "full": {"epochs": 3, "lr": 0.01},
+            "size": 8,
+            "work": {"workers": 0},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content | keys))
+        return path
 
-    assert not any(row["step_seconds"] for row in again["rows"])
-    study.speed(tmp_path, task)
-    timed_too = study.upstream(tmp_path, BUDGET, seeds=(0,), task=task)
-    assert json.loads((tmp_path / "upstream.json").read_text()) == timed_too
-    timed = {row["title"] for row in timed_too["rows"] if row["step_seconds"] and min(row["step_seconds"].values()) > 0}
-    assert {"GMP", "RigL", "AC/DC", "STR"} < timed and not timed & {"dense", "DNW", "CrAM+", "oBS, one-shot"}
+    return write
 
 
-def test_upstream_refuses_other_budgets_and_unknown_rows(task, tmp_path):
-    study.upstream(tmp_path, BUDGET, seeds=(0,), only=["dense"], task=task)
-    with pytest.raises(ValueError, match="hold results of this budget"):
-        study.upstream(tmp_path, replace(BUDGET, epochs=3), task=task)
-    with pytest.raises(ValueError, match="only must match a row, such as 'GMP', got"):
-        study.upstream(tmp_path, BUDGET, only=["nothing"], task=task)
-    with pytest.raises(ValueError, match="at most 4 gradients for 4 batches, got 5"):
-        study.upstream(tmp_path / "other", replace(BUDGET, gradients=5), task=task)
+def outcomes(loaded):
+    return {cell.title: cell.result()["outcome"] for cell in table.cells(loaded)}
+
+
+def test_run_gives_every_cell_once(document):
+    loaded = study.load(document())
+    results = study.run(loaded)
+    assert len(results["cells"]) == 8 and results["missing"] == 0 and not results["failed"]
+    assert json.loads((loaded.out / "results.json").read_text()) == results
+    assert [u["title"] for u in results["upstreams"]] == ["dense", "magnitude 90 %"]
+    assert results["upstreams"][1]["sparsity"] == pytest.approx(0.9, abs=0.01)
+    for cell in table.cells(loaded):
+        outcome = cell.result()["outcome"]
+        assert 0 <= outcome["accuracy"] <= 1 and len(outcome["losses"]) == 3 and not cell.partial.exists()
+        # The mask stays, and the new head is dense.
+        assert (outcome["sparsity"] > 0.7) == (cell.upstream.method == "magnitude")
+    weights = {cell["weights"] for cell in results["cells"]}
+    assert len(weights) == 8
+
+    times = {path: path.stat().st_mtime_ns for path in loaded.out.glob("cells/*/result.json")}
+    before = outcomes(loaded)
+    (gone := next(iter(times))).unlink()
+    study.run(loaded)
+    assert [path for path in times if path.stat().st_mtime_ns != times[path]] == [gone]
+    assert outcomes(loaded) == before
+    assert not list(loaded.out.glob("features/*"))
+
+
+def test_the_hash_follows_what_results_depend_on(document, tmp_path):
+    def folders(**keys):
+        return [cell.folder.name for cell in table.cells(study.load(document(**keys)))]
+
+    first = folders()
+    assert len(set(first)) == len(first) == 8
+    assert folders(title="another", work={"workers": 2, "attempts": 5}) == first
+    longer = folders(full={"epochs": 4, "lr": 0.01})
+    assert longer[:4] == first[:4] and not set(longer[4:]) & set(first)
+    assert not set(folders(work={"workers": 0, "threads": 2})) & set(first)
+    sk.io.save_checkpoint(tmp_path / "dense.safetensors", SmallResNet((8, 16), (1, 1)))
+    again = folders()
+    assert sum(a == b for a, b in zip(first, again)) == 4
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(document):
+    pytest.importorskip("submitit")
+    settings = {"full": {"epochs": 12, "lr": 0.01}, "tasks": [{"name": "digits", "images": 400}]}
+    killed = document("killed", work={"workers": 2}, **settings)
+    whole = study.load(document("whole", **settings))
+    loaded = study.load(killed)
+    command = [sys.executable, "-m", "sparsekit.cli", "study", "run", str(killed)]
+    environment = os.environ | {"PYTHONPATH": str(Path(sk.__file__).parents[1])}
+
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(loaded.out.glob("cells/*/partial.safetensors")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        assert study.status(loaded)["running"]
+    finally:
+        for pid in [process.pid, *workers_of(loaded.out)]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    finished = study.status(loaded)["finished"]
+    assert finished < 8
+
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+    study.run(whole)
+    assert outcomes(loaded) == outcomes(whole)
+
+
+def workers_of(out):
+    """Processes of submitit that work for this folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(out / "log") in path.read_bytes().replace(b"\0", b" ").decode(errors="replace"):
+                found.append(int(path.parent.name))
+        except OSError:
+            pass
+    return found
+
+
+def test_failed_cells_are_reported_and_tried_again(document):
+    loaded = study.load(document(full={"epochs": 3, "lr": 1e30}))
+    with pytest.raises(RuntimeError, match="4 cells failed.*\n.*full, seed 0: training diverged"):
+        study.run(loaded)
+    state = study.status(loaded)
+    assert state["finished"] == 4 and len(state["failed"]) == 4 and not state["running"]
+    failure = table.cells(loaded)[-1].failure()
+    assert failure["attempts"] == 2 and "Traceback" in failure["traceback"]
+    assert len(study.collect(loaded)["failed"]) == 4
