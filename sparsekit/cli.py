@@ -396,6 +396,23 @@ def study_status(document: Document, json: Json = False) -> None:
         print(f"failed: {title}: {error}")
 
 
+@study.command("time")
+def study_time(document: Document, json: Json = False) -> None:
+    """Time the study's models with our kernels against dense PyTorch, one after the other, while no cell runs."""
+    from .bench import best
+    from .transfer.study import load, time_models
+
+    speed = time_models(load(document))
+    if json:
+        print(json_module.dumps(speed))
+        return
+    for group in speed["groups"]:
+        for kind, measured in group.items():
+            for title, row in best(measured).items():
+                timed = f"{row['milliseconds']:.2f} ms ± {100 * row['spread']:.0f} %, {row['speedup']:.2f}x"
+                print(f"{kind}, batch {measured['batch']}: {title}: {timed}")
+
+
 @study.command("collect")
 def study_collect(document: Document, json: Json = False) -> None:
     """Gather the finished cells into results.json."""

@@ -346,10 +346,10 @@ def linear_finetune(
     seconds = time.perf_counter() - start
     _put_head_back(model, head)
     if features is None:
-        return Result(evaluate(model, task, size=size), history, seconds, model)
+        return Result(evaluate(model, task, size=size), history, seconds, model.eval())
     with torch.no_grad():
         predicted = head(features.test).argmax(1)
-    return Result(accuracy(predicted, task.test_labels, task.metric), history, seconds, model)
+    return Result(accuracy(predicted, task.test_labels, task.metric), history, seconds, model.eval())
 
 
 class Features(NamedTuple):
@@ -376,8 +376,9 @@ def extract_features(model: nn.Module, task: Task, *, size: int = 28, batch_size
     Returns:
         The :class:`Features`.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model)
     replace_head_(model, nn.Identity())
+    model.eval()
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     backbone = _engine(model, torch.zeros(batch_size, channels, size, size))
     return Features(

@@ -142,3 +142,21 @@ def test_failed_cells_are_reported_and_tried_again(document):
     failure = table.cells(loaded)[-1].failure()
     assert failure["attempts"] == 2 and "Traceback" in failure["traceback"]
     assert len(study.collect(loaded)["failed"]) == 4
+
+
+def test_time_measures_every_sparse_model_once_and_alone(document):
+    loaded = study.load(document(timing={"batch": 4, "runs": 1, "compiled": False}))
+    with (
+        table.locked(table.machine_lock(), wait=True, shared=True),
+        pytest.raises(RuntimeError, match="cells of a study are running"),
+    ):
+        study.time_models(loaded)
+    with table.locked(table.machine_lock()) as alone:
+        if not alone:
+            pytest.skip("cells of a study are running on this machine")
+    speed = study.time_models(loaded)
+    (group,) = speed["groups"]
+    for kind, way in (("inference", "engine"), ("linear", "engine"), ("full", "compressed")):
+        assert group[kind][way].keys() == {"magnitude 90 %"} and group[kind][way]["magnitude 90 %"]["speedup"] > 0
+    assert study.time_models(loaded) == speed
+    assert study.collect(loaded)["speed"] == speed

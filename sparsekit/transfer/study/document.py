@@ -110,6 +110,28 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How models are timed.
+
+    Attributes:
+        batch: images at a time.
+        runs: alternating runs of every model.
+        threads: 0 for PyTorch's own choice.
+        compiled: whether ``torch.compile`` is one of the dense ways; it takes a minute to compile a large model.
+    """
+
+    batch: int = 64
+    runs: int = 15
+    threads: int = 0
+    compiled: bool = True
+
+    def __post_init__(self):
+        for name, least in (("batch", 1), ("runs", 1), ("threads", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class Study:
     """A grid: every upstream model on every task, in every mode, with every seed.
 
@@ -121,6 +143,7 @@ class Study:
         size: height and width that images are resized to.
         note: what a reader of the report must know.
         work: who runs it.
+        timing: of the models, apart from training them.
     """
 
     title: str
@@ -134,6 +157,7 @@ class Study:
     size: int = 28
     note: str = ""
     work: Work = Work()
+    timing: Timing = Timing()
 
     def __post_init__(self):
         for name in ("upstreams", "tasks", "modes", "seeds"):
@@ -192,7 +216,7 @@ def load(path: str | Path) -> Study:
         for u in many(Upstream, "upstreams", document["upstreams"])
     )
     document["tasks"] = many(TaskEntry, "tasks", document["tasks"])
-    for key, cls in (("linear", Schedule), ("full", Schedule), ("work", Work)):
+    for key, cls in (("linear", Schedule), ("full", Schedule), ("work", Work), ("timing", Timing)):
         if key in document:
             document[key] = _make(cls, document[key], f"{path}: {key}")
     for key in ("modes", "seeds"):

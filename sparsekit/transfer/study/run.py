@@ -32,7 +32,7 @@ from ..finetune import Features, Result, extract_features, full_finetune, linear
 from ..models import SmallResNet, head_name
 from ..tasks import Task
 from .document import Study, TaskEntry, Upstream
-from .table import Cell, cells, features_path, locked, unit_lock, units, worker_lock, write
+from .table import Cell, cells, features_path, locked, machine_lock, unit_lock, units, worker_lock, write
 
 logger = logging.getLogger("sparsekit")
 
@@ -218,6 +218,15 @@ def _run_workers(study: Study, table: list[Cell], workers: int, console: Console
     """Let submitit start workers, and wait for them."""
     import submitit
 
+    class Worker:
+        """Submitted again when SLURM takes its node away, or its time is over."""
+
+        def __call__(self, slot: int) -> None:
+            work(study, slot)
+
+        def checkpoint(self, slot: int) -> submitit.helpers.DelayedSubmission:
+            return submitit.helpers.DelayedSubmission(self, slot)
+
     executor = submitit.AutoExecutor(study.out / "log", cluster=study.work.executor)
     executor.update_parameters(
         name="sparsekit-study", timeout_min=round(60 * study.work.hours), nodes=study.work.nodes, tasks_per_node=1,
@@ -228,7 +237,7 @@ def _run_workers(study: Study, table: list[Cell], workers: int, console: Console
     os.environ["OMP_NUM_THREADS"] = str(study.work.threads)
     try:
         with executor.batch():
-            jobs = [executor.submit(work, study, slot) for slot in range(workers)]
+            jobs = [executor.submit(Worker(), slot) for slot in range(workers)]
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
@@ -265,7 +274,7 @@ def work(study: Study, slot: int) -> None:
     Raises:
         OSError: there is no space left; what is finished stays.
     """
-    with locked(worker_lock(study, slot), wait=True):
+    with locked(worker_lock(study, slot), wait=True), locked(machine_lock(), wait=True, shared=True):
         torch.set_num_threads(study.work.threads)
         _pin(study, slot)
         keep_freed_memory()

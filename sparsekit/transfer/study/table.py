@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def cells(study: Study) -> list[Cell]:
     Raises:
         FileNotFoundError: a checkpoint is not there.
     """
-    checkpoints = {upstream: _checkpoint_digest(upstream) for upstream in study.upstreams}
+    checkpoints = {upstream: checkpoint_digest(upstream) for upstream in study.upstreams}
 
     def cell(upstream: Upstream, task: TaskEntry, mode: str, seed: int) -> Cell:
         config = {
@@ -98,7 +99,7 @@ def cells(study: Study) -> list[Cell]:
     return [cell(*which) for which in linear + full if which[2] in study.modes]
 
 
-def _checkpoint_digest(upstream: Upstream) -> str:
+def checkpoint_digest(upstream: Upstream) -> str:
     if ":" in upstream.checkpoint:
         return upstream.checkpoint
     path = Path(upstream.checkpoint)
@@ -123,13 +124,19 @@ def features_path(cell: Cell) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock that the system takes back from a process that dies; yields whether it was to be had."""
+def locked(path: Path, wait: bool = False, shared: bool = False) -> Iterator[bool]:
+    """Hold a lock that the system takes back from a process that dies; yields whether it was to be had.
+
+    Args:
+        path: of the lock; its folder is made.
+        wait: until it is to be had.
+        shared: others may share it; else nobody else has it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:
@@ -144,6 +151,11 @@ def unit_lock(study: Study, unit: list[Cell]) -> Path:
 
 def worker_lock(study: Study, slot: int) -> Path:
     return study.out / "locks" / f"worker-{slot}"
+
+
+def machine_lock() -> Path:
+    """What the cells of all studies on this machine share, and timing has for itself."""
+    return Path(tempfile.gettempdir()) / f"sparsekit-{os.getuid()}.lock"
 
 
 def status(study: Study) -> dict[str, Any]:
