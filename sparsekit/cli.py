@@ -424,6 +424,23 @@ def study_collect(document: Document, json: Json = False) -> None:
     print(json_module.dumps(results) if json else missing)
 
 
+@study.command("report")
+def study_report(
+    document: Annotated[Path, typer.Argument(help="a study document, or the results.json of one")],
+    out: Annotated[Path | None, typer.Option(help="where the report goes; default: the study's folder")] = None,
+) -> None:
+    """Tables, rankings, plots and the published figures beside ours: report.html, report.md, cells.csv, summary.csv."""
+    from .transfer.study import collect, load, write_study_report
+
+    if document.suffix == ".json":
+        results, folder = json_module.loads(document.read_text()), document.parent
+    else:
+        chosen = load(document)
+        results, folder = collect(chosen), chosen.out
+    write_study_report(results, out or folder)
+    print(f"report: {(out or folder) / 'report.html'}")
+
+
 @app.command()
 def job(
     name: Annotated[str, typer.Option(help="results go to runs/NAME; an unfinished job goes on")] = "default",

@@ -1,6 +1,10 @@
+import csv
 import json
 import os
+import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +21,7 @@ import sparsekit as sk
 from sparsekit.transfer import study
 from sparsekit.transfer.models import SmallResNet
 from sparsekit.transfer.study import table
+from sparsekit.transfer.study.summary import Summary, published
 
 
 @pytest.fixture
@@ -160,3 +165,101 @@ def test_time_measures_every_sparse_model_once_and_alone(document):
         assert group[kind][way].keys() == {"magnitude 90 %"} and group[kind][way]["magnitude 90 %"]["speedup"] > 0
     assert study.time_models(loaded) == speed
     assert study.collect(loaded)["speed"] == speed
+
+
+def test_published_figures_agree_with_each_other():
+    figures = published()
+    assert len(figures) == 60 * 14
+    rows = {key[:4] for key in figures}
+    measures = {key[4] for key in figures}
+    tasks = measures - {"mean", "relative error change"}
+    assert len(rows) == 60 and len(tasks) == 12
+    for row in rows:
+        ours, dense = ({m: figures[(*key, m)].mean for m in measures} for key in (row, (*row[:2], "Dense", 0.0)))
+        assert statistics.mean(ours[task] for task in tasks) == pytest.approx(ours["mean"], abs=0.05)
+        changes = [100 * (dense[task] - ours[task]) / (100 - dense[task]) for task in tasks]
+        # Accuracies are rounded to 0.1 %, and errors are as small as 2.6 %.
+        assert statistics.mean(changes) == pytest.approx(ours["relative error change"], abs=0.7, rel=0.005)
+    assert figures["resnet50", "linear", "AC/DC", 0.9, "cars"][:2] == (56.0, 0.1)
+    assert figures["resnet50", "full", "LTH-T", 0.95, "flowers"][:2] == (76.0, 1.3)
+    assert figures["mobilenetv1", "full", "M-FAC", 0.89, "pets"][:2] == (86.7, None)
+    assert figures["resnet50", "linear", "AC/DC", 0.8, "relative error change"].mean == -3.2
+
+
+@pytest.fixture
+def results():
+    """Two tasks, two seeds; A is better in linear transfer, B in full, and C is worse than both."""
+    accuracies = {
+        ("dense", "linear"): (0.8, 0.6), ("A 90 %", "linear"): (0.84, 0.6), ("B 90 %", "linear"): (0.8, 0.4),
+        ("C 90 %", "linear"): (0.4, 0.2), ("dense", "full"): (0.9, 0.8), ("A 90 %", "full"): (0.85, 0.7),
+        ("B 90 %", "full"): (0.9, 0.9), ("C 90 %", "full"): (0.5, 0.1),
+    }  # fmt: skip
+    cells = [
+        {"upstream": upstream, "task": task, "mode": mode, "seed": seed, "accuracy": accuracy + 0.002 * seed}
+        for (upstream, mode), pair in accuracies.items()
+        for task, accuracy in zip(("x", "y"), pair)
+        for seed in (0, 1)
+    ]
+    upstreams = [
+        {"title": title, "method": title[:-5] or title, "published": "STR", "target": target, "sparsity": target}
+        for title, target in (("dense", 0), ("A 90 %", 0.9), ("B 90 %", 0.9), ("C 90 %", 0.9))
+    ]
+    upstreams[0]["method"] = "dense"
+    tasks = [{"name": name, "published": name} for name in ("x", "y")]
+    settings = {"modes": ["linear", "full"], "seeds": [0, 1], "architecture": "resnet50"}
+    return {"cells": cells, "upstreams": upstreams, "tasks": tasks, "settings": settings}
+
+
+def test_summary_by_hand(results):
+    summary = Summary(results)
+    assert summary.accuracy("A 90 %", "x", "linear") == pytest.approx((0.841, 0.002 / 2**0.5, 2))
+    # Seed 0: (0.2 - 0.16) / 0.2 better on x, the same on y. Seed 1: the same differences over errors of 0.198 and 0.398.
+    expected = [-0.04 / 0.2 / 2, -0.04 / 0.198 / 2]
+    change = summary.relative_error("A 90 %", "linear")
+    assert change.mean == pytest.approx(statistics.mean(expected)) and change.std == pytest.approx(
+        statistics.stdev(expected)
+    )
+    assert summary.relative_error("dense", "full").mean == 0
+    assert summary.at_least_dense("A 90 %", "linear") == 2 and summary.at_least_dense("B 90 %", "linear") == 1
+    assert summary.levels() == [0.9]
+    assert summary.ranking(0.9, "linear") == ["A 90 %", "B 90 %", "C 90 %"]
+    assert summary.ranking(0.9, "full") == ["B 90 %", "A 90 %", "C 90 %"]
+    assert summary.flips(0.9) == ([("A 90 %", "B 90 %")], 3, [("A 90 %", "B 90 %")])
+    assert summary.published("A 90 %", "full", "mean").mean == 82.39
+
+    # What is not there yet is left out, not guessed.
+    results["cells"] = [c for c in results["cells"] if (c["upstream"], c["task"], c["seed"]) != ("A 90 %", "y", 1)]
+    assert Summary(results).relative_error("A 90 %", "linear").seeds == 1
+    results["cells"] = [c for c in results["cells"] if c["upstream"] != "A 90 %"]
+    assert Summary(results).ranking(0.9, "linear") == ["B 90 %", "C 90 %"]
+
+
+def test_report_stands_alone(document, tmp_path):
+    loaded = study.load(document(seeds=[0, 1], note="Small <images>."))
+    results = study.run(loaded)
+    out = tmp_path / "report"
+    study.write_study_report(json.loads((loaded.out / "results.json").read_text()), out)
+    page, text = (out / "report.html").read_text(), (out / "report.md").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)|url\(|<script", page) and "Small &lt;images&gt;." in page
+    assert all((out / name).read_bytes()[:4] == b"\x89PNG" for name in re.findall(r"\]\((.*?png)\)", text))
+    for title, mode in (("dense", "linear"), ("magnitude 90 %", "full")):
+        own = [c["accuracy"] for c in results["cells"] if (c["upstream"], c["mode"]) == (title, mode)]
+        shown = f"{100 * statistics.mean(own):.1f} ± {100 * statistics.stdev(own):.1f}"
+        assert f"| {title} | {shown} | {shown} |" in text
+    assert "Not measured yet" in text
+    with open(out / "cells.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["accuracy"]) for row in rows] == [cell["accuracy"] for cell in results["cells"]]
+    assert len((out / "summary.csv").read_text().splitlines()) == 1 + 2 * 2 * 3
+    with pytest.raises(ValueError, match="must hold finished cells, got none"):
+        study.write_study_report(results | {"cells": []}, out)
+
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no browser to open the page with")
+    probe = "<script>document.title = [...document.images].map(i => i.naturalWidth > 99).join()</script>"
+    (tmp_path / "probe.html").write_text(page.replace("</body>", probe + "</body>"))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'probe.html'}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert "<title>true,true</title>" in dom

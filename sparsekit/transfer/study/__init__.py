@@ -8,8 +8,9 @@ the models, ``collect`` gathers the results, ``report`` shows them beside the pu
 from . import methods
 from .collect import collect
 from .document import Study, load
+from .report import write_study_report
 from .run import check, run
 from .speed import time_models
 from .table import status
 
-__all__ = ["Study", "check", "collect", "load", "methods", "run", "status", "time_models"]
+__all__ = ["Study", "check", "collect", "load", "methods", "run", "status", "time_models", "write_study_report"]

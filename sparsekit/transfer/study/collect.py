@@ -42,7 +42,8 @@ def collect(study: Study) -> dict[str, Any]:
         "note": study.note,
         "made": made | {"threads": study.work.threads, "workers": study.work.workers},
         "settings": {
-            "modes": list(study.modes), "seeds": list(study.seeds), "size": study.size, "linear": asdict(study.linear),
+            "architecture": study.architecture, "modes": list(study.modes), "seeds": list(study.seeds),
+            "size": study.size, "linear": asdict(study.linear),
             "full": asdict(study.full), "tasks": [asdict(task) for task in study.tasks],
         },
         **(read(study.out / "facts.json") or {"upstreams": [], "tasks": []}),

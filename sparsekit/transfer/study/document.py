@@ -19,13 +19,13 @@ class Upstream:
         method: how it was pruned; ``"dense"`` is what the others are compared with.
         sparsity: that it aims at, a fraction of zeros.
         checkpoint: a file, or with a colon what :func:`sparsekit.transfer.upstream.load` knows by name.
-        model: name of the published model that it corresponds to, to show the published figures beside ours; None: by method.
+        published: the method whose published figures stand beside ours; None: the one of the same name.
     """
 
     method: str
     sparsity: float
     checkpoint: str
-    model: str | None = None
+    published: str | None = None
 
     def __post_init__(self):
         if not 0 <= self.sparsity < 1:
@@ -66,12 +66,14 @@ class TaskEntry:
         name: for :func:`sparsekit.transfer.tasks.load`.
         images: to train on, drawn at random, the same for everybody; None: all.
         linear, full: what differs for this task from the study's schedules, such as ``{"lr": 0.01}``.
+        published: its name in the published tables; None: the same.
     """
 
     name: str
     images: int | None = None
     linear: dict = field(default_factory=dict, hash=False)
     full: dict = field(default_factory=dict, hash=False)
+    published: str | None = None
 
     def __post_init__(self):
         if self.images is not None and self.images < 1:
@@ -142,6 +144,7 @@ class Study:
         linear, full: the schedules.
         size: height and width that images are resized to.
         note: what a reader of the report must know.
+        architecture: whose published figures stand beside ours: ``"resnet50"`` or ``"mobilenetv1"``.
         work: who runs it.
         timing: of the models, apart from training them.
     """
@@ -156,6 +159,7 @@ class Study:
     full: Schedule = Schedule(lr=0.001)
     size: int = 28
     note: str = ""
+    architecture: str = "resnet50"
     work: Work = Work()
     timing: Timing = Timing()
 
@@ -212,7 +216,7 @@ def load(path: str | Path) -> Study:
     _check_keys(Study, document, str(path))
     document["out"] = (folder / document["out"]).resolve()
     document["upstreams"] = tuple(
-        Upstream(u.method, u.sparsity, from_folder(u.checkpoint), u.model)
+        Upstream(u.method, u.sparsity, from_folder(u.checkpoint), u.published)
         for u in many(Upstream, "upstreams", document["upstreams"])
     )
     document["tasks"] = many(TaskEntry, "tasks", document["tasks"])

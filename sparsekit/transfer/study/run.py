@@ -131,7 +131,8 @@ def _upstream_facts(study: Study, upstream: Upstream) -> dict[str, Any]:
     if abs(zeros.overall - upstream.sparsity) > SPARSITY_TOLERANCE:
         raise ValueError(f"must be {100 * upstream.sparsity:g} % sparse, but {100 * zeros.overall:.1f} % are zeros")
     return {
-        "title": upstream.title, "method": upstream.method, "target": upstream.sparsity, "sparsity": zeros.overall,
+        "title": upstream.title, "method": upstream.method, "published": upstream.published or upstream.method,
+        "target": upstream.sparsity, "sparsity": zeros.overall,
         "layers": dict(zeros), "architecture": type(model).__name__, "channels": channels, "features": head.in_features,
         "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
@@ -148,7 +149,8 @@ def _task_facts(entry: TaskEntry) -> dict[str, Any]:
         if blank > len(images) // 2:
             raise ValueError(f"{blank} of its {len(images)} {split} images are of one colour: the data is damaged")
     return {
-        "name": entry.name, "classes": task.classes, "metric": task.metric, "train": len(task.train_labels),
+        "name": entry.name, "published": entry.published or entry.name,
+        "classes": task.classes, "metric": task.metric, "train": len(task.train_labels),
         "test": len(task.test_labels), "image": list(task.train_images.shape[1:]), "source": task.source,
     }  # fmt: skip
 
