@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as vision
 
+from ..distributed import check_masks
 from ..engine import compile
 from ..io import load_checkpoint, save_checkpoint
 from ..pruning import Pruner, recalibrate_batchnorm_
@@ -86,12 +90,26 @@ def batches(
     """One epoch of training batches; order and augmentation follow from (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(len(task.train_labels), generator=generator)
-    for part in order.split(batch_size):
-        # BatchNorm cannot train on one image.
-        if len(part) == 1 and len(order) > 1:
-            continue
+    for begin, end in _parts(len(order), batch_size):
+        part = order[begin:end]
         images = prepare(task.train_images[part], size, channels)
         yield (augment(images, task.flip, generator) if augmented else images), task.train_labels[part]
+
+
+def _parts(images: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of every batch; the last is left out where BatchNorm could not train on any rank's share of it."""
+    least = 2 * (dist.get_world_size() if dist.is_initialized() else 1)
+    for begin in range(0, images, batch_size):
+        end = min(begin + batch_size, images)
+        if end - begin >= least or begin == 0:
+            yield begin, end
+
+
+def _shares(task: Task, size: int, channels: int, batch_size: int, augmented: bool, seed: int, epoch: int):
+    """:func:`batches`, of which every rank gets its share."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for images, labels in batches(task, size, channels, batch_size, augmented, seed, epoch):
+        yield images[rank::ranks], labels[rank::ranks]
 
 
 def train(
@@ -117,8 +135,11 @@ def train(
     The order of images and their augmentation follow from the seed and the epoch, so that a run that is stopped and
     started again from its checkpoint ends with the same weights.
 
+    In a process group every rank calls it, and trains on its share of every batch, equal but for one image; BatchNorm sees
+    that share, and keeps the statistics of the first rank, which alone writes the checkpoint.
+
     Args:
-        model: classifies ``[n, channels, size, size]``.
+        model: classifies ``[n, channels, size, size]``; images go to where it is.
         task: what to train on.
         epochs, lr, batch_size, momentum, weight_decay: of SGD.
         seed: of order and augmentation.
@@ -137,19 +158,27 @@ def train(
 
     Raises:
         ValueError: ``schedule`` is unknown, or ``epochs`` is not positive.
+        NotImplementedError: a pruner, in a process group.
     """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if pruner and ranks > 1:
+        raise NotImplementedError(f"pruner must be None in a process group, got one of {ranks} ranks")
     if schedule not in ("steps", "cosine"):
         raise ValueError(f"schedule must be 'steps' or 'cosine', got {schedule!r}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    device = next(model.parameters()).device
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr, momentum, weight_decay=weight_decay
     )
-    steps = -(-len(task.train_labels) // batch_size)
-    if len(task.train_labels) % batch_size == 1 and steps > 1:
-        steps -= 1
+    steps = sum(1 for _ in _parts(len(task.train_labels), batch_size))
     pruning = pruner(model, optimizer, steps) if pruner else None
+    # What the forward pass goes through; gradients are averaged behind it.
+    run, is_first = model, True
+    if ranks > 1:
+        check_masks(model)
+        run, is_first = DistributedDataParallel(model), dist.get_rank() == 0
     history: list[dict[str, float]] = []
     if checkpoint is not None and Path(checkpoint).exists():
         saved = load_checkpoint(checkpoint, model, optimizer).extra
@@ -163,11 +192,12 @@ def train(
                 group["lr"] = lr * _factor(schedule, epoch, epochs)
             start, losses = time.perf_counter(), []
             model.train()
-            for images, labels in batches(task, size, channels, batch_size, augmented, seed, epoch):
+            for images, labels in _shares(task, size, channels, batch_size, augmented, seed, epoch):
+                images, labels = images.to(device), labels.to(device)
                 optimizer.zero_grad()
 
                 def loss(images=images, labels=labels):
-                    return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+                    return F.cross_entropy(run(images), labels, label_smoothing=label_smoothing)
 
                 if pruning:
                     losses.append(pruning.backward(loss))
@@ -179,17 +209,23 @@ def train(
                 if pruning:
                     pruning.step()
                 progress.advance(bar)
+            mean = torch.stack(losses).mean()
+            if ranks > 1:
+                dist.all_reduce(mean)
             history.append(
                 {
                     "epoch": epoch,
-                    "loss": float(torch.stack(losses).mean()),
+                    "loss": float(mean) / ranks,
                     "lr": optimizer.param_groups[0]["lr"],
                     "seconds": time.perf_counter() - start,
                 }
             )
-            if checkpoint is not None:
+            if checkpoint is not None and is_first:
                 extra = {"history": history, "pruner": pruning.state_dict() if pruning else None}
                 save_checkpoint(checkpoint, model, optimizer, extra)
+    if ranks > 1:
+        for buffer in (b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)):
+            dist.broadcast(buffer, 0)
     if pruning:
         pruning.finalize()
         if pruning.needs_recalibration:
@@ -224,7 +260,9 @@ def evaluate(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 
     mode = model.training
     model.eval()
     try:
-        predicted = [model(prepare(part, size, channels)).argmax(1) for part in task.test_images.split(batch_size)]
+        device = next(model.parameters()).device
+        parts = (prepare(part, size, channels).to(device) for part in task.test_images.split(batch_size))
+        predicted = [model(part).argmax(1).cpu() for part in parts]
     finally:
         model.train(mode)
     return accuracy(torch.cat(predicted), task.test_labels, task.metric)

@@ -20,7 +20,8 @@ yaml = pytest.importorskip("yaml")
 import sparsekit as sk
 from sparsekit.transfer import study
 from sparsekit.transfer.models import SmallResNet
-from sparsekit.transfer.study import table
+from sparsekit.transfer.study import ranks, table
+from sparsekit.transfer.study.document import Work
 from sparsekit.transfer.study.summary import Summary, published
 
 
@@ -124,6 +125,31 @@ def test_a_killed_run_goes_on_to_the_same_bits(document):
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
     study.run(whole)
     assert outcomes(loaded) == outcomes(whole)
+
+
+def test_a_cell_of_two_ranks_is_close_to_one(document):
+    keys = {
+        "seeds": [0], "modes": ["full"], "tasks": [{"name": "digits", "images": 129}],
+        "upstreams": [{"method": "magnitude", "sparsity": 0.9, "checkpoint": "pruned.safetensors"}],
+    }  # fmt: skip
+    one = study.load(document("one", **keys))
+    two = study.load(document("two", work={"workers": 0, "processes": 2}, **keys))
+    study.run(one)
+    study.run(two)
+    (alone,), (together,) = outcomes(one).values(), outcomes(two).values()
+    # The same images and steps; only BatchNorm sees halves of the batches.
+    assert together["losses"] == pytest.approx(alone["losses"], rel=0.1)
+    assert together["weights"] != alone["weights"] and together["sparsity"] == alone["sparsity"]
+
+
+def test_nodes_meet_through_srun():
+    work = Work(executor="slurm", nodes=3, processes=2, gpus=2)
+    command = ranks.command(Path("cell.json"), work, "host:29400")
+    assert command[:8] == ["srun", "--overlap", "--nodes", "3", "--ntasks", "3", "--ntasks-per-node", "1"]
+    assert " ".join(command[8:]).endswith(
+        "-m torch.distributed.run --nproc-per-node 2 --nnodes 3 --rdzv-backend c10d --rdzv-endpoint host:29400 "
+        "-m sparsekit.transfer.study.ranks cell.json"
+    )
 
 
 def workers_of(out):

@@ -89,7 +89,8 @@ class Work:
         workers: processes or jobs at a time; each takes one cell after the other. 0: this process.
         threads: of each, which results depend on.
         attempts: at a cell that fails, in one run.
-        processes, nodes: of a cell of full finetuning, through torchrun; ``processes`` on each node.
+        processes, nodes: of a cell of full finetuning, through torchrun, ``processes`` on each; several nodes need SLURM.
+        gpus: of a node, one for each process; 0: none is used.
         hours: that a job may take.
         slurm: what else submitit passes on: ``{"slurm_partition": "cpu"}``.
     """
@@ -100,15 +101,27 @@ class Work:
     attempts: int = 2
     processes: int = 1
     nodes: int = 1
+    gpus: int = 0
     hours: float = 24
     slurm: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if self.executor not in EXECUTORS:
             raise ValueError(f"executor must be one of {', '.join(EXECUTORS)}, got {self.executor!r}")
-        for name, least in (("workers", 0), ("threads", 1), ("attempts", 1), ("processes", 1), ("nodes", 1)):
+        for name, least in (
+            ("workers", 0),
+            ("threads", 1),
+            ("attempts", 1),
+            ("processes", 1),
+            ("nodes", 1),
+            ("gpus", 0),
+        ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.nodes > 1 and self.executor != "slurm":
+            raise ValueError(f"nodes must be 1 without executor: slurm, got {self.nodes}")
+        if self.gpus not in (0, self.processes):
+            raise ValueError(f"gpus must be 0 or processes, {self.processes}, got {self.gpus}")
 
 
 @dataclass(frozen=True)

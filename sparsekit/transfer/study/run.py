@@ -31,7 +31,8 @@ from .. import tasks
 from ..finetune import Features, Result, extract_features, full_finetune, linear_finetune
 from ..models import SmallResNet, head_name
 from ..tasks import Task
-from .document import Study, TaskEntry, Upstream
+from .document import Study, TaskEntry, Upstream, Work
+from .ranks import run_ranks
 from .table import Cell, cells, features_path, locked, machine_lock, unit_lock, units, worker_lock, write
 
 logger = logging.getLogger("sparsekit")
@@ -232,7 +233,8 @@ def _run_workers(study: Study, table: list[Cell], workers: int, console: Console
     executor = submitit.AutoExecutor(study.out / "log", cluster=study.work.executor)
     executor.update_parameters(
         name="sparsekit-study", timeout_min=round(60 * study.work.hours), nodes=study.work.nodes, tasks_per_node=1,
-        cpus_per_task=study.work.threads * study.work.processes, **study.work.slurm,
+        cpus_per_task=study.work.threads * study.work.processes,
+        **({"gpus_per_node": study.work.gpus} if study.work.gpus else {}), **study.work.slurm,
     )  # fmt: skip
     # Libraries read it when they are imported, which is before a worker runs.
     before = os.environ.get("OMP_NUM_THREADS")
@@ -276,6 +278,9 @@ def work(study: Study, slot: int) -> None:
     Raises:
         OSError: there is no space left; what is finished stays.
     """
+    if os.environ.get("SLURM_NODEID", "0") != "0":
+        # The first node of a job calls the others for every cell.
+        return
     with locked(worker_lock(study, slot), wait=True), locked(machine_lock(), wait=True, shared=True):
         torch.set_num_threads(study.work.threads)
         _pin(study, slot)
@@ -287,24 +292,27 @@ def work(study: Study, slot: int) -> None:
                     continue
                 with locked(unit_lock(study, unit)) as mine:
                     if mine:
-                        _run_unit(unit, attempt)
+                        _run_unit(unit, attempt, study.work)
 
 
 def _pin(study: Study, slot: int) -> None:
     """Give every local worker cores of its own, where there are enough."""
-    cores, threads = sorted(os.sched_getaffinity(0)), study.work.threads
+    cores, threads = sorted(os.sched_getaffinity(0)), study.work.threads * study.work.processes
     if study.work.executor == "local" and 0 < study.work.workers * threads <= len(cores):
         os.sched_setaffinity(0, cores[slot * threads : (slot + 1) * threads])
 
 
-def _run_unit(unit: list[Cell], attempt: int) -> None:
+def _run_unit(unit: list[Cell], attempt: int, work: Work) -> None:
     """Run what is not finished of a unit; a cell that fails leaves ``failure.json``."""
     for cell in unit:
         if cell.result() is not None:
             continue
         write(cell.folder / "config.json", {"title": cell.title} | cell.config, indent=1)
         try:
-            write(cell.folder / "result.json", run_cell(cell))
+            if cell.config.get("ranks", 1) > 1:
+                run_ranks(cell, work)
+            else:
+                write(cell.folder / "result.json", run_cell(cell))
         except Exception as error:
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise
@@ -320,8 +328,12 @@ def _run_unit(unit: list[Cell], attempt: int) -> None:
         features_path(unit[0]).unlink(missing_ok=True)
 
 
-def run_cell(cell: Cell) -> dict[str, Any]:
-    """Train a cell, or what is left of it.
+def run_cell(cell: Cell, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Train a cell, or what is left of it; in a process group, as one of its ranks.
+
+    Args:
+        cell: which.
+        device: that full finetuning runs on.
 
     Returns:
         JSON types: ``outcome``, which is the same on every run; ``made``: where, when, and how long it took.
@@ -332,7 +344,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     if cell.mode == "linear":
         result = linear_finetune(model, task, features=_features(cell, model, task), **settings)
     else:
-        result = full_finetune(model, task, checkpoint=cell.partial, **settings)
+        result = full_finetune(model.to(device), task, checkpoint=cell.partial, **settings)
     if not all(math.isfinite(epoch["loss"]) for epoch in result.history):
         raise ValueError(f"training diverged: the losses are {[epoch['loss'] for epoch in result.history]}")
     return {
