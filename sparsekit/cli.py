@@ -460,7 +460,7 @@ def main() -> None:
     """The entry point; errors that a user can act on end without a traceback."""
     try:
         app()
-    except (FileNotFoundError, MemoryError, ValueError, RuntimeError) as error:
+    except (OSError, MemoryError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -20,8 +20,10 @@ yaml = pytest.importorskip("yaml")
 import sparsekit as sk
 from sparsekit.transfer import study
 from sparsekit.transfer.models import SmallResNet
-from sparsekit.transfer.study import ranks, table
+from sparsekit.transfer.study import methods, ranks, table
 from sparsekit.transfer.study.document import Work
+from sparsekit.transfer.study.methods import Budget
+from sparsekit.transfer.study.run import _folder_problems
 from sparsekit.transfer.study.summary import Summary, published
 
 
@@ -58,6 +60,10 @@ def document(tmp_path):
 
 def outcomes(loaded):
     return {cell.title: cell.result()["outcome"] for cell in table.cells(loaded)}
+
+
+def outcomes_so_far(loaded):
+    return {cell.title: repr(result["outcome"]) for cell in table.cells(loaded) if (result := cell.result())}
 
 
 def test_run_gives_every_cell_once(document):
@@ -173,6 +179,131 @@ def test_failed_cells_are_reported_and_tried_again(document):
     failure = table.cells(loaded)[-1].failure()
     assert failure["attempts"] == 2 and "Traceback" in failure["traceback"]
     assert len(study.collect(loaded)["failed"]) == 4
+
+
+def test_check_finds_all_that_is_wrong_at_once(document, tmp_path):
+    whole = (tmp_path / "dense.safetensors").read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    sk.io.save_checkpoint(tmp_path / "other.safetensors", torch.nn.Linear(3, 3))
+    files = {"gone": 0.9, "half": 0.9, "other": 0.9, "dense": 0.9, "pruned": 0.5}
+    upstreams = [{"method": name, "sparsity": s, "checkpoint": f"{name}.safetensors"} for name, s in files.items()]
+    tasks = [{"name": "digits", "images": 7}, {"name": "digit"}]
+    loaded = study.load(document(upstreams=upstreams, tasks=tasks))
+    with pytest.raises(ValueError, match="the study cannot run") as caught:
+        study.run(loaded)
+    problems = str(caught.value).splitlines()[1:]
+    for problem, expected in zip(
+        problems,
+        (
+            r"gone 90 %: .*gone.safetensors.* does not exist",
+            r"half 90 %: .*half.safetensors.* damaged",
+            r"other 90 %: .*other.safetensors",
+            r"dense 90 %: must be 90 % sparse, but 0\.0 % are zeros",
+            r"pruned 50 %: must be 50 % sparse, but 90\.. % are zeros",
+            r"digits: has 10 classes, but no training images of \[\d",
+            r"digit: name must be one of .*, got 'digit'",
+        ),
+        strict=True,
+    ):
+        assert re.search(expected, problem)
+    assert not list(loaded.out.glob("cells/*"))
+
+
+def test_check_wants_room_and_a_folder_to_write_to(document, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="out: nothing can be written to .*file"):
+        study.check(study.load(document(out="file/runs")))
+    loaded = study.load(document(work={"workers": 0}))
+    facts = study.check(loaded)
+    facts["upstreams"][0]["features"] = 10**15
+    assert re.search(r"MB left, and \d+ MB are needed", _folder_problems(loaded, facts)[0])
+
+
+def test_a_full_disk_loses_nothing_that_is_finished(document):
+    path = document(linear={"epochs": 3}, full={"epochs": 3, "lr": 0.01})
+    loaded = study.load(path)
+    # Small enough for results, too small for the checkpoint of a full cell.
+    limited = f"""
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+sys.argv = ["sparsekit", "study", "run", {str(path)!r}]
+from sparsekit.cli import main
+main()
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(sk.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, env=environment, timeout=120)
+    assert (
+        done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and "File too large" in done.stderr
+    )
+    state = study.status(loaded)
+    assert state["finished"] == 4 and not state["failed"]
+    before = outcomes_so_far(loaded)
+    assert study.run(loaded)["missing"] == 0
+    assert before.items() < outcomes_so_far(loaded).items()
+
+
+def test_a_damaged_file_is_made_again(document):
+    loaded = study.load(document(seeds=[0]))
+    study.run(loaded)
+    before = outcomes(loaded)
+    linear, *_, full = table.cells(loaded)
+    for cell in (linear, full):
+        result = cell.folder / "result.json"
+        result.write_text(result.read_text()[:50])
+    full.partial.write_bytes(b"half a checkpoint")
+    features = table.features_path(linear)
+    features.write_bytes(b"half of the features")
+    study.run(loaded)
+    assert outcomes(loaded) == before and full.failure() is None and not features.exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tittle": "x"}, "must have keys of title, .*, got 'tittle'"),
+        (
+            {"upstreams": [{"method": "x", "sparsity": 0.9}]},
+            r"upstreams\[0\] must have a 'checkpoint', which is missing",
+        ),
+        ({"upstreams": [{"method": "x", "sparsity": 90, "checkpoint": "a"}]}, r"sparsity must be in \[0, 1\), got 90"),
+        ({"tasks": []}, "tasks must list at least one, got none"),
+        ({"tasks": "digits"}, "tasks must be a list, got 'digits'"),
+        ({"tasks": [{"name": "digits"}, {"name": "digits"}]}, "tasks must differ, got 'digits' twice"),
+        (
+            {"tasks": [{"name": "digits", "full": {"rate": 1}}]},
+            "full of digits must have keys of epochs, .*, got 'rate'",
+        ),
+        ({"modes": ["half"]}, "modes must be of linear, full, got 'half'"),
+        ({"full": {"epochs": 0}}, "full: epochs must be a positive number, got 0"),
+        ({"full": {"epochs": "many"}}, "full: .*'many'"),
+        ({"work": {"executor": "cloud"}}, "executor must be one of local, slurm, got 'cloud'"),
+        ({"work": {"nodes": 2}}, "nodes must be 1 without executor: slurm, got 2"),
+        ({"out": None}, "out must be a folder, got None"),
+    ],
+)
+def test_a_document_that_cannot_be_is_refused(document, keys, message):
+    with pytest.raises(ValueError, match=message):
+        study.load(document(**keys))
+
+
+def test_a_document_that_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="a study document must be a file, got .*none.yaml"):
+        study.load(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("title: [")
+    with pytest.raises(ValueError, match="is not YAML"):
+        study.load(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="must hold keys and values"):
+        study.load(tmp_path / "list.yaml")
+
+
+def test_our_own_document_loads():
+    path = Path(__file__).parents[2] / "studies" / "fashion.yaml"
+    loaded = study.load(path)
+    assert len(loaded.upstreams) == 13 and len(loaded.tasks) == 4 and loaded.seeds == (0, 1, 2)
+    models = {f"{entry.name}-{100 * target:g}" for entry in methods._entries(Budget()) for target in entry.sparsities}
+    assert {Path(upstream.checkpoint).stem for upstream in loaded.upstreams} <= models
 
 
 def test_time_measures_every_sparse_model_once_and_alone(document):

@@ -53,9 +53,10 @@ class Schedule:
     batch_size: int = 64
 
     def __post_init__(self):
-        for name in ("epochs", "lr", "batch_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name, kind in (("epochs", int), ("lr", (int, float)), ("batch_size", int)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or not value > 0:
+                raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,8 @@ def load(path: str | Path) -> Study:
 
     document = dict(document) if isinstance(document, dict) else document
     _check_keys(Study, document, str(path))
+    if not isinstance(document["out"], str):
+        raise ValueError(f"{path}: out must be a folder, got {document['out']!r}")
     document["out"] = (folder / document["out"]).resolve()
     document["upstreams"] = tuple(
         Upstream(u.method, u.sparsity, from_folder(u.checkpoint), u.published)

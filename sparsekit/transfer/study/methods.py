@@ -120,6 +120,9 @@ def _entries(budget: Budget) -> list[Entry]:
             "STR", _recipe("str", whole, initial=-8.0, weight_decay=2e-5), sparsities=only,
             note="at the sparsity that it reached; weight decay of s chosen for it",
         ),
+        Entry(
+            "STR", _recipe("str", whole, initial=-8.0, weight_decay=3e-5), sparsities=(0.95,), note="likewise",
+        ),
         Entry("DNW", _recipe("dnw", whole, distribution="erk"), sparsities=only, trains_sparse=False),
         Entry("AC/DC", _recipe("acdc", whole, **{key: share * whole for key, share in phases.items()})),
         Entry(

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import shutil
 import time
 import traceback
@@ -314,8 +315,8 @@ def _run_unit(unit: list[Cell], attempt: int, work: Work) -> None:
             else:
                 write(cell.folder / "result.json", run_cell(cell))
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in NO_SPACE:
-                raise
+            if (number := _no_space(error)) is not None:
+                raise OSError(number, os.strerror(number), str(cell.folder)) from error
             logger.exception("%s failed", cell.title)
             failure = {"attempts": attempt + 1, "error": _describe(error), "traceback": traceback.format_exc()}
             write(cell.folder / "failure.json", failure, indent=1)
@@ -326,6 +327,14 @@ def _run_unit(unit: list[Cell], attempt: int, work: Work) -> None:
             (cell.folder / "failure.json").unlink(missing_ok=True)
     if unit[0].mode == "linear" and all(cell.result() is not None for cell in unit):
         features_path(unit[0]).unlink(missing_ok=True)
+
+
+def _no_space(error: Exception) -> int | None:
+    """The system's number of an error that says that nothing more can be written, else None."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    return number if number in NO_SPACE else None
 
 
 def run_cell(cell: Cell, device: torch.device | str = "cpu") -> dict[str, Any]:
