@@ -19,12 +19,14 @@ class Upstream:
         method: how it was pruned; ``"dense"`` is what the others are compared with.
         sparsity: that it aims at, a fraction of zeros.
         checkpoint: a file, or with a colon what :func:`sparsekit.transfer.upstream.load` knows by name.
+        arch: of a file whose names do not say it, see :func:`sparsekit.transfer.upstream.load`.
         published: the method whose published figures stand beside ours; None: the one of the same name.
     """
 
     method: str
     sparsity: float
     checkpoint: str
+    arch: str | None = None
     published: str | None = None
 
     def __post_init__(self):
@@ -232,7 +234,7 @@ def load(path: str | Path) -> Study:
         raise ValueError(f"{path}: out must be a folder, got {document['out']!r}")
     document["out"] = (folder / document["out"]).resolve()
     document["upstreams"] = tuple(
-        Upstream(u.method, u.sparsity, from_folder(u.checkpoint), u.published)
+        Upstream(u.method, u.sparsity, from_folder(u.checkpoint), u.arch, u.published)
         for u in many(Upstream, "upstreams", document["upstreams"])
     )
     document["tasks"] = many(TaskEntry, "tasks", document["tasks"])

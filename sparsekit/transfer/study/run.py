@@ -27,11 +27,12 @@ from ..._version import __version__
 from ...bench import keep_freed_memory
 from ...convert import sparsity
 from ...engine.tuning import cpu_name
-from ...io import load_checkpoint, write_atomically
+from ...io import write_atomically
 from .. import tasks
 from ..finetune import Features, Result, extract_features, full_finetune, linear_finetune
-from ..models import SmallResNet, head_name
+from ..models import head_name
 from ..tasks import Task
+from ..upstream import load
 from .document import Study, TaskEntry, Upstream, Work
 from .ranks import run_ranks
 from .table import Cell, cells, features_path, locked, machine_lock, unit_lock, units, worker_lock, write
@@ -47,26 +48,7 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 @functools.lru_cache(maxsize=8)
 def load_model(upstream: Upstream) -> nn.Module:
     """An upstream model, in eval mode."""
-    if ":" in upstream.checkpoint:
-        from ..upstream import load
-
-        return load(upstream.checkpoint).eval()
-    return _small_resnet(upstream.checkpoint).eval()
-
-
-def _small_resnet(checkpoint: str) -> SmallResNet:
-    """The SmallResNet in a checkpoint of ours; its shape is in the tensors."""
-    state = load_checkpoint(checkpoint).state_dict
-    try:
-        blocks = [key for key in state if key.startswith("layers.") and key.endswith(".conv1.weight")]
-        widths = [state[key].shape[0] for key in sorted(blocks, key=lambda key: int(key.split(".")[1]))]
-        classes, channels = state["fc.weight"].shape[0], state["conv1.weight"].shape[1]
-    except KeyError as error:
-        raise ValueError(f"{checkpoint} does not hold a SmallResNet: it has no {error}") from error
-    stages = list(dict.fromkeys(widths))
-    model = SmallResNet(stages, [widths.count(width) for width in stages], channels, classes)
-    load_checkpoint(checkpoint, model)
-    return model
+    return load(upstream.checkpoint, upstream.arch, dense=upstream.is_dense).model
 
 
 @functools.lru_cache(maxsize=8)
