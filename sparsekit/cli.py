@@ -296,7 +296,7 @@ def study_upstream(
     json: Json = False,
 ) -> None:
     """Every pruning method on Fashion-MNIST, with the same budget of epochs: a table and a plot."""
-    from .transfer import study as grid
+    from .transfer.study import methods as grid
 
     if threads:
         torch.set_num_threads(threads)
@@ -344,6 +344,103 @@ def study_imagenet(
     print(json_module.dumps(results) if json else imagenet.document(results))
 
 
+Document = Annotated[Path, typer.Argument(help="a study document, such as studies/fashion.yaml")]
+
+
+@study.command("check")
+def study_check(document: Document) -> None:
+    """Load every model and task of a study, and see whether it can run."""
+    from .transfer.study import check, load
+
+    facts = check(load(document))
+    for model in facts["upstreams"]:
+        print(f"{model['title']}: {model['architecture']}, {100 * model['sparsity']:.1f} % zeros")
+    for task in facts["tasks"]:
+        print(f"{task['name']}: {task['classes']} classes, {task['train']} images to train, {task['test']} to test")
+
+
+@study.command("run")
+def study_run(
+    document: Document,
+    workers: Annotated[int | None, typer.Option(help="instead of the document's; 0: this process")] = None,
+    json: Json = False,
+) -> None:
+    """Run what is not finished of a study: checks it first, and tries failed cells again."""
+    from .transfer.study import load, run
+
+    chosen = load(document)
+    if workers is not None:
+        chosen = replace(chosen, work=replace(chosen.work, workers=workers))
+    results = run(chosen)
+    print(json_module.dumps(results) if json else f"results: {chosen.out / 'results.json'}")
+
+
+@study.command("status")
+def study_status(document: Document, json: Json = False) -> None:
+    """How many cells are finished, which are running, and what failed."""
+    from .transfer.study import load, status
+
+    state = status(load(document))
+    if json:
+        print(json_module.dumps(state))
+        return
+    print(f"{state['finished']} of {state['cells']} cells are finished")
+    columns = list(next(iter(state["rows"].values())))
+    width = max(len(title) for title in state["rows"])
+    for title, row in state["rows"].items():
+        cells = "  ".join(f"{key} {row[key]}/{state['seeds']}" for key in columns)
+        print(f"{title:<{width}}  {cells}")
+    for title in state["running"]:
+        print(f"running: {title}")
+    for title, error in state["failed"].items():
+        print(f"failed: {title}: {error}")
+
+
+@study.command("time")
+def study_time(document: Document, json: Json = False) -> None:
+    """Time the study's models with our kernels against dense PyTorch, one after the other, while no cell runs."""
+    from .bench import best
+    from .transfer.study import load, time_models
+
+    speed = time_models(load(document))
+    if json:
+        print(json_module.dumps(speed))
+        return
+    for group in speed["groups"]:
+        for kind, measured in group.items():
+            for title, row in best(measured).items():
+                timed = f"{row['milliseconds']:.2f} ms ± {100 * row['spread']:.0f} %, {row['speedup']:.2f}x"
+                print(f"{kind}, batch {measured['batch']}: {title}: {timed}")
+
+
+@study.command("collect")
+def study_collect(document: Document, json: Json = False) -> None:
+    """Gather the finished cells into results.json."""
+    from .transfer.study import collect, load
+
+    chosen = load(document)
+    results = collect(chosen)
+    missing = f"{len(results['cells'])} cells, {results['missing']} missing: {chosen.out / 'results.json'}"
+    print(json_module.dumps(results) if json else missing)
+
+
+@study.command("report")
+def study_report(
+    document: Annotated[Path, typer.Argument(help="a study document, or the results.json of one")],
+    out: Annotated[Path | None, typer.Option(help="where the report goes; default: the study's folder")] = None,
+) -> None:
+    """Tables, rankings, plots and the published figures beside ours: report.html, report.md, cells.csv, summary.csv."""
+    from .transfer.study import collect, load, write_study_report
+
+    if document.suffix == ".json":
+        results, folder = json_module.loads(document.read_text()), document.parent
+    else:
+        chosen = load(document)
+        results, folder = collect(chosen), chosen.out
+    write_study_report(results, out or folder)
+    print(f"report: {(out or folder) / 'report.html'}")
+
+
 @app.command()
 def job(
     name: Annotated[str, typer.Option(help="results go to runs/NAME; an unfinished job goes on")] = "default",
@@ -363,7 +460,7 @@ def main() -> None:
     """The entry point; errors that a user can act on end without a traceback."""
     try:
         app()
-    except (FileNotFoundError, MemoryError, ValueError, RuntimeError) as error:
+    except (OSError, MemoryError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 

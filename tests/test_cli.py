@@ -34,7 +34,7 @@ def test_info():
 def test_every_command_has_help():
     for command in ("prune", "transfer", "compile", "bench", "explain", "info", "job"):
         assert "Usage" in run(command, "--help").stdout
-    for grid in ("upstream", "imagenet"):
+    for grid in ("upstream", "imagenet", "check", "run", "status", "time", "collect", "report"):
         assert "Usage" in run("study", grid, "--help").stdout
 
 

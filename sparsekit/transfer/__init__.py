@@ -1,8 +1,8 @@
 """The transfer loops: upstream training, linear and full finetuning, evaluation. Needs the ``transfer`` extra."""
 
-from . import imagenet, models, study, tasks
+from . import imagenet, models, study, tasks, upstream
+from .data import Task
 from .finetune import Result, evaluate, full_finetune, linear_finetune, train
-from .tasks import Task
 
 __all__ = [
     "Result",
@@ -15,4 +15,5 @@ __all__ = [
     "study",
     "tasks",
     "train",
+    "upstream",
 ]

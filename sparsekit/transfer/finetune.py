@@ -13,13 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.v2 import functional as vision
 
+from ..distributed import check_masks
 from ..engine import compile
 from ..io import load_checkpoint, save_checkpoint
 from ..pruning import Pruner, recalibrate_batchnorm_
@@ -47,11 +52,21 @@ class Result:
 
 
 def prepare(images: Tensor, size: int, channels: int = 1) -> Tensor:
-    """uint8 ``[n, c, h, w]`` -> float ``[n, channels, size, size]``, about zero mean and unit variance."""
+    """uint8 ``[n, c, h, w]`` -> float ``[n, channels, size, size]``, about zero mean and unit variance.
+
+    A model of one channel sees the luma of colour images (ITU-R BT.601), a model of three sees grey ones three times.
+
+    Raises:
+        ValueError: other numbers of channels differ.
+    """
     if images.shape[-2:] != (size, size):
         images = vision.resize(images, [size, size], antialias=True)
-    if images.shape[1] != channels:
+    if (images.shape[1], channels) == (3, 1):
+        images = vision.rgb_to_grayscale(images)
+    elif images.shape[1] == 1:
         images = images.expand(-1, channels, -1, -1)
+    elif images.shape[1] != channels:
+        raise ValueError(f"images must have 1 channel or {channels}, the model's, got {images.shape[1]}")
     return images.float().div_(255).sub_(0.3).div_(0.35)
 
 
@@ -79,12 +94,26 @@ def batches(
     """One epoch of training batches; order and augmentation follow from (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(len(task.train_labels), generator=generator)
-    for part in order.split(batch_size):
-        # BatchNorm cannot train on one image.
-        if len(part) == 1 and len(order) > 1:
-            continue
+    for begin, end in _parts(len(order), batch_size):
+        part = order[begin:end]
         images = prepare(task.train_images[part], size, channels)
         yield (augment(images, task.flip, generator) if augmented else images), task.train_labels[part]
+
+
+def _parts(images: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of every batch; the last is left out where BatchNorm could not train on any rank's share of it."""
+    least = 2 * (dist.get_world_size() if dist.is_initialized() else 1)
+    for begin in range(0, images, batch_size):
+        end = min(begin + batch_size, images)
+        if end - begin >= least or begin == 0:
+            yield begin, end
+
+
+def _shares(task: Task, size: int, channels: int, batch_size: int, augmented: bool, seed: int, epoch: int):
+    """:func:`batches`, of which every rank gets its share."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for images, labels in batches(task, size, channels, batch_size, augmented, seed, epoch):
+        yield images[rank::ranks], labels[rank::ranks]
 
 
 def train(
@@ -110,8 +139,11 @@ def train(
     The order of images and their augmentation follow from the seed and the epoch, so that a run that is stopped and
     started again from its checkpoint ends with the same weights.
 
+    In a process group every rank calls it, and trains on its share of every batch, equal but for one image; BatchNorm sees
+    that share, and keeps the statistics of the first rank, which alone writes the checkpoint.
+
     Args:
-        model: classifies ``[n, channels, size, size]``.
+        model: classifies ``[n, channels, size, size]``; images go to where it is.
         task: what to train on.
         epochs, lr, batch_size, momentum, weight_decay: of SGD.
         seed: of order and augmentation.
@@ -130,19 +162,27 @@ def train(
 
     Raises:
         ValueError: ``schedule`` is unknown, or ``epochs`` is not positive.
+        NotImplementedError: a pruner, in a process group.
     """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if pruner and ranks > 1:
+        raise NotImplementedError(f"pruner must be None in a process group, got one of {ranks} ranks")
     if schedule not in ("steps", "cosine"):
         raise ValueError(f"schedule must be 'steps' or 'cosine', got {schedule!r}")
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    device = next(model.parameters()).device
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr, momentum, weight_decay=weight_decay
     )
-    steps = -(-len(task.train_labels) // batch_size)
-    if len(task.train_labels) % batch_size == 1 and steps > 1:
-        steps -= 1
+    steps = sum(1 for _ in _parts(len(task.train_labels), batch_size))
     pruning = pruner(model, optimizer, steps) if pruner else None
+    # What the forward pass goes through; gradients are averaged behind it.
+    run, is_first = model, True
+    if ranks > 1:
+        check_masks(model)
+        run, is_first = DistributedDataParallel(model), dist.get_rank() == 0
     history: list[dict[str, float]] = []
     if checkpoint is not None and Path(checkpoint).exists():
         saved = load_checkpoint(checkpoint, model, optimizer).extra
@@ -156,11 +196,12 @@ def train(
                 group["lr"] = lr * _factor(schedule, epoch, epochs)
             start, losses = time.perf_counter(), []
             model.train()
-            for images, labels in batches(task, size, channels, batch_size, augmented, seed, epoch):
+            for images, labels in _shares(task, size, channels, batch_size, augmented, seed, epoch):
+                images, labels = images.to(device), labels.to(device)
                 optimizer.zero_grad()
 
                 def loss(images=images, labels=labels):
-                    return F.cross_entropy(model(images), labels, label_smoothing=label_smoothing)
+                    return F.cross_entropy(run(images), labels, label_smoothing=label_smoothing)
 
                 if pruning:
                     losses.append(pruning.backward(loss))
@@ -172,17 +213,23 @@ def train(
                 if pruning:
                     pruning.step()
                 progress.advance(bar)
+            mean = torch.stack(losses).mean()
+            if ranks > 1:
+                dist.all_reduce(mean)
             history.append(
                 {
                     "epoch": epoch,
-                    "loss": float(torch.stack(losses).mean()),
+                    "loss": float(mean) / ranks,
                     "lr": optimizer.param_groups[0]["lr"],
                     "seconds": time.perf_counter() - start,
                 }
             )
-            if checkpoint is not None:
+            if checkpoint is not None and is_first:
                 extra = {"history": history, "pruner": pruning.state_dict() if pruning else None}
                 save_checkpoint(checkpoint, model, optimizer, extra)
+    if ranks > 1:
+        for buffer in (b for m in model.modules() if isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)):
+            dist.broadcast(buffer, 0)
     if pruning:
         pruning.finalize()
         if pruning.needs_recalibration:
@@ -217,7 +264,9 @@ def evaluate(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 
     mode = model.training
     model.eval()
     try:
-        predicted = [model(prepare(part, size, channels)).argmax(1) for part in task.test_images.split(batch_size)]
+        device = next(model.parameters()).device
+        parts = (prepare(part, size, channels).to(device) for part in task.test_images.split(batch_size))
+        predicted = [model(part).argmax(1).cpu() for part in parts]
     finally:
         model.train(mode)
     return accuracy(torch.cat(predicted), task.test_labels, task.metric)
@@ -271,6 +320,7 @@ def linear_finetune(
     size: int = 28,
     on_the_fly: bool = False,
     checkpoint: str | os.PathLike | None = None,
+    features: Features | None = None,
 ) -> Result:
     """Linear finetuning: a new dense head on the features of the frozen backbone, which runs as an inference engine.
 
@@ -279,23 +329,36 @@ def linear_finetune(
         task, epochs, lr, seed, batch_size, size: see :func:`train`.
         on_the_fly: run the backbone on augmented images in every epoch; else once, on plain ones.
         checkpoint: a file for the head, written after every epoch, and read first if it is there.
+        features: of this model and task, to share between seeds; None: extracted here. Not with ``on_the_fly``.
 
     Where :func:`sparsekit.compile` cannot capture the backbone, it runs as it is, with a warning.
 
     Returns:
         The :class:`Result`, with a copy that has the new head.
+
+    Raises:
+        ValueError: ``features`` are of another number of images, or given with ``on_the_fly``.
     """
+    start = time.perf_counter()
+    if on_the_fly and features is not None:
+        raise ValueError("features must be None with on_the_fly=True, which extracts them from augmented images")
+    if features is None and not on_the_fly:
+        features = extract_features(model, task, size=size)
+    if features is not None and (len(features.train), len(features.test)) != (
+        len(task.train_images),
+        len(task.test_images),
+    ):
+        raise ValueError(
+            f"features must be of {len(task.train_images)} and {len(task.test_images)} images, as {task.name} has, got "
+            f"{len(features.train)} and {len(features.test)}"
+        )
     model = _with_new_head(model, task.classes, seed)
     head = replace_head_(model, nn.Identity())
     model.eval()
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     optimizer = torch.optim.SGD(head.parameters(), lr, 0.9, weight_decay=5e-4)
-    start = time.perf_counter()
-    backbone = _engine(model, torch.zeros(batch_size, channels, size, size))
-    stored = None
-    if not on_the_fly:
-        with torch.no_grad():
-            stored = torch.cat([backbone(prepare(part, size, channels)) for part in task.train_images.split(128)])
+    backbone = _engine(model, torch.zeros(batch_size, channels, size, size)) if on_the_fly else None
+    stored = None if features is None else features.train
     history: list[dict[str, float]] = []
     if checkpoint is not None and Path(checkpoint).exists():
         history = load_checkpoint(checkpoint, head, optimizer).extra["history"]
@@ -305,9 +368,9 @@ def linear_finetune(
             began, losses = time.perf_counter(), []
             for group in optimizer.param_groups:
                 group["lr"] = lr * _factor("steps", epoch, epochs)
-            for features, labels in _features(backbone, task, size, channels, batch_size, seed, epoch, stored):
+            for inputs, labels in _features(backbone, task, size, channels, batch_size, seed, epoch, stored):
                 optimizer.zero_grad()
-                loss = F.cross_entropy(head(features), labels)
+                loss = F.cross_entropy(head(inputs), labels)
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())
@@ -324,7 +387,48 @@ def linear_finetune(
                 save_checkpoint(checkpoint, head, optimizer, {"history": history})
     seconds = time.perf_counter() - start
     _put_head_back(model, head)
-    return Result(evaluate(model, task, size=size), history, seconds, model)
+    if features is None:
+        return Result(evaluate(model, task, size=size), history, seconds, model.eval())
+    with torch.no_grad():
+        predicted = head(features.test).argmax(1)
+    return Result(accuracy(predicted, task.test_labels, task.metric), history, seconds, model.eval())
+
+
+class Features(NamedTuple):
+    """What a frozen backbone makes of a task's images, as they are.
+
+    Attributes:
+        train, test: float32 ``[n, features]``.
+    """
+
+    train: Tensor
+    test: Tensor
+
+
+@torch.no_grad()
+def extract_features(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 128) -> Features:
+    """Run the backbone, as an inference engine, over all images once.
+
+    Args:
+        model: ends in an ``nn.Linear``, which is left out; it is not changed.
+        task: which images.
+        size: images are resized to this height and width.
+        batch_size: images at a time.
+
+    Returns:
+        The :class:`Features`.
+    """
+    model = copy.deepcopy(model)
+    replace_head_(model, nn.Identity())
+    model.eval()
+    channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    backbone = _engine(model, torch.zeros(batch_size, channels, size, size))
+    return Features(
+        *(
+            torch.cat([backbone(prepare(part, size, channels)) for part in images.split(batch_size)])
+            for images in (task.train_images, task.test_images)
+        )
+    )
 
 
 def _engine(backbone: nn.Module, example: Tensor) -> nn.Module:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
@@ -73,10 +74,15 @@ class MobileNetV1(nn.Module):
         width: multiplies the channels of every layer.
         in_channels: channels of the image.
         classes: outputs of ``fc``.
+        padding: of convolutions of stride 2: ``"torch"``, alike on all sides, or ``"tensorflow"``, "same" padding for images
+            of even size: one row and column at the bottom and the right.
 
     Shape:
         - input: ``[n, in_channels, h, w]``
         - output: ``[n, classes]``
+
+    Raises:
+        ValueError: ``padding`` is unknown.
 
     Example:
         >>> import torch
@@ -88,13 +94,16 @@ class MobileNetV1(nn.Module):
     # Channels and stride of every depthwise separable convolution.
     BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 
-    def __init__(self, width: float = 1.0, in_channels: int = 3, classes: int = 1000):
+    def __init__(self, width: float = 1.0, in_channels: int = 3, classes: int = 1000, padding: str = "torch"):
         super().__init__()
+        if padding not in ("torch", "tensorflow"):
+            raise ValueError(f"padding must be 'torch' or 'tensorflow', got {padding!r}")
+        conv = _same_padded_conv if padding == "tensorflow" else Conv2dNormActivation
         channels = int(32 * width)
-        layers = [Conv2dNormActivation(in_channels, channels, 3, 2)]
+        layers = [conv(in_channels, channels, 3, 2)]
         for out, stride in self.BLOCKS:
             out = int(out * width)
-            layers.append(Conv2dNormActivation(channels, channels, 3, stride, groups=channels))
+            layers.append(conv(channels, channels, 3, stride, groups=channels))
             layers.append(Conv2dNormActivation(channels, out, 1))
             channels = out
         self.features = nn.Sequential(*layers)
@@ -176,6 +185,21 @@ def _lite_conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1
     settings = {"activation_layer": nn.ReLU6, "norm_layer": partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)} | settings
     padding = (kernel - 1) // 2 if stride == 1 else 0
     return Conv2dNormActivation(in_channels, out_channels, kernel, stride, padding, **settings)
+
+
+def _same_padded_conv(
+    in_channels: int, out_channels: int, kernel: int, stride: int, **settings
+) -> Conv2dNormActivation:
+    """Convolution, BatchNorm and ReLU under torchvision's names; of stride 2, padded as TensorFlow does."""
+    layer = Conv2dNormActivation(in_channels, out_channels, kernel, stride, **settings)
+    if stride == 2:
+        layer[0].padding = (0, 0)
+        layer.register_forward_pre_hook(_pad_one)
+    return layer
+
+
+def _pad_one(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (F.pad(inputs[0], (0, 1, 0, 1)), *inputs[1:])
 
 
 def _same_padding(kernel: int, stride: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The report of the main job: one HTML page that needs no network, and the same as Markdown."""
+"""Reports: one HTML page that needs no network, and the same as Markdown; and that of the main job."""
 
 from __future__ import annotations
 
@@ -18,15 +18,26 @@ KIND_TITLES = {
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
-td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left;white-space:normal}
-img{max-width:100%}h1,h2{line-height:1.2}.note{color:#555}
+td,th{white-space:nowrap}td:first-child,th:first-child{text-align:left;white-space:normal;min-width:8rem}
+img{max-width:100%}.table{overflow-x:auto}h1,h2{line-height:1.2}.note{color:#555}
 """
 
 
 def write_report(folder: Path, results: dict) -> None:
     """Write ``report.html`` and ``report.md`` from what :func:`sparsekit.job.run` gathered."""
-    blocks = _blocks(results)
-    markdown, page = [], []
+    write_pages(folder, "sparsekit report", _blocks(results))
+
+
+def write_pages(folder: Path, title: str, blocks: list[tuple[str, object]]) -> None:
+    """Write ``report.html``, which needs no other file, and ``report.md`` with its plots beside it.
+
+    Args:
+        folder: where.
+        title: of the window.
+        blocks: in their order: ``("title", text)``, ``("heading", text)``, ``("text", text)``, ``("table", rows of cells)``
+            with the head as first row, ``("plot", (what it shows, PNG))``.
+    """
+    markdown, page, plots = [], [], 0
     for kind, content in blocks:
         if kind == "title":
             markdown.append(f"# {content}\n")
@@ -41,11 +52,15 @@ def write_report(folder: Path, results: dict) -> None:
             markdown.append(_markdown_table(content))
             page.append(_html_table(content))
         elif kind == "plot":
-            encoded = base64.b64encode(content[1]).decode()
-            page.append(f'<img alt="{html.escape(content[0])}" src="data:image/png;base64,{encoded}">')
+            plots += 1
+            name, (shows, image) = f"report-{plots}.png", content
+            write_atomically(folder / name, lambda path, image=image: Path(path).write_bytes(image))
+            markdown.append(f"![{shows}]({name})\n")
+            encoded = base64.b64encode(image).decode()
+            page.append(f'<img alt="{html.escape(shows)}" src="data:image/png;base64,{encoded}">')
     document = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>sparsekit report</title><style>{STYLE}</style>'
-        f"<body>{''.join(page)}</body></html>"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style><body>{''.join(page)}</body></html>"
     )
     write_atomically(folder / "report.html", lambda name: Path(name).write_text(document, encoding="utf-8"))
     write_atomically(folder / "report.md", lambda name: Path(name).write_text("\n".join(markdown), encoding="utf-8"))
@@ -148,7 +163,8 @@ def _html_table(rows: list[list[str]]) -> str:
     def line(cells, tag):
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
+    body = "".join(line(row, "td") for row in rows[1:])
+    return f'<div class="table"><table>{line(rows[0], "th")}{body}</table></div>'
 
 
 def pyplot():

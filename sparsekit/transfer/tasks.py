@@ -9,13 +9,15 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..io import write_atomically
+from . import stand_ins
+from .data import Task, data_folder
 from .fetch import check_sha256, unpack_debian
 
 logger = logging.getLogger("sparsekit")
@@ -27,57 +29,6 @@ FASHION_MNIST = {
     "t10k-labels-idx1-ubyte": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
 }
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
-
-
-@dataclass(frozen=True)
-class Task:
-    """Labelled images, and how they are scored.
-
-    Attributes:
-        name: for people and files.
-        classes: number of labels.
-        metric: ``"top1"`` or ``"mean_per_class"``.
-        train_images, test_images: uint8 ``[n, channels, h, w]``.
-        train_labels, test_labels: int64 ``[n]``.
-        flip: whether a mirrored image keeps its label, for augmentation.
-        source: where it came from, and its licence.
-    """
-
-    name: str
-    classes: int
-    metric: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    flip: bool = False
-    source: str = ""
-
-    def __post_init__(self):
-        if self.metric not in ("top1", "mean_per_class"):
-            raise ValueError(f"metric must be 'top1' or 'mean_per_class', got {self.metric!r}")
-        for split in ("train", "test"):
-            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
-            if images.dim() != 4 or images.dtype != torch.uint8:
-                raise ValueError(
-                    f"{split}_images must be uint8 [n, channels, h, w], got {images.dtype} {tuple(images.shape)}"
-                )
-            if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
-                raise ValueError(
-                    f"{split}_labels must be int64 [{len(images)}], got {labels.dtype} {tuple(labels.shape)}"
-                )
-            if len(labels) and not (labels.min() >= 0 and labels.max() < self.classes):
-                raise ValueError(f"{split}_labels must lie in [0, {self.classes}), got up to {int(labels.max())}")
-
-    def first(self, images: int) -> Task:
-        """The task with only the first so many training images."""
-        fields = {**vars(self), "train_images": self.train_images[:images], "train_labels": self.train_labels[:images]}
-        return Task(**fields)
-
-
-def data_folder() -> Path:
-    """Where data is kept: ``$SPARSEKIT_DATA``, else ``~/.cache/sparsekit``."""
-    return Path(os.environ.get("SPARSEKIT_DATA") or Path.home() / ".cache" / "sparsekit")
 
 
 def names() -> list[str]:
@@ -203,4 +154,9 @@ def _split(name: str, images: Tensor, labels: Tensor, source: str) -> Task:
     return Task(name, 10, "top1", images[train], labels[train], images[test], labels[test], source=source)
 
 
-_LOADERS = {"fashion-mnist": _fashion_mnist, "mnist-5k": _mnist_5k, "digits": _digits}
+_LOADERS: dict[str, Callable[[Path], Task]] = {
+    "fashion-mnist": _fashion_mnist,
+    "mnist-5k": _mnist_5k,
+    "digits": _digits,
+    **{name: partial(stand_ins.load, name) for name in (*stand_ins.STAND_INS, "opencv-digits")},
+}

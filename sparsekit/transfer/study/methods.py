@@ -1,4 +1,4 @@
-"""The study's grid. Upstream: every pruning method on Fashion-MNIST, with the same budget of epochs.
+"""The upstream grid: every pruning method on Fashion-MNIST, with the same budget of epochs.
 
 Every cell leaves a JSON file, so that a grid which is stopped goes on where it was; see ``sparsekit study --help``.
 """
@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from .. import pruning
-from ..convert import sparsify_, sparsity
-from ..engine.tuning import cpu_name
-from ..io import load_checkpoint, save_checkpoint, write_atomically
-from ..nn import SparseModule
-from ..profile import seconds_in_turns
-from . import tasks
-from .finetune import batches, evaluate, prepare, train
-from .models import SmallResNet
-from .report import png, pyplot
-from .tasks import Task
+from ... import pruning
+from ...convert import sparsify_, sparsity
+from ...engine.tuning import cpu_name
+from ...io import load_checkpoint, save_checkpoint, write_atomically
+from ...nn import SparseModule
+from ...profile import seconds_in_turns
+from .. import tasks
+from ..finetune import batches, evaluate, prepare, train
+from ..models import SmallResNet
+from ..report import png, pyplot
+from ..tasks import Task
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,9 @@ def _entries(budget: Budget) -> list[Entry]:
             "STR", _recipe("str", whole, initial=-8.0, weight_decay=2e-5), sparsities=only,
             note="at the sparsity that it reached; weight decay of s chosen for it",
         ),
+        Entry(
+            "STR", _recipe("str", whole, initial=-8.0, weight_decay=3e-5), sparsities=(0.95,), note="likewise",
+        ),
         Entry("DNW", _recipe("dnw", whole, distribution="erk"), sparsities=only, trains_sparse=False),
         Entry("AC/DC", _recipe("acdc", whole, **{key: share * whole for key, share in phases.items()})),
         Entry(
@@ -129,6 +132,10 @@ def _entries(budget: Budget) -> list[Entry]:
         Entry(
             "LTH-T", _recipe("lth-transfer", half, interval=half / 11, rate=0.2, transfer=True).at(1 - 0.8**10), True,
             keeps_weights=True, sparsities=only, note="the mask on the trained weights, at its tenth round, 89.3 %",
+        ),
+        Entry(
+            "LTH-T", _recipe("lth-transfer", half, interval=half / 14, rate=0.2, transfer=True).at(1 - 0.8**13), True,
+            keeps_weights=True, sparsities=(0.95,), note="at its thirteenth round, 94.5 %",
         ),
         Entry(
             "CrAM+", _recipe("cram", whole, levels=[0.5, 0.7, 0.9]), trains_sparse=False,
