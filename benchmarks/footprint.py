@@ -27,10 +27,11 @@ RESULTS = Path(__file__).parent / "results" / "footprint.json"
 BATCH = 16
 
 
-def resident() -> float:
-    """Megabytes of this process."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+def resident(trim: bool = True) -> float:
+    """Megabytes of this process, once it has given back what it can spare."""
+    if trim:
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
 
 

@@ -285,7 +285,7 @@ def study_upstream(
     seeds: Annotated[int, typer.Option(help="seeds of every row at its first sparsity")] = 3,
     only: Annotated[list[str] | None, typer.Option(help="part of a row's title; repeat for several")] = None,
     images: Annotated[int, typer.Option(help="training images of Fashion-MNIST")] = 20_000,
-    epochs: Annotated[int, typer.Option(help="of training, for every method")] = 12,
+    epochs: Annotated[int, typer.Option(help="of training, for every method")] = 8,
     out: Annotated[
         Path | None, typer.Option(help="where upstream.md, upstream.json and upstream.png go; default: the same folder")
     ] = None,

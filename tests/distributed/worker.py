@@ -42,10 +42,15 @@ def build(form):
 
 
 def pruner_of(form, model, optimizer):
-    """RigL, which updates masks by gradients that it must average over the ranks; else None."""
-    if form != "rigl":
-        return None
-    return sk.pruning.RigL(model, optimizer, 0.75, interval=2, end=20, start="magnitude")
+    """RigL, which averages its gradients over the ranks; oBS, whose own are of the same batches on all; or None."""
+    if form == "rigl":
+        return sk.pruning.RigL(model, optimizer, 0.75, interval=2, end=20, start="magnitude")
+    if form == "obs":
+        return sk.pruning.OBS(
+            model, optimizer, 0.9, [data(100 + i) for i in range(4)], F.cross_entropy, gradients=4, block=8,
+            dampening=1e-3, interval=2, end=4, initial_sparsity=0.75,
+        )  # fmt: skip
+    return None
 
 
 def data(step):
