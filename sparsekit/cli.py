@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import signal
 import sys
 from dataclasses import replace
 from enum import Enum
@@ -368,6 +369,8 @@ def study_run(
     """Run what is not finished of a study: checks it first, and tries failed cells again."""
     from .transfer.study import load, run
 
+    # Being terminated cancels the workers, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = load(document)
     if workers is not None:
         chosen = replace(chosen, work=replace(chosen.work, workers=workers))
@@ -429,7 +432,10 @@ def study_report(
     document: Annotated[Path, typer.Argument(help="a study document, or the results.json of one")],
     out: Annotated[Path | None, typer.Option(help="where the report goes; default: the study's folder")] = None,
 ) -> None:
-    """Tables, rankings, plots and the published figures beside ours: report.html, report.md, cells.csv, summary.csv."""
+    """Tables, rankings, plots and the published figures beside ours: report.html, report.md, cells.csv, summary.csv.
+
+    With --out also results.json, from which alone all of it can be made again.
+    """
     from .transfer.study import collect, load, write_study_report
 
     if document.suffix == ".json":
@@ -438,6 +444,8 @@ def study_report(
         chosen = load(document)
         results, folder = collect(chosen), chosen.out
     write_study_report(results, out or folder)
+    if out is not None:
+        (out / "results.json").write_text(json_module.dumps(results) + "\n")
     print(f"report: {(out or folder) / 'report.html'}")
 
 
