@@ -1,4 +1,8 @@
-"""Training loops of the study (arXiv 2111.13445, section 3): upstream, linear and full finetuning."""
+"""Training loops of the study (arXiv 2111.13445, section 3): upstream, linear and full finetuning.
+
+A run that is stopped and started again computes the same bits with one thread. With several, those of PyTorch's dense
+kernels whose sums depend on which thread comes first (MKL's small products on some CPUs) differ in the last bit.
+"""
 
 from __future__ import annotations
 
