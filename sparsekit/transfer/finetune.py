@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from rich.progress import Progress
 from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from ..engine import compile
 from ..io import load_checkpoint, save_checkpoint
 from ..pruning import Pruner, recalibrate_batchnorm_
+from .data import IMAGENET, LazyImages, Stats, Task, View
 from .models import head_name, replace_head_
-from .tasks import Task
 
 logger = logging.getLogger("sparsekit")
 
@@ -43,9 +44,11 @@ class Result:
 
 
 def prepare(images: Tensor, size: int, channels: int = 1) -> Tensor:
-    """uint8 ``[n, c, h, w]`` -> float ``[n, channels, size, size]``, about zero mean and unit variance."""
+    """uint8 ``[n, c, h, w]`` -> float ``[n, channels, size, size]``, with about zero mean and unit variance."""
     if images.shape[-2:] != (size, size):
         images = vision.resize(images, [size, size], antialias=True)
+    if images.shape[1] == 3 and channels == 1:
+        images = vision.rgb_to_grayscale(images)
     if images.shape[1] != channels:
         images = images.expand(-1, channels, -1, -1)
     return images.float().div_(255).sub_(0.3).div_(0.35)
@@ -69,14 +72,46 @@ def milestones_for(epochs: int) -> tuple[int, int]:
     return round(epochs / 3), round(epochs * 2 / 3)
 
 
+def plain(
+    images: Tensor | LazyImages,
+    size: int,
+    channels: int,
+    batch_size: int,
+    stats: Stats = IMAGENET,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+) -> Iterator[Tensor]:
+    """Images as they are tested, float ``[n, channels, size, size]`` at a time; tensors have no use for the last two."""
+    if isinstance(images, Tensor):
+        for part in images.split(batch_size):
+            yield prepare(part, size, channels)
+    else:
+        yield from images.batches(View(size, channels, stats, interpolation), batch_size)
+
+
 def batches(
-    task: Task, size: int, channels: int, batch_size: int, augmented: bool, seed: int, epoch: int
+    task: Task,
+    size: int,
+    channels: int,
+    batch_size: int,
+    augmented: bool,
+    seed: int,
+    epoch: int,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of training batches; order and augmentation follow from (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    seed = 1_000_003 * seed + epoch
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(task.train_labels), generator=generator)
-    for part in order.split(batch_size):
+    if isinstance(task.train_images, LazyImages):
         # BatchNorm cannot train on one image.
+        if len(order) > 1 and len(order) % batch_size == 1:
+            order = order[:-1]
+        view = View(size, channels, (task.mean, task.std), interpolation, augmented, task.flip)
+        yield from zip(
+            task.train_images.batches(view, batch_size, order, seed), task.train_labels[order].split(batch_size)
+        )
+        return
+    for part in order.split(batch_size):
         if len(part) == 1 and len(order) > 1:
             continue
         images = prepare(task.train_images[part], size, channels)
@@ -97,6 +132,7 @@ def train(
     label_smoothing: float = 0.0,
     size: int = 28,
     augmented: bool = True,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
     pruner: Callable[[nn.Module, torch.optim.Optimizer, int], Pruner] | None = None,
     checkpoint: str | os.PathLike | None = None,
     description: str = "training",
@@ -116,6 +152,7 @@ def train(
         label_smoothing: of the cross entropy, in [0, 1).
         size: images are resized to this height and width.
         augmented: random crops and, if the task allows it, flips.
+        interpolation: with which lazy images are resized.
         pruner: called with (model, optimizer, optimizer steps per epoch); makes the pruner that prunes while training. It is
             finalized at the end, and BatchNorm recalibrated where the method wants it.
         checkpoint: a file, written after every epoch, and read first if it is there.
@@ -152,7 +189,7 @@ def train(
                 group["lr"] = lr * _factor(schedule, epoch, epochs)
             start, losses = time.perf_counter(), []
             model.train()
-            for images, labels in batches(task, size, channels, batch_size, augmented, seed, epoch):
+            for images, labels in batches(task, size, channels, batch_size, augmented, seed, epoch, interpolation):
                 optimizer.zero_grad()
 
                 def loss(images=images, labels=labels):
@@ -182,9 +219,10 @@ def train(
     if pruning:
         pruning.finalize()
         if pruning.needs_recalibration:
-            shown = task.train_images[: 32 * batch_size].split(batch_size)
-            recalibrate_batchnorm_(model, [prepare(images, size, channels) for images in shown])
-    accuracy = evaluate(model, task, size=size)
+            shown = task.train_images[: 32 * batch_size]
+            stats = task.mean, task.std
+            recalibrate_batchnorm_(model, list(plain(shown, size, channels, batch_size, stats, interpolation)))
+    accuracy = evaluate(model, task, size=size, interpolation=interpolation)
     return Result(accuracy, history, sum(h["seconds"] for h in history), model.eval())
 
 
@@ -197,7 +235,15 @@ def _factor(schedule: str, epoch: int, epochs: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 128) -> float:
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    *,
+    size: int = 28,
+    batch_size: int = 128,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+    stats: Stats | None = None,
+) -> float:
     """Accuracy on the test images, by the task's metric.
 
     Args:
@@ -205,6 +251,8 @@ def evaluate(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 
         task: which images.
         size: images are resized to this height and width.
         batch_size: images at a time.
+        interpolation: with which lazy images are resized.
+        stats: mean and standard deviation to take out of lazy images; None for the task's.
 
     Returns:
         A fraction in [0, 1].
@@ -213,7 +261,8 @@ def evaluate(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 
     mode = model.training
     model.eval()
     try:
-        predicted = [model(prepare(part, size, channels)).argmax(1) for part in task.test_images.split(batch_size)]
+        shown = plain(task.test_images, size, channels, batch_size, stats or (task.mean, task.std), interpolation)
+        predicted = [model(images).argmax(1) for images in shown]
     finally:
         model.train(mode)
     return accuracy(torch.cat(predicted), task.test_labels, task.metric)
@@ -236,13 +285,14 @@ def full_finetune(
     seed: int = 0,
     batch_size: int = 64,
     size: int = 28,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
     checkpoint: str | os.PathLike | None = None,
 ) -> Result:
     """Full finetuning: a new dense head, and every weight that the mask keeps; masks stay fixed.
 
     Args:
         model: an upstream model that ends in an ``nn.Linear``; it is not changed.
-        task, epochs, lr, seed, batch_size, size, checkpoint: see :func:`train`.
+        task, epochs, lr, seed, batch_size, size, interpolation, checkpoint: see :func:`train`.
 
     Returns:
         The :class:`Result`, with the finetuned copy.
@@ -251,8 +301,8 @@ def full_finetune(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return train(
-        model, task, epochs=epochs, lr=lr, seed=seed, batch_size=batch_size, size=size, checkpoint=checkpoint,
-        description=f"full finetuning on {task.name}",
+        model, task, epochs=epochs, lr=lr, seed=seed, batch_size=batch_size, size=size, interpolation=interpolation,
+        checkpoint=checkpoint, description=f"full finetuning on {task.name}",
     )  # fmt: skip
 
 
@@ -265,6 +315,7 @@ def linear_finetune(
     seed: int = 0,
     batch_size: int = 64,
     size: int = 28,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
     on_the_fly: bool = False,
     checkpoint: str | os.PathLike | None = None,
 ) -> Result:
@@ -272,8 +323,9 @@ def linear_finetune(
 
     Args:
         model: an upstream model that ends in an ``nn.Linear``; it is not changed.
-        task, epochs, lr, seed, batch_size, size: see :func:`train`.
-        on_the_fly: run the backbone on augmented images in every epoch; else once, on plain ones.
+        task, epochs, lr, seed, batch_size, size, interpolation: see :func:`train`.
+        on_the_fly: run the backbone on augmented images in every epoch; else once, on plain ones, out of which, if they are
+            lazy, ImageNet's mean and standard deviation are taken instead of the task's, as in the study.
         checkpoint: a file for the head, written after every epoch, and read first if it is there.
 
     Where :func:`sparsekit.compile` cannot capture the backbone, it runs as it is, with a warning.
@@ -288,10 +340,12 @@ def linear_finetune(
     optimizer = torch.optim.SGD(head.parameters(), lr, 0.9, weight_decay=5e-4)
     start = time.perf_counter()
     backbone = _engine(model, torch.zeros(batch_size, channels, size, size))
-    stored = None
+    stored, stats = None, (task.mean, task.std)
     if not on_the_fly:
+        stats = IMAGENET
         with torch.no_grad():
-            stored = torch.cat([backbone(prepare(part, size, channels)) for part in task.train_images.split(128)])
+            shown = plain(task.train_images, size, channels, 128, stats, interpolation)
+            stored = torch.cat([backbone(images) for images in shown])
     history: list[dict[str, float]] = []
     if checkpoint is not None and Path(checkpoint).exists():
         history = load_checkpoint(checkpoint, head, optimizer).extra["history"]
@@ -301,7 +355,8 @@ def linear_finetune(
             began, losses = time.perf_counter(), []
             for group in optimizer.param_groups:
                 group["lr"] = lr * _factor("steps", epoch, epochs)
-            for features, labels in _features(backbone, task, size, channels, batch_size, seed, epoch, stored):
+            shown = _features(backbone, task, size, channels, batch_size, seed, epoch, interpolation, stored)
+            for features, labels in shown:
                 optimizer.zero_grad()
                 loss = F.cross_entropy(head(features), labels)
                 loss.backward()
@@ -320,7 +375,8 @@ def linear_finetune(
                 save_checkpoint(checkpoint, head, optimizer, {"history": history})
     seconds = time.perf_counter() - start
     _put_head_back(model, head)
-    return Result(evaluate(model, task, size=size), history, seconds, model)
+    accuracy = evaluate(model, task, size=size, interpolation=interpolation, stats=stats)
+    return Result(accuracy, history, seconds, model)
 
 
 def _engine(backbone: nn.Module, example: Tensor) -> nn.Module:
@@ -332,14 +388,16 @@ def _engine(backbone: nn.Module, example: Tensor) -> nn.Module:
         return backbone
 
 
-def _features(backbone, task, size, channels, batch_size, seed, epoch, stored) -> Iterator[tuple[Tensor, Tensor]]:
+def _features(
+    backbone, task, size, channels, batch_size, seed, epoch, interpolation, stored
+) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of (features, labels): the stored ones in random order, or fresh ones of augmented images."""
     if stored is not None:
         order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
         for part in order.split(batch_size):
             yield stored[part], task.train_labels[part]
         return
-    for images, labels in batches(task, size, channels, batch_size, True, seed, epoch):
+    for images, labels in batches(task, size, channels, batch_size, True, seed, epoch, interpolation):
         with torch.no_grad():
             features = backbone(images)
         yield features, labels
