@@ -1,8 +1,9 @@
-"""The command line: prune, transfer, study, compile, bench, explain, info, job."""
+"""The command line: prune, transfer, tasks, study, compile, bench, explain, info, job."""
 
 from __future__ import annotations
 
 import json as json_module
+import signal
 import sys
 from dataclasses import replace
 from enum import Enum
@@ -140,25 +141,38 @@ def prune(
 
 @app.command()
 def transfer(
-    checkpoint: Annotated[Path, typer.Argument(help="an upstream checkpoint of ours")],
-    task: Annotated[str, typer.Argument(help="fashion-mnist, mnist-5k or digits")],
+    model: Annotated[str, typer.Argument(help="a checkpoint, torchvision:NAME or timm:NAME")],
+    task: Annotated[str, typer.Argument(help="a name of `sparsekit tasks`, or a folder of folders of images")],
     mode: Mode = Mode.linear,
     epochs: int = 150,
     lr: Annotated[float | None, typer.Option(help="default: the protocol's, 0.01 linear, 0.001 full")] = None,
     seed: int = 0,
+    size: Annotated[
+        int, typer.Option(help="height and width of the images; 0: 28 for small ResNets, 224 for others")
+    ] = 0,
+    arch: Annotated[str | None, typer.Option(help="of a checkpoint whose names do not say it")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="take a checkpoint without zeros or mask")] = False,
     on_the_fly: Annotated[bool, typer.Option(help="linear: run the backbone on augmented images every epoch")] = False,
     out: Annotated[Path | None, typer.Option(help="where the finetuned checkpoint goes")] = None,
     json: Json = False,
 ) -> None:
     """Finetune an upstream model on another task; the mask stays fixed."""
     from .io import save_checkpoint
-    from .transfer import full_finetune, linear_finetune, tasks
+    from .transfer import full_finetune, linear_finetune, tasks, upstream
+    from .transfer.models import SmallResNet
 
-    model, data = _load(checkpoint), tasks.load(task)
+    # Data first: it is what is most often missing.
+    data = tasks.from_folder(task) if Path(task).is_dir() else tasks.load(task)
+    loaded = upstream.load(model, arch, dense=dense)
+    print(loaded, file=sys.stderr)
+    settings = {
+        "epochs": epochs, "seed": seed, "size": size or (28 if isinstance(loaded.model, SmallResNet) else 224),
+        "interpolation": loaded.interpolation,
+    }  # fmt: skip
     if mode is Mode.linear:
-        result = linear_finetune(model, data, epochs=epochs, lr=lr or 0.01, seed=seed, on_the_fly=on_the_fly)
+        result = linear_finetune(loaded.model, data, lr=lr or 0.01, on_the_fly=on_the_fly, **settings)
     else:
-        result = full_finetune(model, data, epochs=epochs, lr=lr or 0.001, seed=seed)
+        result = full_finetune(loaded.model, data, lr=lr or 0.001, **settings)
     if out:
         save_checkpoint(out, result.model, extra={"accuracy": result.accuracy, "task": task})
     figures = {"task": task, "mode": mode.value, "accuracy": result.accuracy, "seconds": result.seconds}
@@ -275,6 +289,58 @@ def recipes(json: Json = False) -> None:
         print(f"{name:<14} {recipe.method:<10} {recipe.epochs:g} epochs; {settings}")
 
 
+tasks_app = typer.Typer(help="The tasks: which there are, where they are looked for, how to get them.")
+app.add_typer(tasks_app, name="tasks")
+
+
+@tasks_app.callback(invoke_without_command=True)
+def list_tasks(context: typer.Context, json: Json = False) -> None:
+    """The tasks: which there are, where they are looked for, and how to get each."""
+    if context.invoked_subcommand is not None:
+        return
+    from .transfer import tasks
+
+    rows = tasks.overview()
+    if json:
+        print(json_module.dumps(rows))
+        return
+    for row in rows:
+        size = (
+            f"{row['classes']} classes, {row['train']:,} / {row['test']:,}, {row['metric']}; "
+            if "classes" in row
+            else ""
+        )
+        print(
+            f"{row['name']:<16} {'there  ' if row['there'] else 'missing'}  {size}{row['where']}\n{'':26}{row['how']}"
+        )
+
+
+@tasks_app.command("fetch")
+def fetch_tasks(
+    names: Annotated[list[str], typer.Argument(help="of `sparsekit tasks`")],
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="leave out images that cannot be read")] = False,
+    json: Json = False,
+) -> None:
+    """Fetch tasks into the folder that SPARSEKIT_DATA names, and read them once."""
+    from .transfer import tasks
+
+    unknown = [name for name in names if name not in tasks.names()]
+    if unknown:
+        raise typer.BadParameter(f"NAMES must be of {', '.join(tasks.names())}, got {', '.join(unknown)}")
+    rows = []
+    for name in names:
+        task = tasks.load(name, download=True, skip_corrupt=skip_corrupt)
+        counts = {"classes": task.classes, "train": len(task.train_labels), "test": len(task.test_labels)}
+        rows.append({"name": name, **counts, "metric": task.metric, "source": task.source})
+        if not json:
+            print(
+                f"{name}: {task.classes} classes, {counts['train']:,} images to train on, {counts['test']:,} to test on; "
+                f"{task.metric}\n  {task.source}"
+            )
+    if json:
+        print(json_module.dumps(rows))
+
+
 study = typer.Typer(no_args_is_help=True, help="The study's grids; each goes on where it was stopped.")
 app.add_typer(study, name="study")
 
@@ -368,6 +434,8 @@ def study_run(
     """Run what is not finished of a study: checks it first, and tries failed cells again."""
     from .transfer.study import load, run
 
+    # Being terminated cancels the workers, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = load(document)
     if workers is not None:
         chosen = replace(chosen, work=replace(chosen.work, workers=workers))
@@ -429,7 +497,10 @@ def study_report(
     document: Annotated[Path, typer.Argument(help="a study document, or the results.json of one")],
     out: Annotated[Path | None, typer.Option(help="where the report goes; default: the study's folder")] = None,
 ) -> None:
-    """Tables, rankings, plots and the published figures beside ours: report.html, report.md, cells.csv, summary.csv."""
+    """Tables, rankings, plots and the published figures beside ours: report.html, report.md, cells.csv, summary.csv.
+
+    With --out also results.json, from which alone all of it can be made again.
+    """
     from .transfer.study import collect, load, write_study_report
 
     if document.suffix == ".json":
@@ -438,6 +509,8 @@ def study_report(
         chosen = load(document)
         results, folder = collect(chosen), chosen.out
     write_study_report(results, out or folder)
+    if out is not None:
+        (out / "results.json").write_text(json_module.dumps(results) + "\n")
     print(f"report: {(out or folder) / 'report.html'}")
 
 

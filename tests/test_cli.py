@@ -7,6 +7,8 @@ pytest.importorskip("torchvision", exc_type=ImportError)
 pytest.importorskip("sklearn")
 typer_testing = pytest.importorskip("typer.testing")
 
+from PIL import Image
+
 import sparsekit as sk
 from sparsekit import bench, cli
 from sparsekit.transfer.models import SmallResNet
@@ -32,7 +34,7 @@ def test_info():
 
 
 def test_every_command_has_help():
-    for command in ("prune", "transfer", "compile", "bench", "explain", "info", "job"):
+    for command in ("prune", "transfer", "tasks", "compile", "bench", "explain", "info", "job"):
         assert "Usage" in run(command, "--help").stdout
     for grid in ("upstream", "imagenet", "check", "run", "status", "time", "collect", "report"):
         assert "Usage" in run("study", grid, "--help").stdout
@@ -47,6 +49,29 @@ def test_prune_transfer_explain(checkpoint, tmp_path):
     assert 0 <= figures["accuracy"] <= 1 and sk.io.load_checkpoint(out).masks
     rows = json.loads(run("explain", pruned, "--batch", 2, "--json").stdout)
     assert {row["backend"] for row in rows} <= {"sparse", "dense"} and len(rows) == 9
+
+
+def test_transfer_to_a_folder_of_ones_own(checkpoint, tmp_path):
+    for number in range(8):
+        path = tmp_path / "own" / ("cat", "dog")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 30), (30 * number, 0, 0)).save(path)
+    with pytest.raises(ValueError, match="would be trained dense"):
+        run("transfer", checkpoint, tmp_path / "own", "--epochs", 1)
+    printed = run("transfer", checkpoint, tmp_path / "own", "--epochs", 1, "--dense", "--json").stdout
+    assert 0 <= json.loads(printed)["accuracy"] <= 1
+
+
+def test_tasks_are_listed_and_fetched(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEKIT_DATA", str(tmp_path))
+    rows = {row["name"]: row for row in json.loads(run("tasks", "--json").stdout)}
+    assert len(rows) == 24 and rows["digits"]["there"] and not rows["cifar10"]["there"]
+    assert rows["wesnoth-race"]["where"].startswith(str(tmp_path)) and "GPL-2+" in rows["wesnoth-race"]["how"]
+    printed = run("tasks").stdout
+    assert "cifar10          missing  10 classes, 50,000 / 10,000, top1" in printed
+    assert json.loads(run("tasks", "fetch", "digits", "--json").stdout)[0]["train"] == 1437
+    failed = run("tasks", "fetch", "nothing")
+    assert failed.exit_code == 2 and "NAMES must be of sun397" in failed.output
 
 
 def test_compile(checkpoint, tmp_path):

