@@ -280,7 +280,11 @@ def _write(path: Path, task: Task) -> None:
     }
     facts = {key: getattr(task, key) for key in ("name", "classes", "metric", "flip", "source", "labels")}
     metadata = {"format": "sparsekit task", "version": str(VERSION), "json": json.dumps(facts)}
-    write_atomically(path, lambda name: save_file(tensors, name, metadata))
+    try:
+        write_atomically(path, lambda name: save_file(tensors, name, metadata))
+    except SafetensorError as error:
+        # Such as no space left.
+        raise RuntimeError(f"{path} cannot be written: {error}") from error
 
 
 def _read(path: Path) -> Task:

@@ -18,6 +18,7 @@ import torchvision.datasets as sets
 from ..io import write_atomically
 from . import own
 from .data import LazyImages, Stats, Task
+from .fetch import check_room
 
 # What a loader gives of a part: images (paths, or arrays), labels.
 Part = tuple[Sequence[Any], Sequence[int]]
@@ -36,7 +37,7 @@ class Standard:
         where: is looked for, below the folder of data.
         how: to get it.
         parts: gives the parts for training and for testing; called with the folder of data, and whether to download.
-        downloads: whether torchvision can download it.
+        gigabytes: of the archives that torchvision downloads, about; 0 where it cannot.
     """
 
     title: str
@@ -48,7 +49,7 @@ class Standard:
     where: str
     how: str
     parts: Callable[[Path, bool], tuple[Part, Part]]
-    downloads: bool = True
+    gigabytes: float = 0
 
 
 def load(name: str, root: Path, *, download: bool = False, skip_corrupt: bool = False) -> Task:
@@ -65,8 +66,12 @@ def load(name: str, root: Path, *, download: bool = False, skip_corrupt: bool = 
         ValueError: images cannot be read, which are then named.
     """
     standard = STANDARD[name]
-    if download and not standard.downloads:
+    if download and not standard.gigabytes:
         raise RuntimeError(f"{standard.title} cannot be downloaded from here. {standard.how}")
+    if download:
+        root.mkdir(parents=True, exist_ok=True)
+        # The archives stay beside what is in them.
+        check_room(root, 0 if (root / standard.where).exists() else int(2e9 * standard.gigabytes), standard.title)
     try:
         if not download and not (root / standard.where).is_dir():
             raise FileNotFoundError("there is no such folder")
@@ -102,7 +107,7 @@ def load(name: str, root: Path, *, download: bool = False, skip_corrupt: bool = 
 
 def _looked_for(name: str, root: Path) -> str:
     standard = STANDARD[name]
-    fetch = f" `sparsekit tasks fetch {name}` downloads it." if standard.downloads else ""
+    fetch = f" `sparsekit tasks fetch {name}` downloads it." if standard.gigabytes else ""
     return f"It was looked for in {root / standard.where}. {standard.how}{fetch}"
 
 
@@ -219,51 +224,50 @@ def _pets(root: Path, download: bool) -> tuple[Part, Part]:
 STANDARD = {
     "sun397": Standard(
         "SUN397", 397, 19_850, 19_850, "top1", ((0.4772, 0.4566, 0.4168), (0.2556, 0.2520, 0.2720)), "SUN397",
-        "Unpack SUN397.tar.gz there, and the official splits, Partitions.zip, into its folder Partitions.", _sun397,
+        "Unpack SUN397.tar.gz there, and the official splits, Partitions.zip, into its folder Partitions.", _sun397, 37,
     ),
     "aircraft": Standard(
         "FGVC Aircraft", 100, 6_667, 3_333, "mean_per_class", ((0.4892, 0.5159, 0.5356), (0.2275, 0.2200, 0.2476)),
-        "fgvc-aircraft-2013b", "Unpack fgvc-aircraft-2013b.tar.gz there.", _aircraft,
+        "fgvc-aircraft-2013b", "Unpack fgvc-aircraft-2013b.tar.gz there.", _aircraft, 2.8,
     ),
     "birdsnap": Standard(
         "Birdsnap", 500, 32_677, 8_171, "top1", ((0.4856, 0.4948, 0.4486), (0.2233, 0.2213, 0.2586)), "birdsnap",
         "Its authors give a script that collects the images; put them into train/<class> and test/<class>.", _birdsnap,
-        downloads=False,
     ),
     "caltech101": Standard(
         "Caltech-101", 101, 3_030, 5_647, "mean_per_class", ((0.5413, 0.5063, 0.4693), (0.3115, 0.3090, 0.3183)),
-        "caltech101/101_ObjectCategories", "Unpack 101_ObjectCategories.tar.gz there.", _caltech101,
+        "caltech101/101_ObjectCategories", "Unpack 101_ObjectCategories.tar.gz there.", _caltech101, 0.14,
     ),
     "caltech256": Standard(
         "Caltech-256", 257, 15_420, 15_187, "mean_per_class", ((0.5438, 0.5141, 0.4821), (0.3077, 0.3044, 0.3163)),
-        "caltech256/256_ObjectCategories", "Unpack 256_ObjectCategories.tar there.", _caltech256,
+        "caltech256/256_ObjectCategories", "Unpack 256_ObjectCategories.tar there.", _caltech256, 1.2,
     ),
     "cars": Standard(
         "Stanford Cars", 196, 8_144, 8_041, "top1", ((0.4513, 0.4354, 0.4358), (0.2900, 0.2880, 0.2951)), "stanford_cars",
-        "Put cars_train, cars_test, devkit and cars_test_annos_withlabels.mat there.", _cars, downloads=False,
+        "Put cars_train, cars_test, devkit and cars_test_annos_withlabels.mat there.", _cars,
     ),
     "cifar10": Standard(
         "CIFAR-10", 10, 50_000, 10_000, "top1", ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-        "cifar-10-batches-py", "Unpack cifar-10-python.tar.gz there.", lambda *to: _cifar(sets.CIFAR10, *to),
+        "cifar-10-batches-py", "Unpack cifar-10-python.tar.gz there.", lambda *to: _cifar(sets.CIFAR10, *to), 0.17,
     ),
     "cifar100": Standard(
         "CIFAR-100", 100, 50_000, 10_000, "top1", ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-        "cifar-100-python", "Unpack cifar-100-python.tar.gz there.", lambda *to: _cifar(sets.CIFAR100, *to),
+        "cifar-100-python", "Unpack cifar-100-python.tar.gz there.", lambda *to: _cifar(sets.CIFAR100, *to), 0.17,
     ),
     "dtd": Standard(
         "DTD, split 1", 47, 3_760, 1_880, "top1", ((0.5322, 0.4734, 0.4251), (0.2642, 0.2530, 0.2613)), "dtd/dtd",
-        "Unpack dtd-r1.0.1.tar.gz there.", _dtd,
+        "Unpack dtd-r1.0.1.tar.gz there.", _dtd, 0.6,
     ),
     "flowers": Standard(
         "Oxford Flowers-102", 102, 2_040, 6_149, "mean_per_class", ((0.5133, 0.4148, 0.3383), (0.2959, 0.2502, 0.2900)),
-        "flowers-102", "Put jpg, imagelabels.mat and setid.mat there.", _flowers,
+        "flowers-102", "Put jpg, imagelabels.mat and setid.mat there.", _flowers, 0.35,
     ),
     "food101": Standard(
         "Food-101", 101, 75_750, 25_250, "top1", ((0.5566, 0.4378, 0.3193), (0.2589, 0.2622, 0.2630)), "food-101",
-        "Unpack food-101.tar.gz there.", _food101,
+        "Unpack food-101.tar.gz there.", _food101, 5,
     ),
     "pets": Standard(
         "Oxford-IIIT Pets", 37, 3_680, 3_669, "mean_per_class", ((0.4807, 0.4432, 0.3949), (0.2598, 0.2537, 0.2597)),
-        "oxford-iiit-pet", "Unpack images.tar.gz and annotations.tar.gz there.", _pets,
+        "oxford-iiit-pet", "Unpack images.tar.gz and annotations.tar.gz there.", _pets, 0.8,
     ),
 }  # fmt: skip

@@ -88,7 +88,7 @@ def overview(root: str | os.PathLike | None = None) -> list[dict[str, Any]]:
         {
             "name": name, "title": own.title, "classes": own.classes, "train": own.train, "test": own.test,
             "metric": own.metric, "where": str(root / own.where), "there": (root / own.where).exists(),
-            "how": own.how + (f" Or: sparsekit tasks fetch {name}" if own.downloads else ""),
+            "how": own.how + (f" Or: sparsekit tasks fetch {name} ({own.gigabytes:g} GB)" if own.gigabytes else ""),
         }
         for name, own in standard.STANDARD.items()
     ]  # fmt: skip

@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import InterpolationMode
 
 from ..convert import SparsityReport, set_mask_, sparsify_, sparsity
 from ..io import load_checkpoint
+from ..nn import SparseModule
 from .models import EfficientNetLite0, MobileNetV1, SmallResNet, efficientnet_lite_state, head_name
 
 logger = logging.getLogger("sparsekit")
@@ -161,11 +162,11 @@ def _file(path: Path, arch: str | nn.Module | None, dense: bool) -> Upstream:
         model = _build(name, state)
     _check_fit(path, name, model, state)
     model.load_state_dict(state)
-    stored = _sparsify(model, masks)
+    stored, inferred = _sparsify(model, masks)
     bicubic = dialect == "RigL's" or name == "mobilenet_rigl"
-    how = "masks from the file" if stored else "masks from exact zeros"
+    how = [f"{count} masks from {what}" for count, what in ((stored, "the file"), (inferred, "exact zeros")) if count]
     upstream = Upstream(
-        model.eval(), name, str(path), f"{format}{dialect and f' in {dialect} names'}, {how}",
+        model.eval(), name, str(path), f"{format}{dialect and f' in {dialect} names'}, {' and '.join(how) or 'no masks'}",
         InterpolationMode.BICUBIC if bicubic else InterpolationMode.BILINEAR,
     )  # fmt: skip
     if upstream.sparsity.overall < DENSE and not dense:
@@ -173,7 +174,7 @@ def _file(path: Path, arch: str | nn.Module | None, dense: bool) -> Upstream:
             f"{path} would be trained dense: it holds no mask, and {upstream.sparsity.overall:.2%} of its weights are zero. "
             "If that is what you want, say dense=True (--dense)"
         )
-    logger.log(logging.INFO if stored else logging.WARNING, "%s", upstream)
+    logger.log(logging.WARNING if inferred else logging.INFO, "%s", upstream)
     return upstream
 
 
@@ -456,21 +457,21 @@ def _check_fit(path: Path, name: str, model: nn.Module, state: Mapping[str, Tens
         raise ValueError(f"{path} holds values that are not finite, in {len(broken)} tensors, such as {broken[0]}")
 
 
-def _sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
-    """Make layers with a mask, or with zeros, sparse; returns whether masks were given."""
-    pruned = {}
+def _sparsify(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Make layers with a mask, or with zeros, sparse; returns how many of each."""
+    pruned, stored = {}, 0
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and name and module.weight is not None:
-            mask = masks.get(f"{name}.weight")
-            if mask is None and float((module.weight == 0).float().mean()) >= FEWEST_ZEROS:
-                mask = module.weight != 0
-            if mask is not None:
-                pruned[name] = mask
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and name:
+            if f"{name}.weight" in masks:
+                pruned[name] = masks[f"{name}.weight"]
+                stored += 1
+            elif float((module.weight == 0).float().mean()) >= FEWEST_ZEROS:
+                pruned[name] = module.weight != 0
     if pruned:
         sparsify_(model, filter_fn=lambda name, _: name in pruned, min_sparsity=0)
         for name, mask in pruned.items():
             layer = model.get_submodule(name)
             # Weights that the mask keeps may be zero.
-            if hasattr(layer, "weight_mask") and not torch.equal(layer.weight_mask, mask):
+            if isinstance(layer, SparseModule) and not torch.equal(layer.weight_mask, mask):
                 set_mask_(layer, mask)
-    return bool(masks)
+    return stored, len(pruned) - stored

@@ -10,6 +10,8 @@ import torch
 pytest.importorskip("torchvision", exc_type=ImportError)
 
 
+from safetensors import SafetensorError
+
 from sparsekit.transfer import fetch, stand_ins, tasks
 from sparsekit.transfer.stand_ins import OPENCV, STAND_INS, WESNOTH, choose, make
 
@@ -210,6 +212,22 @@ def test_a_full_disk_is_found_before_the_download(tmp_path, monkeypatch):
         stand_ins.load("opencv-digits", tmp_path)
     with pytest.raises(RuntimeError, match=rf"{re.escape(OPENCV.file)} needs 96 MB"):
         fetch.fetch_package(OPENCV, tmp_path)
+
+
+def test_a_disk_that_is_full_while_a_task_is_written_loses_nothing(package, tmp_path, monkeypatch):
+    root = tmp_path / "data"
+
+    def full(tensors, name, metadata):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stand_ins, "save_file", full)
+        with pytest.raises(
+            RuntimeError, match=r"wesnoth-race\.safetensors cannot be written: .*No space left on device"
+        ):
+            tasks.load("wesnoth-race", root)
+    assert sorted(path.name for path in root.rglob("*") if path.is_file()) == [WESNOTH.file]
+    assert len(tasks.load("wesnoth-race", root).labels) == 2
 
 
 def test_damaged_packages_are_named(tmp_path):

@@ -16,7 +16,7 @@ scipy_io = pytest.importorskip("scipy.io")
 
 import torchvision.datasets as sets
 
-from sparsekit.transfer import evaluate, full_finetune, linear_finetune, standard, tasks
+from sparsekit.transfer import evaluate, fetch, full_finetune, linear_finetune, standard, tasks
 from sparsekit.transfer.data import LazyImages, View
 from sparsekit.transfer.models import SmallResNet
 
@@ -240,6 +240,12 @@ def test_what_is_missing_says_where_it_was_looked_for_and_how_to_get_it(tmp_path
         assert not next(row for row in tasks.overview(tmp_path) if row["name"] == name)["there"]
     with pytest.raises(RuntimeError, match=r"Birdsnap cannot be downloaded from here\. Its authors give a script"):
         tasks.load("birdsnap", tmp_path, download=True)
+
+
+def test_a_full_disk_is_found_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: type("usage", (), {"free": 9_000_000_000}))
+    with pytest.raises(RuntimeError, match=r"Food-101 needs 10000 MB in .*, whose disk has 9000 MB left"):
+        tasks.load("food101", tmp_path, download=True)
 
 
 def test_half_downloaded_data_is_refused(make, tmp_path):

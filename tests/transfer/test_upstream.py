@@ -220,7 +220,7 @@ def test_the_studys_wrapped_checkpoints(tmp_path, caplog):
         loaded = upstream.load(tmp_path / "best.ckpt", bottlenecks())
     assert_same(loaded, model)
     assert torch.equal(loaded.model.layer1[0].conv2.weight_mask, mask.bool())
-    assert "masks from the file; 18 of 18 layers are pruned" in caplog.text and "bilinear" in caplog.text
+    assert "18 masks from the file; 18 of 18 layers are pruned" in caplog.text and "bilinear" in caplog.text
 
 
 def test_masks_of_ones_do_not_make_a_model_dense(tmp_path, caplog):
@@ -232,7 +232,7 @@ def test_masks_of_ones_do_not_make_a_model_dense(tmp_path, caplog):
     torch.save({"model_state_dict": state}, tmp_path / "ones.ckpt")
     loaded = upstream.load(tmp_path / "ones.ckpt", bottlenecks())
     assert_same(loaded, model)
-    assert "masks from exact zeros; 18 of 18 layers are pruned" in caplog.text
+    assert "18 masks from exact zeros; 18 of 18 layers are pruned" in caplog.text
     assert torch.equal(loaded.model.conv1.weight_mask, model.conv1.weight != 0)
 
 
