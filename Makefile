@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 RUN ?= default
 TORCH ?= 2.13.0
 
-.PHONY: run test setup bench bench-costs bench-peers figures lint format test-torch test-asan clean
+.PHONY: run test setup bench bench-costs bench-gpu bench-peers figures lint format test-torch test-asan clean
 
 run: $(STAMP)
 	$(BIN)/python -m sparsekit.cli job --name $(RUN)
@@ -40,6 +40,12 @@ bench-peers: $(STAMP)
 
 bench-costs: $(STAMP)
 	$(BIN)/python -m benchmarks.costs
+
+# Builds the CUDA kernels, times every kernel beside what docs/gpu.md predicts, and fills that document.
+bench-gpu: $(STAMP)
+	SPARSEKIT_CUDA=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
+	$(BIN)/python -m benchmarks.gpu --docs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -43,28 +43,28 @@ measured: dict[tuple, dict[Variant, float]] = {}
 
 
 @functools.cache
-def _has_cuda() -> bool:
-    return hasattr(torch.ops.sparsekit_cuda, "conv2d") and torch.version.cuda is not None
-
-
-@functools.cache
-def _triton() -> tuple[bool, str]:
+def lacks() -> dict[str, str]:
+    """What every backend but the reference waits for, for people: ``{"cuda": ..., "triton": ...}``, less those that run."""
     from . import kernels
 
-    return kernels.available()
+    built = hasattr(torch.ops.sparsekit_cuda, "conv2d")
+    found = {
+        "cuda": kernels.no_gpu() if built else "sparsekit was built without SPARSEKIT_CUDA=1",
+        "triton": kernels.available()[1],
+    }
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def backends() -> tuple[str, ...]:
     """The values that :func:`use_backend` accepts in this installation, in the order of preference."""
-    there = {"cuda": _has_cuda(), "triton": _triton()[0], "reference": True}
-    return tuple(name for name in BACKENDS if there[name])
+    return tuple(name for name in BACKENDS if name not in lacks())
 
 
 def missing() -> str:
     """What this installation lacks for GPU kernels, for people; empty if it has some."""
     if len(backends()) > 1:
         return ""
-    return f"no GPU kernels: built without SPARSEKIT_CUDA=1, and {_triton()[1]}"
+    return "no GPU kernels: " + "; ".join(f"{name}: {reason}" for name, reason in lacks().items())
 
 
 @contextlib.contextmanager
@@ -75,7 +75,8 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: ``name`` is not one of :func:`backends`.
     """
     if name not in backends():
-        raise ValueError(f"name must be one of {', '.join(backends())} in this installation, got {name!r}")
+        why = f" ({lacks()[name]})" if name in lacks() else ""
+        raise ValueError(f"name must be one of {', '.join(backends())} in this installation, got {name!r}{why}")
     before, _state["forced"] = _state["forced"], name
     try:
         yield
