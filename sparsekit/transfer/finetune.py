@@ -101,7 +101,7 @@ def train(
     checkpoint: str | os.PathLike | None = None,
     description: str = "training",
 ) -> Result:
-    """Train ``model`` in place with SGD; sparse layers keep their masks unless a pruner changes them.
+    """Train ``model`` in place with SGD, on its device; sparse layers keep their masks unless a pruner changes them.
 
     The order of images and their augmentation follow from the seed and the epoch, so that a run that is stopped and
     started again from its checkpoint ends with the same weights.
@@ -132,6 +132,7 @@ def train(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    device = _device(model)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr, momentum, weight_decay=weight_decay
     )
@@ -153,6 +154,7 @@ def train(
             start, losses = time.perf_counter(), []
             model.train()
             for images, labels in batches(task, size, channels, batch_size, augmented, seed, epoch):
+                images, labels = images.to(device), labels.to(device)
                 optimizer.zero_grad()
 
                 def loss(images=images, labels=labels):
@@ -210,13 +212,18 @@ def evaluate(model: nn.Module, task: Task, *, size: int = 28, batch_size: int = 
         A fraction in [0, 1].
     """
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    mode = model.training
+    device, mode = _device(model), model.training
     model.eval()
     try:
-        predicted = [model(prepare(part, size, channels)).argmax(1) for part in task.test_images.split(batch_size)]
+        shown = (prepare(part, size, channels).to(device) for part in task.test_images.split(batch_size))
+        predicted = [model(images).argmax(1) for images in shown]
     finally:
         model.train(mode)
-    return accuracy(torch.cat(predicted), task.test_labels, task.metric)
+    return accuracy(torch.cat(predicted).cpu(), task.test_labels, task.metric)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def accuracy(predicted: Tensor, labels: Tensor, metric: str) -> float:
@@ -268,7 +275,7 @@ def linear_finetune(
     on_the_fly: bool = False,
     checkpoint: str | os.PathLike | None = None,
 ) -> Result:
-    """Linear finetuning: a new dense head on the features of the frozen backbone, which runs as an inference engine.
+    """Linear finetuning: a new dense head on the features of the frozen backbone, which runs as an engine on the CPU.
 
     Args:
         model: an upstream model that ends in an ``nn.Linear``; it is not changed.
@@ -285,13 +292,15 @@ def linear_finetune(
     head = replace_head_(model, nn.Identity())
     model.eval()
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    device = _device(head)
     optimizer = torch.optim.SGD(head.parameters(), lr, 0.9, weight_decay=5e-4)
     start = time.perf_counter()
-    backbone = _engine(model, torch.zeros(batch_size, channels, size, size))
+    backbone = _engine(model, torch.zeros(batch_size, channels, size, size)) if device.type == "cpu" else model
     stored = None
     if not on_the_fly:
         with torch.no_grad():
-            stored = torch.cat([backbone(prepare(part, size, channels)) for part in task.train_images.split(128)])
+            shown = (prepare(part, size, channels).to(device) for part in task.train_images.split(128))
+            stored = torch.cat([backbone(images) for images in shown])
     history: list[dict[str, float]] = []
     if checkpoint is not None and Path(checkpoint).exists():
         history = load_checkpoint(checkpoint, head, optimizer).extra["history"]
@@ -301,9 +310,9 @@ def linear_finetune(
             began, losses = time.perf_counter(), []
             for group in optimizer.param_groups:
                 group["lr"] = lr * _factor("steps", epoch, epochs)
-            for features, labels in _features(backbone, task, size, channels, batch_size, seed, epoch, stored):
+            for features, labels in _features(backbone, task, size, channels, batch_size, seed, epoch, stored, device):
                 optimizer.zero_grad()
-                loss = F.cross_entropy(head(features), labels)
+                loss = F.cross_entropy(head(features), labels.to(device))
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())
@@ -332,7 +341,9 @@ def _engine(backbone: nn.Module, example: Tensor) -> nn.Module:
         return backbone
 
 
-def _features(backbone, task, size, channels, batch_size, seed, epoch, stored) -> Iterator[tuple[Tensor, Tensor]]:
+def _features(
+    backbone, task, size, channels, batch_size, seed, epoch, stored, device
+) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of (features, labels): the stored ones in random order, or fresh ones of augmented images."""
     if stored is not None:
         order = torch.randperm(len(stored), generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
@@ -341,7 +352,7 @@ def _features(backbone, task, size, channels, batch_size, seed, epoch, stored) -
         return
     for images, labels in batches(task, size, channels, batch_size, True, seed, epoch):
         with torch.no_grad():
-            features = backbone(images)
+            features = backbone(images.to(device))
         yield features, labels
 
 
@@ -351,7 +362,7 @@ def _with_new_head(model: nn.Module, classes: int, seed: int) -> nn.Module:
     old = model.get_submodule(head_name(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        replace_head_(model, nn.Linear(old.in_features, classes))
+        replace_head_(model, nn.Linear(old.in_features, classes).to(old.weight.device))
     return model
 
 
