@@ -247,14 +247,17 @@ def prepare_sparse(bench: Bench, case: Case, backend: str, op: str, sparsity: fl
     """An op that has been tuned and compared with the reference, and what was found."""
     from sparsekit import gpu
 
-    run = forced(bench, backend, case.sparse(op, sparsity))
+    run, before = forced(bench, backend, case.sparse(op, sparsity)), len(gpu.measured)
     with gpu.tuning():
         run()
+    tuned = next(reversed(gpu.measured.values())) if len(gpu.measured) > before else {}
     with gpu.watch() as calls:
         got = run().float()
     expected = case.reference(op, sparsity)
     error = float((got - expected).abs().max() / expected.abs().max())
-    return run, {"variant": calls[-1][1] if calls else backend, "error": error, "nnz": case.patterns[sparsity].nnz}
+    facts = {"variant": calls[-1][1] if calls else backend, "error": error, "nnz": case.patterns[sparsity].nnz}
+    # With warm caches, unlike everything else here.
+    return run, facts | {"variants_us": {str(variant): 1e6 * seconds for variant, seconds in tuned.items()}}
 
 
 def measure(bench: Bench, case: Case, backend: str, dtype: str, op: str) -> dict:
@@ -276,6 +279,8 @@ def measure(bench: Bench, case: Case, backend: str, dtype: str, op: str) -> dict
                 functions[precision, layout] = run
     for sparsity in bench.args.sparsity:
         entry = cell["sparse"][f"{100 * sparsity:g}"] = {}
+        if dtype == "float16" and op == "fwd" and backend == "triton":
+            entry["condensed_predicted_us"] = 1e6 * model.condensed_seconds(layer, sparsity, bench.part, batch)
         if backend == "cuda" or not bench.is_cuda:
             seconds = model.sparse_seconds(layer, sparsity, bench.part, PRECISIONS[dtype][0], batch)
             bound = model.bound(layer, op, sparsity, bench.part, batch, case.x.element_size())
@@ -402,6 +407,30 @@ def select_layers(args: argparse.Namespace) -> list[Layer]:
         # Only to try the code.
         layers = [x._replace(size=4 * x.stride, in_channels=x.in_channels // 4) for x in layers]
     return layers
+
+
+def run_optimizers(bench: Bench) -> None:
+    """Fused updates of ResNet-50's sparse convolutions: all their weights, and kept values alone."""
+    torch = bench.torch
+    makers = {
+        "SGD with momentum": (1, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True)),
+        "AdamW": (2, lambda p: torch.optim.AdamW(p, 0.1, fused=True)),
+    }
+    functions, found = {}, bench.results.setdefault("optimizers", {})
+    for sparsity in (0.0, *bench.args.sparsity):
+        for name, (buffers, make) in makers.items():
+            sizes = [model.kept(x, sparsity) for x in RESNET50 for _ in range(x.count)]
+            parameters = [torch.zeros(size, device=bench.device, requires_grad=True) for size in sizes]
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            functions[name, sparsity] = make(parameters).step
+            predicted = model.optimizer_seconds(sum(sizes), bench.part, buffers)
+            found[f"{name}, {100 * sparsity:g} %"] = {"predicted_us": 1e6 * predicted}
+    for (name, sparsity), times in bench.seconds(functions, bench.args.runs).items():
+        entry = found[f"{name}, {100 * sparsity:g} %"]
+        entry |= figures(times)
+        print(f"{name}, {100 * sparsity:g} %: {entry['us']:.1f} ({entry['predicted_us']:.1f})", flush=True)
+    bench.save()
 
 
 # --- the whole network ------------------------------------------------------------------------------------------------
@@ -614,6 +643,12 @@ def measured_tables(results: dict | None) -> str:
         cells.setdefault((backend, dtype), []).append((layer, op, cell))
     for (backend, dtype), rows in cells.items():
         found += [f"### {backend}, {dtype}, µs: measured (predicted)", layers_table(dtype, rows)]
+    if results.get("optimizers"):
+        rows = [
+            [name, f"{row['us']:.1f} ± {100 * row['spread']:.0f} % ({row['predicted_us']:.1f})"]
+            for name, row in results["optimizers"].items()
+        ]
+        found += ["### Fused optimizer updates, µs: measured (predicted)", model.table(["", "µs"], rows)]
     whole = results.get("whole")
     if whole:
         found += [f"### ResNet-50, whole, backend {whole['backend']}", whole_table(whole)]
@@ -628,6 +663,8 @@ def layers_table(dtype: str, rows: list[tuple[str, str, dict]]) -> str:
 
     def us(entry: dict) -> str:
         predicted = f" ({entry['predicted_us']:.0f})" if "predicted_us" in entry else ""
+        if "condensed_predicted_us" in entry and "panels" in entry.get("variant", ""):
+            predicted = f" (panels {entry['condensed_predicted_us']:.0f})"
         return f"{entry['us']:.1f} ± {100 * entry['spread']:.0f} %{predicted}" if "us" in entry else "–"
 
     def sparse(entry: dict) -> str:
@@ -703,6 +740,8 @@ def run(argv: list[str]) -> Bench:
     print(" ".join(f"{key} {value};" for key, value in bench.results["machine"].items()), f"backends {names}")
     print("µs, measured ± spread (predicted); a speed-up below 1 is a loss", flush=True)
     try:
+        if not args.whole and not args.quick and "optimizers" not in bench.results:
+            run_optimizers(bench)
         # Triton last: it compiles while it runs.
         if args.quick or not args.whole:
             run_layers(bench, [name for name in names if name != "triton"])

@@ -156,4 +156,9 @@ def test_measurements_go_beside_their_predictions():
         layer = gpu.select_layers(bench.args)[0]
         assert entry["predicted_us"] == 1e6 * gpu_model.sparse_seconds(layer, 0.9, bench.part, "tf32", 2)
         assert all(dense["predicted_us"] > 0 and dense["us"] > 0 for dense in cell["dense"].values())
-    assert "measured (predicted)" in gpu.measured_tables(bench.results)
+    optimizers = bench.results["optimizers"]
+    assert list(optimizers) == [f"{name}, {s} %" for s in (0, 90) for name in ("SGD with momentum", "AdamW")]
+    parameters = sum(layer.count * gpu_model.kept(layer, 0.9) for layer in RESNET50)
+    expected = 1e6 * gpu_model.optimizer_seconds(parameters, bench.part, 2)
+    assert optimizers["AdamW, 90 %"]["predicted_us"] == expected and optimizers["AdamW, 90 %"]["us"] > 0
+    assert gpu.measured_tables(bench.results).count("measured (predicted)") == 2

@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekit import _ops, kernels, reference
+from sparsekit import _ops, gpu, kernels, reference
 from sparsekit.formats import pattern_from_mask
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -168,6 +168,33 @@ def test_condensed_panels_stay_in_their_group():
     check_condensed(torch.float16, 16, (2, 6, 5, 5), 64, *geometry, 0.6)
     with pytest.raises(NotImplementedError, match="no multiple of the panel"):
         check_condensed(torch.float16, 16, (2, 6, 5, 5), 48, *geometry, 0.6)
+
+
+@runs
+def test_dispatch_runs_the_panels_that_tuning_chose(monkeypatch):
+    """sparsekit.gpu condenses a mask once, packs the values of every call, and notices indices that were written."""
+    size, out_channels, kernel, stride, padding, dilation, groups, sparsity = CONVOLUTIONS["3x3 stride 2"]
+    geometry = (list(kernel), list(stride), list(padding), list(dilation), groups)
+    g = torch.Generator().manual_seed(0)
+    masks = [torch.rand(out_channels, size[1], *kernel, generator=g) >= sparsity]
+    masks.append(masks[0].flip(1))  # as many weights in every row
+    x, bias = integers(g, torch.float16, *size), integers(g, torch.float16, out_channels)
+    crow, col, *_ = (t.to(DEVICE) for t in pattern_from_mask(masks[0]))
+    y = unwritten(x, *_ops.output_size(size, out_channels, *geometry[:4]))
+    residual = integers(g, torch.float16, *y.shape)
+    panels = gpu.Variant("triton", panel=16)
+    key = ("conv2d", *gpu._key(y, x, col, geometry), "triton")
+    monkeypatch.setitem(gpu.measured, key, {panels: 1e-6, gpu.Variant("triton"): 2e-6})
+    packed = []
+    monkeypatch.setattr(kernels, "pack", lambda *a, pack=kernels.pack: packed.append(a) or pack(*a))
+    for mask in (masks[0], masks[0], masks[1]):
+        col.copy_(pattern_from_mask(mask).col_indices) if mask is masks[1] else None
+        values = integers(g, torch.float16, col.numel())
+        with gpu.use_backend("triton"), gpu.watch() as calls:
+            gpu.conv2d(y.fill_(NAN), x, values, crow, col, bias, *geometry, residual=residual, relu=True)
+        assert calls == [("conv2d", "triton panels of 16")]
+        same(y, (exact(reference.conv2d, x, values, crow, col, bias, *geometry) + residual).relu())
+    assert len(packed) == 2
 
 
 def check_condensed(dtype, panel, size, out_channels, kernel, stride, padding, dilation, groups, sparsity):
