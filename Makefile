@@ -69,7 +69,7 @@ test-asan: $(STAMP)
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1" \
 	LDFLAGS="-fsanitize=address,undefined" \
 	  $(BIN)/python setup.py -q build_ext --build-temp build/asan/tmp --build-lib build/asan
-	cp -r sparsekit/*.py sparsekit/*/ build/asan/sparsekit/
+	cp -r sparsekit/*.py sparsekit/*/ kernels build/asan/sparsekit/
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/asan $(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_kernels.py tests/engine/test_chains.py
 
