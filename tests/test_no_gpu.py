@@ -1,5 +1,6 @@
 """What people read where something for GPUs is missing: a driver, a GPU, Triton, CUDA in torch, a toolkit at the build."""
 
+import copy
 import runpy
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+import sparsekit as sk
 from sparsekit import gpu, kernels
 
 ROOT = Path(__file__).parent.parent
@@ -19,9 +22,10 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def fresh(monkeypatch):
     """What is missing is found out once a process, but for these tests."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    gpu.lacks.cache_clear()
+    clear = gpu.lacks.cache_clear
+    clear()
     yield
-    gpu.lacks.cache_clear()
+    clear()
 
 
 @no_gpu
@@ -81,6 +85,50 @@ def test_the_benchmark_predicts_and_says_why_it_does_not_measure(capsys):
     benchmark.main(["--layers", "64-64-k1"])
     printed = capsys.readouterr()
     assert printed.err.startswith(f"nothing to measure: {kernels.no_gpu()}. ") and "### Rates" in printed.out
+
+
+# --- what PyTorch can trace of a GPU without one ---------------------------------------------------------------------
+
+
+def on_a_fake_gpu(model, mode):
+    """A copy of ``model`` whose tensors have shapes, dtypes and a device, and no numbers."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = FakeTensor(mode, parameter.detach().to("meta"), torch.device("cuda:0"))
+                module._parameters[name] = torch.nn.Parameter(fake)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = FakeTensor(mode, buffer.to("meta"), torch.device("cuda:0"))
+    return model
+
+
+@pytest.mark.parametrize("backend", ["sparse", "auto", "dense"])
+def test_models_on_a_gpu_compile_to_one_graph(monkeypatch, backend):
+    """Dispatch asks for the GPU's name, its size and the cost table while Dynamo traces; nothing reads a number back."""
+    facts = type("Facts", (), {"name": "NVIDIA H100 80GB HBM3", "multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: facts.name)
+    monkeypatch.setattr(gpu, "lacks", lambda: {})
+    layers = [torch.nn.Conv2d(16, 64, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64 * 49, 10)]
+    model = sk.sparsify_(sk.pruning.magnitude_(torch.nn.Sequential(*layers), 0.9, "uniform"))
+    model[0].backend = model[3].backend = backend
+    graphs = []
+
+    def capture(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    traced = torch.compile(on_a_fake_gpu(model, mode), backend=capture, fullgraph=True)
+    with mode:
+        out = traced(torch.empty(4, 16, 7, 7, device="cuda:0"))
+        assert out.shape == (4, 10) and out.device.type == "cuda"
+    # The cost table gives so small a layer to cuDNN.
+    assert len(graphs) == 1 and sum("conv2d" in target for target in graphs[0]) == 1, graphs
+    assert ("sparsekit.conv2d" in graphs[0]) == (backend == "sparse"), graphs
 
 
 # --- the build ------------------------------------------------------------------------------------------------------

@@ -480,6 +480,38 @@ def compile_one(job):
 
 
 @compiles
+def test_dispatch_reads_nothing_back_to_the_host(monkeypatch):
+    """What CUDA graphs need: tensors without numbers, which cannot be read, are enough to launch every kernel."""
+    from triton.runtime.jit import JITFunction
+
+    launched = set()
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launched.add(self.fn.__name__))
+    monkeypatch.setattr(gpu, "lacks", lambda: {"cuda": "not here"})
+    new = lambda *size, dtype=torch.float16: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
+    x, y, values, bias = new(4, 16, 9, 9), new(4, 24, 9, 9), new(64), new(24)
+    crow, t_crow, col = (new(n, dtype=torch.int32) for n in (25, 17, 64))
+    geometry = ([3, 3], [1, 1], [1] * 4, [1, 1], 1)
+    with gpu.watch() as calls:
+        gpu.conv2d(y, x, values, crow, col, bias, *geometry, residual=y, relu=True)
+        gpu.conv2d_input_grad(x, y, values, t_crow, col, col, *geometry)
+        gpu.conv2d_values_grad(values, y, x, crow, col, *geometry)
+        for batch in (4, 64):
+            inputs, outputs = new(batch, 16), new(batch, 24)
+            gpu.linear(outputs, inputs, values, crow, col, bias)
+            gpu.linear_input_grad(inputs, outputs, values, t_crow, col, col)
+            gpu.linear_values_grad(values, outputs, inputs, crow, col)
+        gpu.compress(values, new(24, 16, 3, 3), crow, col)
+        gpu.decompress(new(24, 16, 3, 3), values, crow, col)
+    assert {variant for _, variant in calls} == {"triton"} and len(calls) == 9
+    assert launched == {
+        "conv2d_kernel", "conv2d_values_grad_kernel", "copy_kept_kernel", "decode_kernel", "linear_kernel",
+        "linear_values_grad_kernel", "sum_columns_kernel",
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="meta"):
+        col[0].item()
+
+
+@compiles
 def test_kernels_compile_and_fit_their_target():
     unique = {repr(launch): launch for launch in launches()}.values()
     jobs = [(target, *launch) for launch in unique for target in TARGETS]
