@@ -6,7 +6,7 @@ STAMP := $(VENV)/.ready
 RUN ?= default
 TORCH ?= 2.13.0
 
-.PHONY: run test setup bench bench-costs bench-peers figures lint format test-torch test-asan clean
+.PHONY: run test setup bench bench-costs bench-gpu bench-peers figures lint format test-torch test-asan clean
 
 run: $(STAMP)
 	$(BIN)/python -m sparsekit.cli job --name $(RUN)
@@ -41,6 +41,12 @@ bench-peers: $(STAMP)
 bench-costs: $(STAMP)
 	$(BIN)/python -m benchmarks.costs
 
+# Builds the CUDA kernels, times every kernel beside what docs/gpu.md predicts, and fills that document.
+bench-gpu: $(STAMP)
+	SPARSEKIT_CUDA=1 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m benchmarks.gpu --json benchmarks/results/gpu.json
+	$(BIN)/python -m benchmarks.gpu --docs
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,7 +69,7 @@ test-asan: $(STAMP)
 	CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1" \
 	LDFLAGS="-fsanitize=address,undefined" \
 	  $(BIN)/python setup.py -q build_ext --build-temp build/asan/tmp --build-lib build/asan
-	cp -r sparsekit/*.py sparsekit/*/ build/asan/sparsekit/
+	cp -r sparsekit/*.py sparsekit/*/ kernels build/asan/sparsekit/
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=build/asan $(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_kernels.py tests/engine/test_chains.py
 

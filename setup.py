@@ -27,6 +27,7 @@ CSRC = os.path.abspath("csrc")
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 SHARED_FLAGS = ["-O3", "-std=c++20", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CUDA_FLAGS = ["-O3", "-std=c++20", f"-I{CSRC}/cuda"]
 
 
 def cuda_home():
@@ -60,8 +61,8 @@ def compile_cuda(folder):
             targets.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     os.makedirs(folder, exist_ok=True)
     out = os.path.join(folder, "cuda_kernels.o")
-    flags = ["-O3", "-std=c++20", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}/cuda"]
-    subprocess.check_call([cuda_home() / "bin/nvcc", *flags, *targets, "-c", f"{CSRC}/cuda/kernels.cu", "-o", out])
+    flags = [*CUDA_FLAGS, *targets, "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    subprocess.check_call([cuda_home() / "bin/nvcc", *flags, "-c", f"{CSRC}/cuda/kernels.cu", "-o", out])
     return out
 
 

@@ -3,7 +3,8 @@
 ResNet-50's sparse convolutions, op by op, NCHW in and out: every backend of sparsekit.gpu at its fastest tiling, beside
 the faster of cuDNN's NCHW and channels_last, in turns in one process, with a cold L2; CUDA events, medians and spreads.
 Every result is compared with cuDNN without TF32 first: what differs gets no speed-up. A part that fails is recorded with
-its error, and the rest goes on. `--predict` prints the model's tables and needs no GPU; `--docs` fills docs/gpu.md.
+its error, and the rest goes on. Without a GPU, or with `--predict`, it prints the model's tables alone; `--docs` fills
+docs/gpu.md with them and with what has been measured.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from benchmarks import gpu_model as model
 from benchmarks.readme import fill
 from benchmarks.shapes import RESNET50, Layer
+from sparsekit import kernels
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -92,7 +94,7 @@ class Bench:
         name = self.results["machine"]["device"]
         if "A100" in name:
             return model.A100
-        return model.H100._replace(dram=4.3e12) if "H200" in name else model.H100
+        return model.H200 if "H200" in name else model.H100
 
     def save(self) -> None:
         self.results["seconds"] = time.monotonic() - self.begin
@@ -182,10 +184,9 @@ class Case:
     def _prune(self, sparsity: float, g) -> None:
         from sparsekit.formats import pattern_from_mask
 
-        # A multiple of 16, as Triton compiles kernels anew for numbers that are not.
-        kept = max(round((1 - sparsity) * self.weight.numel() / 16), 1) * 16
         mask = self.torch.zeros(self.weight.numel(), dtype=self.torch.bool, device=self.weight.device)
-        mask[self.torch.randperm(len(mask), generator=g, device=mask.device)[:kept]] = True
+        kept = self.torch.randperm(len(mask), generator=g, device=mask.device)[: model.kept(self.layer, sparsity)]
+        mask[kept] = True
         self.masks[sparsity] = mask = mask.view_as(self.weight)
         self.patterns[sparsity] = pattern_from_mask(mask)
         self.values[sparsity] = self.weight[mask]
@@ -246,14 +247,17 @@ def prepare_sparse(bench: Bench, case: Case, backend: str, op: str, sparsity: fl
     """An op that has been tuned and compared with the reference, and what was found."""
     from sparsekit import gpu
 
-    run = forced(bench, backend, case.sparse(op, sparsity))
+    run, before = forced(bench, backend, case.sparse(op, sparsity)), len(gpu.measured)
     with gpu.tuning():
         run()
+    tuned = next(reversed(gpu.measured.values())) if len(gpu.measured) > before else {}
     with gpu.watch() as calls:
         got = run().float()
     expected = case.reference(op, sparsity)
     error = float((got - expected).abs().max() / expected.abs().max())
-    return run, {"variant": calls[-1][1] if calls else backend, "error": error, "nnz": case.patterns[sparsity].nnz}
+    facts = {"variant": calls[-1][1] if calls else backend, "error": error, "nnz": case.patterns[sparsity].nnz}
+    # With warm caches, unlike everything else here.
+    return run, facts | {"variants_us": {str(variant): 1e6 * seconds for variant, seconds in tuned.items()}}
 
 
 def measure(bench: Bench, case: Case, backend: str, dtype: str, op: str) -> dict:
@@ -262,7 +266,7 @@ def measure(bench: Bench, case: Case, backend: str, dtype: str, op: str) -> dict
     cell: dict = {"dense": {}, "sparse": {}}
     functions = {}
     for precision in PRECISIONS[dtype]:
-        seconds = model.dense_seconds(layer, op, bench.part, precision, batch)
+        seconds = model.dense_seconds(layer, bench.part, precision, batch)
         cell["dense"][precision] = {"predicted_us": 1e6 * seconds}
         for layout, name in LAYOUTS.items():
             tensors = (t.contiguous(memory_format=getattr(torch, name)) for t in (case.x, case.dy, case.weight))
@@ -275,10 +279,12 @@ def measure(bench: Bench, case: Case, backend: str, dtype: str, op: str) -> dict
                 functions[precision, layout] = run
     for sparsity in bench.args.sparsity:
         entry = cell["sparse"][f"{100 * sparsity:g}"] = {}
+        if dtype == "float16" and op == "fwd" and backend == "triton":
+            entry["condensed_predicted_us"] = 1e6 * model.condensed_seconds(layer, sparsity, bench.part, batch)
         if backend == "cuda" or not bench.is_cuda:
-            itemsize = case.x.element_size()
-            found = model.sparse_prediction(layer, op, sparsity, bench.part, batch, itemsize)
-            entry |= {"predicted_us": 1e6 * found.seconds, "predicted_bound": found.bound}
+            seconds = model.sparse_seconds(layer, sparsity, bench.part, PRECISIONS[dtype][0], batch)
+            bound = model.bound(layer, op, sparsity, bench.part, batch, case.x.element_size())
+            entry |= {"predicted_us": 1e6 * seconds, "bound_us": 1e6 * bound.seconds, "bound": bound.name}
         try:
             functions[sparsity, ""], facts = prepare_sparse(bench, case, backend, op, sparsity)
             entry |= facts
@@ -401,6 +407,30 @@ def select_layers(args: argparse.Namespace) -> list[Layer]:
         # Only to try the code.
         layers = [x._replace(size=4 * x.stride, in_channels=x.in_channels // 4) for x in layers]
     return layers
+
+
+def run_optimizers(bench: Bench) -> None:
+    """Fused updates of ResNet-50's sparse convolutions: all their weights, and kept values alone."""
+    torch = bench.torch
+    makers = {
+        "SGD with momentum": (1, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True)),
+        "AdamW": (2, lambda p: torch.optim.AdamW(p, 0.1, fused=True)),
+    }
+    functions, found = {}, bench.results.setdefault("optimizers", {})
+    for sparsity in (0.0, *bench.args.sparsity):
+        for name, (buffers, make) in makers.items():
+            sizes = [model.kept(x, sparsity) for x in RESNET50 for _ in range(x.count)]
+            parameters = [torch.zeros(size, device=bench.device, requires_grad=True) for size in sizes]
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            functions[name, sparsity] = make(parameters).step
+            predicted = model.optimizer_seconds(sum(sizes), bench.part, buffers)
+            found[f"{name}, {100 * sparsity:g} %"] = {"predicted_us": 1e6 * predicted}
+    for (name, sparsity), times in bench.seconds(functions, bench.args.runs).items():
+        entry = found[f"{name}, {100 * sparsity:g} %"]
+        entry |= figures(times)
+        print(f"{name}, {100 * sparsity:g} %: {entry['us']:.1f} ({entry['predicted_us']:.1f})", flush=True)
+    bench.save()
 
 
 # --- the whole network ------------------------------------------------------------------------------------------------
@@ -598,28 +628,10 @@ def time_whole(bench: Bench, record: dict, kind: str, runners: dict[str, Runner]
 # --- documents and the command line -----------------------------------------------------------------------------------
 
 
-def predicted_tables() -> str:
-    """The model's part of docs/gpu.md."""
-    found = []
-    for part in model.PARTS:
-        found += [
-            f"### {part.name}: all 52 sparse convolutions together\n\nMilliseconds; in brackets the speed-up over cuDNN.",
-            model.network_table(part),
-            f"### {part.name}: break-even, layer by layer",
-            model.break_even_table(part),
-        ]
-    for op, name in model.OPS.items():
-        found += [f"### H100-SXM: {name} in float32, µs", model.layer_table(model.H100, op, "tf32")]
-    found.append("### Forward over condensed columns on tensor cores, ms")
-    found += [f"{part.name}:\n\n{model.condensed_table(part)}" for part in model.PARTS]
-    found += ["### A fused optimizer update, µs", model.optimizer_table()]
-    return "\n\n".join(found)
-
-
 def measured_tables(results: dict | None) -> str:
     """The measured part of docs/gpu.md."""
     if not results:
-        return "Nothing has been measured yet."
+        return "Nothing yet. On a machine with a GPU: `make bench-gpu`."
     machine = results["machine"]
     facts = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "device")
     found = [
@@ -631,6 +643,12 @@ def measured_tables(results: dict | None) -> str:
         cells.setdefault((backend, dtype), []).append((layer, op, cell))
     for (backend, dtype), rows in cells.items():
         found += [f"### {backend}, {dtype}, µs: measured (predicted)", layers_table(dtype, rows)]
+    if results.get("optimizers"):
+        rows = [
+            [name, f"{row['us']:.1f} ± {100 * row['spread']:.0f} % ({row['predicted_us']:.1f})"]
+            for name, row in results["optimizers"].items()
+        ]
+        found += ["### Fused optimizer updates, µs: measured (predicted)", model.table(["", "µs"], rows)]
     whole = results.get("whole")
     if whole:
         found += [f"### ResNet-50, whole, backend {whole['backend']}", whole_table(whole)]
@@ -645,6 +663,8 @@ def layers_table(dtype: str, rows: list[tuple[str, str, dict]]) -> str:
 
     def us(entry: dict) -> str:
         predicted = f" ({entry['predicted_us']:.0f})" if "predicted_us" in entry else ""
+        if "condensed_predicted_us" in entry and "panels" in entry.get("variant", ""):
+            predicted = f" (panels {entry['condensed_predicted_us']:.0f})"
         return f"{entry['us']:.1f} ± {100 * entry['spread']:.0f} %{predicted}" if "us" in entry else "–"
 
     def sparse(entry: dict) -> str:
@@ -680,7 +700,7 @@ WHOLE_DENSE = ("dense TF32", "dense float16", "dense float32")
 
 
 def write_document() -> None:
-    fill("predicted", predicted_tables(), DOCUMENT)
+    fill("predicted", model.report(), DOCUMENT)
     fill("measured", measured_tables(json.loads(RESULTS.read_text()) if RESULTS.exists() else None), DOCUMENT)
 
 
@@ -720,6 +740,8 @@ def run(argv: list[str]) -> Bench:
     print(" ".join(f"{key} {value};" for key, value in bench.results["machine"].items()), f"backends {names}")
     print("µs, measured ± spread (predicted); a speed-up below 1 is a loss", flush=True)
     try:
+        if not args.whole and not args.quick and "optimizers" not in bench.results:
+            run_optimizers(bench)
         # Triton last: it compiles while it runs.
         if args.quick or not args.whole:
             run_layers(bench, [name for name in names if name != "triton"])
@@ -744,13 +766,17 @@ def run(argv: list[str]) -> Bench:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
-    if args.predict:
+    if args.docs:
+        write_document()
+        return
+    reason = "" if args.predict or args.device == "cpu" else kernels.no_gpu()
+    if reason:
+        print(f"nothing to measure: {reason}. What the model predicts:\n", file=sys.stderr, flush=True)
+    if args.predict or reason:
         layers = [layer for layer in RESNET50 if not args.layers or args.layers in layer.name]
         print(model.report(args.batch, layers))
-    elif args.docs:
-        write_document()
-    else:
-        run(argv)
+        return
+    run(argv)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ __all__ = [
     "linear",
     "linear_input_grad",
     "linear_values_grad",
+    "no_gpu",
     "pack",
     "pack_values",
     "set_autotune",
@@ -50,11 +51,23 @@ def available() -> tuple[bool, str]:
     """
     if _missing:
         return False, _missing
+    reason = "" if os.environ.get("TRITON_INTERPRET") == "1" else no_gpu()
+    return not reason, reason
+
+
+def no_gpu() -> str:
+    """Why PyTorch has no GPU here, for people; empty if it has one."""
     import torch
 
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
-        return True, ""
-    return False, "there is no GPU that PyTorch can use"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this torch was built for the CPU: install one for GPUs, see https://pytorch.org/get-started"
+    if torch.cuda.is_available():
+        return ""
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return f"PyTorch finds no GPU: {str(error).split('. ')[0]}"
+    return "PyTorch finds no GPU"
 
 
 def __getattr__(name: str):

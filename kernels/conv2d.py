@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .geometry import decode, inside, inside_bits, read_nonzeros, row_chunk, target_pixels
-from .tuning import Config, alignment, launch, on_its_device, pixel_configs, vector
+from .tuning import Config, alignment, launch, on_its_device, pixel_configs, register_limit, vector
 
 
 @triton.jit(do_not_specialize=["images", "per_program"])
@@ -193,7 +193,7 @@ def _gather(
             KH=kh, KW=kw, SH=sh, SW=sw, DH=dh, DW=dw,
             TRANSPOSED=transposed, GROUPED=groups > 1, CHECK=not plain, RELU=relu,
             VECTOR=width, ALIGN=alignment(values, place), P=config.pixels, R=config.rows, U=config.unroll,
-            L=min(32 * width, config.pixels), num_warps=config.warps,
+            L=min(32 * width, config.pixels), num_warps=config.warps, **register_limit(config),
         )  # fmt: skip
 
     key = (

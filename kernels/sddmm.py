@@ -19,7 +19,7 @@ from torch import Tensor
 from .compress import sum_columns
 from .geometry import decode, inside, inside_bits, read_nonzeros, row_chunk, target_pixels
 from .spmm import ROWS_BATCH, transposed
-from .tuning import Config, alignment, launch, on_its_device, pixel_configs, split_tiles, vector
+from .tuning import Config, alignment, launch, on_its_device, pixel_configs, register_limit, split_tiles, vector
 
 
 @triton.jit(do_not_specialize=["images", "per_program", "tiles_per_split"])
@@ -161,7 +161,7 @@ def conv2d_values_grad(
             KH=kh, KW=kw, SH=sh, SW=sw, DH=dh, DW=dw,
             GROUPED=groups > 1, CHECK=not plain, VECTOR=width, ALIGN=alignment(place, place),
             P=config.pixels, R=config.rows, U=config.unroll, L=min(32 * width, config.pixels),
-            num_warps=config.warps,
+            num_warps=config.warps, **register_limit(config),
         )  # fmt: skip
         if not direct:
             sum_columns(out, sums)

@@ -119,6 +119,15 @@ def pixel_configs(pixels: int, rows: int, bytes_per_pixel: int, width: int, unro
     return list(dict.fromkeys([chosen, *others]))
 
 
+def register_limit(config: Config) -> dict[str, int]:
+    """The option that gives a lane the registers its part of ``[R, U, P]`` needs: left alone, ptxas may aim for fewer, so
+    that one program more fits a multiprocessor, and spill. Larger parts than the rule's are left to it."""
+    part = config.pixels * config.rows * config.unroll // (32 * config.warps)
+    if part > 64 or torch.version.hip is not None:
+        return {}
+    return {"maxnreg": 64 if part <= 8 else 80}
+
+
 def panel_configs(pixels: int, rows: int, panel: int) -> list[Config]:
     """Candidates for the kernel on tensor cores, where ``unroll`` is K; the rule's choice is first."""
     p = 128 if pixels > 64 * 132 else 64

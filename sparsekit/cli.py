@@ -55,8 +55,8 @@ def _load(checkpoint: Path):
 
 @app.command()
 def info(json: Json = False) -> None:
-    """What runs here: versions, ISA, threads."""
-    from . import __version__, available_backends, backend
+    """What runs here: versions, ISA, threads; and on a GPU, or what is missing for that."""
+    from . import __version__, available_backends, backend, gpu
 
     facts = {
         "sparsekit": __version__,
@@ -65,8 +65,18 @@ def info(json: Json = False) -> None:
         "available": list(available_backends()),
         "threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu_backends": [name for name in gpu.backends() if name != "reference"],
+        "gpu_lacks": gpu.lacks(),
     }
-    print(json_module.dumps(facts) if json else "\n".join(f"{key}: {value}" for key, value in facts.items()))
+    if json:
+        print(json_module.dumps(facts))
+        return
+    lacks = facts.pop("gpu_lacks")
+    for key, value in facts.items():
+        print(f"{key}: {', '.join(map(str, value)) or 'none' if isinstance(value, list) else value}")
+    for name, reason in lacks.items():
+        print(f"no {name} kernels for GPUs: {reason}")
 
 
 @app.command()

@@ -273,11 +273,11 @@ def compress_(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) 
 
     Weights, gradients, optimizer state and indices of a layer then take 24 bytes a kept weight with SGD and momentum,
     where the dense layer takes 12 bytes a weight: a tenth at 95 % sparsity. Elementwise optimizers (SGD, Adam, AdamW,
-    RMSprop …) compute what they compute on dense weights; optimizers that look at a weight as a matrix (Muon, Shampoo,
-    Adafactor) cannot work. ``values`` has one dimension and another name: rules for weight decay that go by either must
-    know it, and ``nn.init`` on ``weight`` has no effect. Subclasses with a forward of their own stay as they are. Under
-    DDP only kept values travel; it must be wrapped around the model afterwards, and masks may then
-    change only if they keep as many weights.
+    RMSprop …) compute what they compute on dense weights; with ``fused=True`` they update all layers' kept weights at
+    once. Optimizers that look at a weight as a matrix (Muon, Shampoo, Adafactor) cannot work. ``values`` has one dimension
+    and another name: rules for weight decay that go by either must know it, and ``nn.init`` on ``weight`` has no effect.
+    Subclasses with a forward of their own stay as they are. Under DDP only kept values travel; it must be wrapped around
+    the model afterwards, and masks may then change only if they keep as many weights.
 
     Args:
         model: its sparse layers become :class:`~sparsekit.nn.CompressedConv2d` and

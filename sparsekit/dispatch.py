@@ -205,42 +205,60 @@ def predict_in_chain(shape: Shape, nnz: int) -> float:
 
 
 class GpuCost(NamedTuple):
-    """Seconds on an H100 per multiply-add of the sparse kernels and of PyTorch's dense ones, and per byte moved."""
+    """Seconds on an H100 per multiply-add of the sparse kernels and of PyTorch's dense ones, and per byte moved; or how
+    many times as long something else takes."""
 
     sparse: float
     dense: float
     move: float
 
 
-# From ResNet-50's layers on an H100, batch 32, caches cold (docs/gpu.md); TF32 is float32 as cuDNN computes it unless told
-# otherwise. The sparse kernels wait for their first tile before they compute, so that their parts add up.
+# Fitted to ResNet-50's layers on an H100, batch 32, caches cold (docs/gpu.md); TF32 is float32 as cuDNN computes it unless
+# told otherwise. The sparse kernels wait for their first tile before they compute, so that their parts add up.
 GPU_COSTS = {
     "float32": GpuCost(1.8e-13, 4.0e-14, 4.2e-13),
     "tf32": GpuCost(1.8e-13, 1.0e-14, 4.2e-13),
     "float16": GpuCost(2.5e-13, 4.5e-15, 4.2e-13),
     "bfloat16": GpuCost(2.5e-13, 4.5e-15, 4.2e-13),
 }
-GPU_MULTIPROCESSORS = 132
 GPU_START_SECONDS = {"sparse": 2.7e-5, "dense": 5e-6}
+# By the data sheets: multiprocessors times clock, peak of the tensor cores, bandwidth. Others: by their multiprocessors.
+GPU_SCALES = {"H100": GpuCost(1.0, 1.0, 1.0), "H200": GpuCost(1.0, 1.0, 0.7), "A100": GpuCost(1.52, 3.17, 1.67)}
+GPU_MULTIPROCESSORS = 132
+
+
+def gpu_seconds(shape: Shape, nnz: int, kind: str, itemsize: int, scale: GpuCost) -> tuple[float, float]:
+    """Expected seconds of (sparse, dense) for one pass of a layer on a GPU.
+
+    Args:
+        shape: of the layer.
+        nnz: kept weights.
+        kind: a key of :data:`GPU_COSTS`.
+        itemsize: bytes of an activation.
+        scale: times as long as on an H100; see :data:`GPU_SCALES`.
+    """
+    cost = GpuCost(*(c * times for c, times in zip(GPU_COSTS[kind], scale)))
+    moved = shape.batch * (shape.in_channels * shape.in_pixels + shape.out_channels * shape.out_pixels)
+    move = cost.move * moved * itemsize
+    sparse = cost.sparse * nnz * shape.batch * shape.out_pixels + move
+    dense = max(cost.dense * shape.macs * (GROUPED_DENSE_FACTOR if shape.groups > 1 else 1), move)
+    return GPU_START_SECONDS["sparse"] + sparse, GPU_START_SECONDS["dense"] + dense
 
 
 def predict_on_gpu(shape: Shape, nnz: int, train: bool, dtype: torch.dtype, index: int) -> tuple[float, float]:
     """As :func:`predict`, on a GPU."""
     name = str(dtype).removeprefix("torch.")
-    cost = GPU_COSTS["tf32" if name == "float32" and _uses_tf32() else name]
-    scale = GPU_MULTIPROCESSORS / _multiprocessors(index)
-    moved = shape.batch * (shape.in_channels * shape.in_pixels + shape.out_channels * shape.out_pixels)
-    move = cost.move * moved * dtype.itemsize
+    kind = "tf32" if name == "float32" and _uses_tf32() else name
+    sparse, dense = gpu_seconds(shape, nnz, kind, dtype.itemsize, GpuCost(*_gpu_scale(index)))
     passes = 3 if train else 1
-    sparse = cost.sparse * nnz * shape.batch * shape.out_pixels + move
-    dense = max(cost.dense * shape.macs * (GROUPED_DENSE_FACTOR if shape.groups > 1 else 1), move)
-    start = GPU_START_SECONDS
-    return passes * (start["sparse"] + scale * sparse), passes * (start["dense"] + scale * dense)
+    return passes * sparse, passes * dense
 
 
 @torch.compiler.assume_constant_result
-def _multiprocessors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _gpu_scale(index: int) -> tuple[float, float, float]:
+    facts = torch.cuda.get_device_properties(index)
+    known = next((tuple(scale) for name, scale in GPU_SCALES.items() if name in facts.name), None)
+    return known or (GPU_MULTIPROCESSORS / facts.multi_processor_count,) * 3
 
 
 @torch.compiler.assume_constant_result

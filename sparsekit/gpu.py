@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 BACKENDS = ("cuda", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,6 +23,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CUDA_TAPS = 32
 # (slots of a lane, rows of a warp; see csrc/cuda/kernels.h) that tuning tries; 0 is the kernels' own choice.
 TILINGS = ((0, 0), (8, 4), (7, 4), (4, 8), (4, 4), (2, 16))
+# Rows that share their columns on tensor cores (kernels/condensed.py), which tuning tries for forwards in half precision.
+PANELS = (16, 32)
 
 
 class Variant(NamedTuple):
@@ -29,42 +32,47 @@ class Variant(NamedTuple):
 
     backend: str
     tiling: tuple[int, int] = (0, 0)
+    panel: int = 0
 
     def __str__(self) -> str:
+        if self.panel:
+            return f"{self.backend} panels of {self.panel}"
         return self.backend if not any(self.tiling) else "{} {}x{}".format(self.backend, *self.tiling)
 
 
 _state: dict = {"forced": None, "tuning": False, "calls": None}
 # What tuning found: {key of the call: {variant: seconds}}, fastest first.
 measured: dict[tuple, dict[Variant, float]] = {}
+# Condensed structures by their col_indices, whose version tells if they were written since: {panel: (version, structure)}.
+_condensed = WeakTensorKeyDictionary()
 
 
 # --- what is there ----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _has_cuda() -> bool:
-    return hasattr(torch.ops.sparsekit_cuda, "conv2d") and torch.version.cuda is not None
-
-
-@functools.cache
-def _triton() -> tuple[bool, str]:
+def lacks() -> dict[str, str]:
+    """What every backend but the reference waits for, for people: ``{"cuda": ..., "triton": ...}``, less those that run."""
     from . import kernels
 
-    return kernels.available()
+    built = hasattr(torch.ops.sparsekit_cuda, "conv2d")
+    found = {
+        "cuda": kernels.no_gpu() if built else "sparsekit was built without SPARSEKIT_CUDA=1",
+        "triton": kernels.available()[1],
+    }
+    return {name: reason for name, reason in found.items() if reason}
 
 
 def backends() -> tuple[str, ...]:
     """The values that :func:`use_backend` accepts in this installation, in the order of preference."""
-    there = {"cuda": _has_cuda(), "triton": _triton()[0], "reference": True}
-    return tuple(name for name in BACKENDS if there[name])
+    return tuple(name for name in BACKENDS if name not in lacks())
 
 
 def missing() -> str:
     """What this installation lacks for GPU kernels, for people; empty if it has some."""
     if len(backends()) > 1:
         return ""
-    return f"no GPU kernels: built without SPARSEKIT_CUDA=1, and {_triton()[1]}"
+    return "no GPU kernels: " + "; ".join(f"{name}: {reason}" for name, reason in lacks().items())
 
 
 @contextlib.contextmanager
@@ -75,7 +83,8 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: ``name`` is not one of :func:`backends`.
     """
     if name not in backends():
-        raise ValueError(f"name must be one of {', '.join(backends())} in this installation, got {name!r}")
+        why = f" ({lacks()[name]})" if name in lacks() else ""
+        raise ValueError(f"name must be one of {', '.join(backends())} in this installation, got {name!r}{why}")
     before, _state["forced"] = _state["forced"], name
     try:
         yield
@@ -137,17 +146,23 @@ def _seconds(function: Callable[[], object], runs: int = 10) -> float:
     return begin.elapsed_time(end) / 1e3 / runs
 
 
-def _run(op: str, taps: int, key: tuple, functions: Callable[[Variant], Callable[[], object]]) -> None:
-    variants = _variants(taps)
+# A variant as a call without arguments; None: it cannot run now.
+Functions = Callable[[Variant], Callable[[], object] | None]
+
+
+def _run(op: str, variants: list[Variant], key: tuple, functions: Functions) -> None:
     key = (op, *key, _state["forced"])
     known = measured.get(key)
     if known is None and _state["tuning"] and not torch.cuda.is_current_stream_capturing():
         seconds = {variant: _seconds(functions(variant)) for variant in variants}
         known = measured[key] = dict(sorted(seconds.items(), key=lambda item: item[1]))
-    variant = next(iter(known)) if known else variants[0]
+    for variant in known or variants:
+        function = functions(variant)
+        if function is not None:
+            break
     if _state["calls"] is not None:
         _state["calls"].append((op, str(variant)))
-    functions(variant)()
+    function()
 
 
 # --- the ops ----------------------------------------------------------------------------------------------------------
@@ -167,16 +182,46 @@ def conv2d(out, input, values, crow, col, bias, *geometry, residual=None, relu=F
     kernel_size = geometry[0]
     input = input.contiguous()
     residual = residual if residual is None else residual.contiguous()
+    variants = _variants(_taps(kernel_size))
+    if Variant("triton") in variants and input.dtype != torch.float32:
+        rows, groups = crow.numel() - 1, geometry[4]
+        variants += [Variant("triton", panel=p) for p in PANELS if groups == 1 or rows // groups % p == 0]
     with _nchw(out) as y:
 
         def variant(v: Variant):
+            if v.panel:
+                return _on_panels(v.panel, y, input, values, crow, col, bias, geometry, residual, relu)
             if v.backend == "cuda":
                 args = (y, input, values, crow, col, bias, residual, relu, *geometry, *v.tiling)
                 return lambda: torch.ops.sparsekit_cuda.conv2d(*args)
             args = (y, input, values, crow, col, bias, *geometry)
             return lambda: _kernels().conv2d(*args, residual=residual, relu=relu)
 
-        _run("conv2d", _taps(kernel_size), _key(y, input, col, geometry), variant)
+        _run("conv2d", variants, _key(y, input, col, geometry), variant)
+
+
+def _on_panels(panel: int, out, input, values, crow, col, bias, geometry, residual, relu):
+    kernels, pattern = _kernels(), _condense(crow, col, panel)
+    if pattern is None:
+        return None
+
+    def run():
+        packed = kernels.pack_values(pattern, values)
+        kernels.condensed_conv2d(out, input, pattern, packed, bias, *geometry, residual=residual, relu=relu)
+
+    return run
+
+
+def _condense(crow: Tensor, col: Tensor, panel: int):
+    """The condensed structure of a weight, made once per mask; None if it would have to be made in a CUDA graph, where
+    nothing can wait for the GPU."""
+    found = _condensed.setdefault(col, {})
+    version = 0 if col.is_inference() else col._version
+    if panel not in found or found[panel][0] != version:
+        if col.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        found[panel] = version, _kernels().pack(crow, col, crow.numel() - 1, panel)
+    return found[panel][1]
 
 
 def conv2d_input_grad(out, grad_output, values, t_crow, t_col, t_permutation, *geometry) -> None:
@@ -197,7 +242,7 @@ def _run_plain(op: str, args: tuple, key: tuple, geometry: tuple) -> None:
             return lambda: getattr(torch.ops.sparsekit_cuda, op)(*args, *v.tiling)
         return lambda: getattr(_kernels(), op)(*args)
 
-    _run(op, _taps(geometry[0]), key, variant)
+    _run(op, _variants(_taps(geometry[0])), key, variant)
 
 
 def _taps(kernel_size) -> int:
@@ -258,7 +303,7 @@ def _run_linear(op: str, cuda: Callable, args: tuple, col: Tensor) -> None:
             return lambda: cuda(v.tiling)
         return lambda: getattr(_kernels(), op)(*args)
 
-    _run(op, 1, _key(args[0], args[1], col, ()), variant)
+    _run(op, _variants(1), _key(args[0], args[1], col, ()), variant)
 
 
 def compress(out, weight, crow, col) -> None:

@@ -103,10 +103,9 @@ Weight weight_of(const Place& place, const Tensor& crow, const Tensor& col, cons
 Tiling tiling_of(int64_t slots, int64_t rows) {
   const bool known_slots = slots == 0 || slots == 2 || slots == 4 || slots == 7 || slots == 8;
   const bool known_rows = rows == 0 || rows == 1 || rows == 2 || rows == 4 || rows == 8 || rows == 16;
-  STD_TORCH_CHECK(known_slots && known_rows && slots * rows <= (rows > 8 ? 32 : 64),
-                  "slots must be 2, 4, 7 or 8 and rows 1, 2, 4, 8 or 16, together at most 64, with 2 slots only if 16, "
-                  "or 0 for the kernel's own "
-                  "choice; got ",
+  STD_TORCH_CHECK(known_slots && known_rows && slots * rows <= 32,
+                  "slots must be 2, 4, 7 or 8 and rows 1, 2, 4, 8 or 16, with a product of at most 32, or 0 for the "
+                  "kernel's own choice; got ",
                   slots, " and ", rows);
   return {static_cast<int>(slots), static_cast<int>(rows)};
 }

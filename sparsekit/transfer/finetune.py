@@ -167,7 +167,7 @@ def train(
     checkpoint: str | os.PathLike | None = None,
     description: str = "training",
 ) -> Result:
-    """Train ``model`` in place with SGD; sparse layers keep their masks unless a pruner changes them.
+    """Train ``model`` in place with SGD, on its device; sparse layers keep their masks unless a pruner changes them.
 
     The order of images and their augmentation follow from the seed and the epoch, so that a run that is stopped and
     started again from its checkpoint ends with the same weights.
@@ -206,7 +206,7 @@ def train(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    device = next(model.parameters()).device
+    device = _device(model)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr, momentum, weight_decay=weight_decay
     )
@@ -306,15 +306,18 @@ def evaluate(
         A fraction in [0, 1].
     """
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    mode = model.training
+    device, mode = _device(model), model.training
     model.eval()
     try:
-        device = next(model.parameters()).device
         shown = plain(task.test_images, size, channels, batch_size, stats or (task.mean, task.std), interpolation)
-        predicted = [model(images.to(device)).argmax(1).cpu() for images in shown]
+        predicted = [model(images.to(device)).argmax(1) for images in shown]
     finally:
         model.train(mode)
-    return accuracy(torch.cat(predicted), task.test_labels, task.metric)
+    return accuracy(torch.cat(predicted).cpu(), task.test_labels, task.metric)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def accuracy(predicted: Tensor, labels: Tensor, metric: str) -> float:
@@ -369,7 +372,7 @@ def linear_finetune(
     checkpoint: str | os.PathLike | None = None,
     features: Features | None = None,
 ) -> Result:
-    """Linear finetuning: a new dense head on the features of the frozen backbone, which runs as an inference engine.
+    """Linear finetuning: a new dense head on the features of the frozen backbone, which runs as an engine on the CPU.
 
     Args:
         model: an upstream model that ends in an ``nn.Linear``; it is not changed.
@@ -404,8 +407,9 @@ def linear_finetune(
     head = replace_head_(model, nn.Identity())
     model.eval()
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    device = _device(head)
     optimizer = torch.optim.SGD(head.parameters(), lr, 0.9, weight_decay=5e-4)
-    backbone = _engine(model, torch.zeros(batch_size, channels, size, size)) if on_the_fly else None
+    backbone = _engine(model, torch.zeros(batch_size, channels, size, size), device) if on_the_fly else None
     stored = None if features is None else features.train
     history: list[dict[str, float]] = []
     if checkpoint is not None and Path(checkpoint).exists():
@@ -416,10 +420,10 @@ def linear_finetune(
             began, losses = time.perf_counter(), []
             for group in optimizer.param_groups:
                 group["lr"] = lr * _factor("steps", epoch, epochs)
-            shown = _features(backbone, task, size, channels, batch_size, seed, epoch, interpolation, stored)
+            shown = _features(backbone, task, size, channels, batch_size, seed, epoch, interpolation, stored, device)
             for inputs, labels in shown:
                 optimizer.zero_grad()
-                loss = F.cross_entropy(head(inputs), labels)
+                loss = F.cross_entropy(head(inputs), labels.to(device))
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.detach())
@@ -439,7 +443,7 @@ def linear_finetune(
     if features is None:
         return Result(evaluate(model, task, size=size, interpolation=interpolation), history, seconds, model.eval())
     with torch.no_grad():
-        predicted = head(features.test).argmax(1)
+        predicted = head(features.test).argmax(1).cpu()
     return Result(accuracy(predicted, task.test_labels, task.metric), history, seconds, model.eval())
 
 
@@ -463,7 +467,7 @@ def extract_features(
     batch_size: int = 128,
     interpolation: InterpolationMode = InterpolationMode.BILINEAR,
 ) -> Features:
-    """Run the backbone, as an inference engine, over all images once; out of lazy ones ImageNet's mean is taken.
+    """Run the backbone, as an engine on the CPU, over all images once; out of lazy ones ImageNet's mean is taken.
 
     Args:
         model: ends in an ``nn.Linear``, which is left out; it is not changed.
@@ -476,20 +480,22 @@ def extract_features(
         The :class:`Features`.
     """
     model = copy.deepcopy(model)
-    replace_head_(model, nn.Identity())
+    device = _device(replace_head_(model, nn.Identity()))
     model.eval()
     channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    backbone = _engine(model, torch.zeros(batch_size, channels, size, size))
-    return Features(
-        *(
-            torch.cat([backbone(part) for part in plain(images, size, channels, batch_size, IMAGENET, interpolation)])
-            for images in (task.train_images, task.test_images)
-        )
-    )
+    backbone = _engine(model, torch.zeros(batch_size, channels, size, size), device)
+
+    def features(images):
+        shown = plain(images, size, channels, batch_size, IMAGENET, interpolation)
+        return torch.cat([backbone(part.to(device)) for part in shown])
+
+    return Features(features(task.train_images), features(task.test_images))
 
 
-def _engine(backbone: nn.Module, example: Tensor) -> nn.Module:
+def _engine(backbone: nn.Module, example: Tensor, device: torch.device) -> nn.Module:
     """The backbone as an engine; by the cost table, so that a run that is stopped goes on with the same features."""
+    if device.type != "cpu":
+        return backbone
     try:
         return compile(backbone, example, autotune=False)
     except ValueError as error:
@@ -498,7 +504,7 @@ def _engine(backbone: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _features(
-    backbone, task, size, channels, batch_size, seed, epoch, interpolation, stored
+    backbone, task, size, channels, batch_size, seed, epoch, interpolation, stored, device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch of (features, labels): the stored ones in random order, or fresh ones of augmented images."""
     if stored is not None:
@@ -508,7 +514,7 @@ def _features(
         return
     for images, labels in batches(task, size, channels, batch_size, True, seed, epoch, interpolation):
         with torch.no_grad():
-            features = backbone(images)
+            features = backbone(images.to(device))
         yield features, labels
 
 
@@ -518,7 +524,7 @@ def _with_new_head(model: nn.Module, classes: int, seed: int) -> nn.Module:
     old = model.get_submodule(head_name(model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        replace_head_(model, nn.Linear(old.in_features, classes))
+        replace_head_(model, nn.Linear(old.in_features, classes).to(old.weight.device))
     return model
 
 

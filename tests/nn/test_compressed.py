@@ -71,6 +71,30 @@ def test_trains_as_on_dense_weights(optimizer, backend):
     assert_same_weights(dense, compressed)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}),
+        (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+    ],
+)
+def test_a_fused_update_is_the_plain_one(optimizer, options):
+    models = [sk.compress_(network()) for _ in range(2)]
+    optimizers = [
+        optimizer(m.parameters(), **options, fused=fused, foreach=False) for m, fused in zip(models, (True, False))
+    ]
+    assert {p.dim() for p in models[0].parameters()} == {1}
+    for model, o in zip(models, optimizers):
+        train(model, o, batches(5))
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+        states = [{k: v for k, v in o.state[p].items() if v is not None} for o, p in zip(optimizers, (a, b))]
+        assert states[0].keys() == states[1].keys() and len(states[0]) == (1 if optimizer is torch.optim.SGD else 3)
+        for name in states[0]:
+            torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(models[0][0].values, network()[0].weight[network()[0].weight_mask])
+
+
 def test_a_run_goes_on_through_both_conversions():
     plain, moved = network(), network()
     optimizers = [OPTIMIZERS["adamw"](m.parameters()) for m in (plain, moved)]

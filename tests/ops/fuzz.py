@@ -1,6 +1,6 @@
 """Random convolutions against the reference: shapes from seeds, so that one line reproduces a case.
 
-A failing case prints the ``check(Case.random(SEED))`` that reproduces it.
+A failing case prints the ``check(Case.random(SEED))`` or ``check_others(SEED)`` that reproduces it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Case:
     bias: bool
 
     @staticmethod
-    def random(seed: int, large: bool = False) -> Case:
-        """The case of ``seed``; ``large`` draws sizes that real networks have."""
+    def random(seed: int, large: bool = False, depthwise: bool = False) -> Case:
+        """The case of ``seed``; ``large`` draws sizes that real networks have, ``depthwise`` what has kernels of its own."""
         r = random.Random(seed)
         groups = r.choice([1, 1, 1, 1, 2, 3])
         per_group = [1, 2, 3, 5, 8, 16, 17, 31, 64, 100] if not large else [64, 128, 256]
@@ -46,6 +46,9 @@ class Case:
         if not large and r.random() < 0.1:  # depthwise
             groups = r.choice([3, 16, 33])
             channels = groups, groups * r.choice([1, 2])
+        if depthwise:
+            groups = r.choice([2, 3, 16, 33])
+            channels = groups, groups
         kernel = r.choice([(1, 1), (1, 1), (3, 3), (3, 3), (5, 5), (2, 3), (1, 7), (7, 7)][: 4 if large else 8])
         stride = r.choice([(1, 1), (1, 1), (2, 2), (3, 1), (1, 2), (4, 3)][: 3 if large else 6])
         dilation = r.choice([(1, 1), (1, 1), (1, 1), (2, 2), (3, 1)][: 2 if large else 5])
@@ -55,7 +58,8 @@ class Case:
         size = tuple(max(n, 1, r.choice(choices)) for n in need)
         return Case(
             seed, r.choice([1, 1, 2, 3, 5, 16, 19, 32]), *channels, size, kernel, stride, padding, dilation, groups,
-            r.choice([0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0]), r.random() < 0.4, r.random() < 0.5, r.random() < 0.5,
+            r.choice([0.0, 0.5, 0.8, 0.9, 0.95, 0.99, 1.0]), r.random() < 0.4 and not depthwise, r.random() < 0.5,
+            r.random() < 0.5,
         )  # fmt: skip
 
 
@@ -67,7 +71,8 @@ def _draw(case: Case, generator, *size):
 
 def _close(name: str, case: Case, actual, expected, terms: float) -> None:
     """Equal on integers; else within the rounding of a sum of ``terms`` products."""
-    context = f"{name}: check(Case.random({case.seed}, large={case.in_channels * case.out_channels > 4000}))  {case}"
+    how = f"large={case.in_channels * case.out_channels > 4000}, depthwise={case.groups == case.in_channels > 1}"
+    context = f"{name}: check(Case.random({case.seed}, {how}))  {case}"
     if case.integers:
         assert torch.equal(actual, expected), context
     else:
@@ -115,3 +120,58 @@ def check(case: Case) -> float:
     native.bias_grad(db, dy)
     _close("bias_grad", case, db, reference.bias_grad(dy), size[0] * size[2] * size[3])
     return float((y != 0).float().mean()) if y.numel() else 0.0
+
+
+def check_others(seed: int) -> None:
+    """Compare structures, pooling and normalization with the reference, on tensors of a random size."""
+    r, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    context, native = f"check_others({seed})", torch.ops.sparsekit_cpu
+
+    groups = r.choice([1, 1, 2, 3])
+    rows, columns = groups * r.choice([1, 2, 7, 33]), r.choice([1, 3, 16, 65])
+    kernel = r.choice([(), (1, 1), (3, 3), (2, 5)]) if groups == 1 else r.choice([(1, 1), (3, 3)])
+    mask = torch.rand(rows, columns, *kernel, generator=g) >= r.choice([0.0, 0.5, 0.95, 1.0])
+    found = torch.ops.sparsekit.pattern(mask, groups)
+    for ours, theirs in zip(found, reference.pattern(mask, groups), strict=True):
+        assert torch.equal(ours, theirs), f"pattern: {context}"
+
+    size = r.choice([1, 2, 5]), r.choice([1, 3, 16, 17]), r.choice([1, 2, 7, 14, 33]), r.choice([1, 3, 8, 13, 31])
+    x = torch.randint(-4, 5, size, generator=g).float()
+    pool = [r.choice([1, 2, 3]) for _ in range(2)]
+    geometry = pool, [r.choice([1, 2, 3]) for _ in range(2)], [r.randint(0, k // 2) for k in pool], [1, 1]
+    if all(n + 2 * p >= k for n, p, k in zip(size[2:], geometry[2], pool)):
+        expected = reference.max_pool2d(x, *geometry, False)
+        out, grad = torch.full_like(expected, NAN), torch.full_like(x, NAN)
+        native.max_pool2d(out, x, *geometry)
+        assert torch.equal(out, expected), f"max_pool2d: {context}"
+        dy = torch.randint(-4, 5, out.shape, generator=g).float()
+        native.max_pool2d_grad(grad, dy, x, *geometry)
+        assert torch.equal(grad, reference.max_pool2d_grad(dy, x, *geometry, False)), f"max_pool2d_grad: {context}"
+
+    def draw(*shape, there=True):
+        return torch.randn(*shape, generator=g) if there else None
+
+    # One number has no variance, and ReLU then sees the rounding of zero.
+    size = (size[0] + 1, *size[1:])
+    affine, relu = r.random() < 0.7, r.random() < 0.5
+    x, weight, bias = draw(*size), draw(size[1], there=affine), draw(size[1], there=affine)
+    residual = draw(*size, there=r.random() < 0.5)
+    expected = reference.batch_norm(x, weight, bias, residual, relu, 1e-2)
+    found = [torch.full_like(t, NAN) for t in expected]
+    native.batch_norm(*found, x, weight, bias, residual, relu, 1e-2)
+    _alike("batch_norm", context, found, expected)
+    # Without a residual the sign of what ReLU saw is computed again.
+    out, dy = None if residual is None else expected[0], draw(*size)
+    args = dy, x, out, weight, bias, *expected[1:], relu, 1e-2
+    expected = reference.batch_norm_grad(*args)
+    found = [torch.full_like(t, NAN) for t in expected]
+    native.batch_norm_grad(*found[:3], None if out is None else found[3], *args)
+    _alike("batch_norm_grad", context, found if out is not None else found[:3], expected)
+
+
+def _alike(name: str, context: str, found, expected) -> None:
+    for ours, theirs in zip(found, expected):
+        scale = float(theirs.abs().max()) if theirs.numel() else 1.0
+        torch.testing.assert_close(
+            ours, theirs, rtol=1e-4, atol=1e-4 * max(scale, 1), msg=lambda m: f"{name}: {context}\n{m}"
+        )

@@ -266,3 +266,17 @@ def test_fused_optimizers_train_compressed_values(fused):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and [p.numel() for p in sparse.parameters()] == before
+
+
+@pytest.mark.parametrize("loop", ["linear_finetune", "full_finetune"])
+def test_transfer_loops_run_where_the_model_is(loop):
+    pytest.importorskip("torchvision", exc_type=ImportError)
+    from sparsekit.transfer.models import SmallResNet
+
+    g = torch.Generator().manual_seed(0)
+    images, labels = torch.randint(0, 256, (64, 1, 28, 28), generator=g, dtype=torch.uint8), torch.arange(64) % 4
+    task = sk.transfer.tasks.Task("random", 4, "top1", images, labels, images, labels)
+    model = sk.sparsify_(sk.pruning.magnitude_(SmallResNet((8, 16), (1, 1)), 0.8)).cuda()
+    result = getattr(sk.transfer, loop)(model, task, epochs=2, batch_size=16)
+    assert 0 <= result.accuracy <= 1 and all(math.isfinite(epoch["loss"]) for epoch in result.history)
+    assert {t.device.type for t in result.model.parameters()} == {"cuda"}

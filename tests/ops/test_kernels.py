@@ -7,11 +7,11 @@ import sparsekit as sk
 from sparsekit import _ops, reference
 from sparsekit.formats import pattern_from_mask
 
-from .fuzz import NAN, Case, check
+from .fuzz import NAN, Case, check, check_others
 
 ISAS = [isa for isa in sk.available_backends() if isa != "reference"]
 needs_native = pytest.mark.skipif(not ISAS, reason="installed without C++ kernels")
-CASES_PER_ISA, LARGE_CASES_PER_ISA = 400, 24
+CASES_PER_ISA, LARGE_CASES_PER_ISA, DEPTHWISE_CASES_PER_ISA = 400, 24, 100
 
 
 @needs_native
@@ -20,6 +20,22 @@ def test_convolutions_match_the_reference(isa):
     with sk.use_isa(isa):
         proves = sum(check(Case.random(seed)) > 0.05 for seed in range(CASES_PER_ISA))
     assert proves > CASES_PER_ISA // 2
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_depthwise_convolutions_match_the_reference(isa):
+    with sk.use_isa(isa):
+        proves = sum(check(Case.random(seed, depthwise=True)) > 0.05 for seed in range(DEPTHWISE_CASES_PER_ISA))
+    assert proves > DEPTHWISE_CASES_PER_ISA // 4
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+def test_structures_pooling_and_normalization_match_the_reference(isa):
+    with sk.use_isa(isa):
+        for seed in range(CASES_PER_ISA):
+            check_others(seed)
 
 
 @needs_native

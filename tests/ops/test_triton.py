@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsekit import _ops, kernels, reference
+from sparsekit import _ops, gpu, kernels, reference
 from sparsekit.formats import pattern_from_mask
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -40,12 +40,19 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="compiles, does not interpret"
 @pytest.mark.skipif(INTERPRETED or kernels.available()[0], reason="runs on the GPU, or is the interpreter")
 @pytest.mark.skipif(not INTERPRETER_WORKS, reason="this Triton's interpreter does not work with this NumPy")
 def test_in_the_interpreter():
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2], text=True, capture_output=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert re.search(r"[1-9]\d* passed", run.stdout), run.stdout
+    """Half of the tests in each of two processes at once."""
+    half = "linear or condensed or half_precision or rounding"
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-k", names, __file__],
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2], text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for names in (half, f"not ({half})")
+    ]  # fmt: skip
+    for run, printed in [(run, run.communicate()[0]) for run in runs]:
+        assert run.returncode == 0, printed
+        assert re.search(r"[1-9]\d* passed", printed), printed
 
 
 # --- results -------------------------------------------------------------------------------------------------------
@@ -168,6 +175,33 @@ def test_condensed_panels_stay_in_their_group():
     check_condensed(torch.float16, 16, (2, 6, 5, 5), 64, *geometry, 0.6)
     with pytest.raises(NotImplementedError, match="no multiple of the panel"):
         check_condensed(torch.float16, 16, (2, 6, 5, 5), 48, *geometry, 0.6)
+
+
+@runs
+def test_dispatch_runs_the_panels_that_tuning_chose(monkeypatch):
+    """sparsekit.gpu condenses a mask once, packs the values of every call, and notices indices that were written."""
+    size, out_channels, kernel, stride, padding, dilation, groups, sparsity = CONVOLUTIONS["3x3 stride 2"]
+    geometry = (list(kernel), list(stride), list(padding), list(dilation), groups)
+    g = torch.Generator().manual_seed(0)
+    masks = [torch.rand(out_channels, size[1], *kernel, generator=g) >= sparsity]
+    masks.append(masks[0].flip(1))  # as many weights in every row
+    x, bias = integers(g, torch.float16, *size), integers(g, torch.float16, out_channels)
+    crow, col, *_ = (t.to(DEVICE) for t in pattern_from_mask(masks[0]))
+    y = unwritten(x, *_ops.output_size(size, out_channels, *geometry[:4]))
+    residual = integers(g, torch.float16, *y.shape)
+    panels = gpu.Variant("triton", panel=16)
+    key = ("conv2d", *gpu._key(y, x, col, geometry), "triton")
+    monkeypatch.setitem(gpu.measured, key, {panels: 1e-6, gpu.Variant("triton"): 2e-6})
+    packed = []
+    monkeypatch.setattr(kernels, "pack", lambda *a, pack=kernels.pack: packed.append(a) or pack(*a))
+    for mask in (masks[0], masks[0], masks[1]):
+        col.copy_(pattern_from_mask(mask).col_indices) if mask is masks[1] else None
+        values = integers(g, torch.float16, col.numel())
+        with gpu.use_backend("triton"), gpu.watch() as calls:
+            gpu.conv2d(y.fill_(NAN), x, values, crow, col, bias, *geometry, residual=residual, relu=True)
+        assert calls == [("conv2d", "triton panels of 16")]
+        same(y, (exact(reference.conv2d, x, values, crow, col, bias, *geometry) + residual).relu())
+    assert len(packed) == 2
 
 
 def check_condensed(dtype, panel, size, out_channels, kernel, stride, padding, dilation, groups, sparsity):
@@ -392,8 +426,9 @@ def launches():
         kernels.conv2d_values_grad(values, y, x, crow, col, *geometry)
         kernels.bias_grad(y[0, :, 0, 0], y)
         if dtype != torch.float32:
-            pattern = kernels.CondensedPattern(crow, col, col, out_channels, 16)
-            kernels.condensed_conv2d(y, x, pattern, new(nnz, 16), None, *geometry)
+            for panel in gpu.PANELS:
+                pattern = kernels.CondensedPattern(crow, col, col, out_channels, panel)
+                kernels.condensed_conv2d(y, x, pattern, new(nnz, panel), None, *geometry)
         if kernel == 1:
             weight = new(out_channels, channels)
             kernels.compress(values, weight, crow, col)
@@ -416,6 +451,10 @@ def launches():
     return found
 
 
+def kernel_of(module, name):
+    return getattr(sys.modules.get(module) or __import__(module, fromlist=[name]), name)
+
+
 def signature(kernel, bound):
     """Triton's own specialisation: pointers and multiples of 16 are known to be aligned, ones are constants."""
     types, constants, attributes = {}, {}, {}
@@ -436,7 +475,7 @@ def compile_one(job):
     from triton.compiler import ASTSource
 
     target, module, name, bound, options = job
-    kernel = getattr(sys.modules.get(module) or __import__(module, fromlist=[name]), name)
+    kernel = kernel_of(module, name)
     types, constants, attributes = signature(kernel, bound)
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget(*target, 64 if target[0] == "hip" else 32), options=options)
@@ -453,13 +492,48 @@ def compile_one(job):
 
 
 @compiles
+def test_dispatch_reads_nothing_back_to_the_host(monkeypatch):
+    """What CUDA graphs need: tensors without numbers, which cannot be read, are enough to launch every kernel."""
+    from triton.runtime.jit import JITFunction
+
+    launched = set()
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **options: launched.add(self.fn.__name__))
+    monkeypatch.setattr(gpu, "lacks", lambda: {"cuda": "not here"})
+    new = lambda *size, dtype=torch.float16: torch.empty(size, dtype=dtype, device="meta")  # noqa: E731
+    x, y, values, bias = new(4, 16, 9, 9), new(4, 24, 9, 9), new(64), new(24)
+    crow, t_crow, col = (new(n, dtype=torch.int32) for n in (25, 17, 64))
+    geometry = ([3, 3], [1, 1], [1] * 4, [1, 1], 1)
+    with gpu.watch() as calls:
+        gpu.conv2d(y, x, values, crow, col, bias, *geometry, residual=y, relu=True)
+        gpu.conv2d_input_grad(x, y, values, t_crow, col, col, *geometry)
+        gpu.conv2d_values_grad(values, y, x, crow, col, *geometry)
+        for batch in (4, 64):
+            inputs, outputs = new(batch, 16), new(batch, 24)
+            gpu.linear(outputs, inputs, values, crow, col, bias)
+            gpu.linear_input_grad(inputs, outputs, values, t_crow, col, col)
+            gpu.linear_values_grad(values, outputs, inputs, crow, col)
+        gpu.compress(values, new(24, 16, 3, 3), crow, col)
+        gpu.decompress(new(24, 16, 3, 3), values, crow, col)
+    assert {variant for _, variant in calls} == {"triton"} and len(calls) == 9
+    assert launched == {
+        "conv2d_kernel", "conv2d_values_grad_kernel", "copy_kept_kernel", "decode_kernel", "linear_kernel",
+        "linear_values_grad_kernel", "sum_columns_kernel",
+    }  # fmt: skip
+    with pytest.raises(RuntimeError, match="meta"):
+        col[0].item()
+
+
+@compiles
 def test_kernels_compile_and_fit_their_target():
-    unique = {repr(launch): launch for launch in launches()}.values()
-    jobs = [(target, *launch) for launch in unique for target in TARGETS]
+    # Numbers matter as far as Triton specialises on them.
+    unique = {
+        (name, repr(signature(kernel_of(module, name), bound)), repr(options)): (module, name, bound, options)
+        for module, name, bound, options in launches()
+    }
+    jobs = [(target, *launch) for launch in unique.values() for target in TARGETS]
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         for job, (registers, spilled, shared) in zip(jobs, pool.map(compile_one, jobs, chunksize=4)):
             target = job[0]
             assert registers <= 255 or target[0] == "hip", job
-            # ptxas may put what is used once per row aside to fit one more program; it must not in the inner loop.
-            assert spilled <= (16 if target[0] == "cuda" else 0), (registers, spilled, job)
+            assert spilled == 0, (registers, spilled, job)
             assert shared <= TARGETS[target], (shared, job)
