@@ -74,6 +74,7 @@ class MobileNetV1(nn.Module):
         width: multiplies the channels of every layer.
         in_channels: channels of the image.
         classes: outputs of ``fc``.
+        channels: of the first convolution and of the 13 blocks, as structured pruning leaves them; None: by ``width``.
         padding: of convolutions of stride 2: ``"torch"``, alike on all sides, or ``"tensorflow"``, "same" padding for images
             of even size: one row and column at the bottom and the right.
 
@@ -82,7 +83,7 @@ class MobileNetV1(nn.Module):
         - output: ``[n, classes]``
 
     Raises:
-        ValueError: ``padding`` is unknown.
+        ValueError: ``padding`` is unknown, or ``channels`` are not 14.
 
     Example:
         >>> import torch
@@ -94,21 +95,29 @@ class MobileNetV1(nn.Module):
     # Channels and stride of every depthwise separable convolution.
     BLOCKS = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
 
-    def __init__(self, width: float = 1.0, in_channels: int = 3, classes: int = 1000, padding: str = "torch"):
+    def __init__(
+        self,
+        width: float = 1.0,
+        in_channels: int = 3,
+        classes: int = 1000,
+        padding: str = "torch",
+        channels: Sequence[int] | None = None,
+    ):
         super().__init__()
         if padding not in ("torch", "tensorflow"):
             raise ValueError(f"padding must be 'torch' or 'tensorflow', got {padding!r}")
+        if channels is None:
+            channels = [int(width * count) for count in (32, *(out for out, _ in self.BLOCKS))]
+        if len(channels) != 1 + len(self.BLOCKS):
+            raise ValueError(f"channels must be {1 + len(self.BLOCKS)} numbers, got {list(channels)}")
         conv = _same_padded_conv if padding == "tensorflow" else Conv2dNormActivation
-        channels = int(32 * width)
-        layers = [conv(in_channels, channels, 3, 2)]
-        for out, stride in self.BLOCKS:
-            out = int(out * width)
-            layers.append(conv(channels, channels, 3, stride, groups=channels))
-            layers.append(Conv2dNormActivation(channels, out, 1))
-            channels = out
+        layers = [conv(in_channels, channels[0], 3, 2)]
+        for count, out, (_, stride) in zip(channels, channels[1:], self.BLOCKS):
+            layers.append(conv(count, count, 3, stride, groups=count))
+            layers.append(Conv2dNormActivation(count, out, 1))
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(channels, classes)
+        self.fc = nn.Linear(channels[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.avgpool(self.features(x)).flatten(1))

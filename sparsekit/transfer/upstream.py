@@ -353,8 +353,15 @@ def _small_resnet(state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _mobilenet_v1(state: Mapping[str, Tensor], padding: str = "torch") -> nn.Module:
-    width = state["features.0.0.weight"].shape[0] / 32
-    return MobileNetV1(width, state["features.0.0.weight"].shape[1], state["fc.weight"].shape[0], padding)
+    # AMC leaves every layer its own number of channels.
+    layers = (0, *range(2, 2 * len(MobileNetV1.BLOCKS) + 1, 2))
+    channels = [state[f"features.{layer}.0.weight"].shape[0] for layer in layers]
+    return MobileNetV1(
+        in_channels=state["features.0.0.weight"].shape[1],
+        classes=state["fc.weight"].shape[0],
+        padding=padding,
+        channels=channels,
+    )
 
 
 def _resnet50_rigl(state: Mapping[str, Tensor]) -> nn.Module:

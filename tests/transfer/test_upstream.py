@@ -116,12 +116,16 @@ class StrMobileNet(nn.Module):
 
 
 class AmcMobileNet(nn.Module):
-    def __init__(self):
+    """Structured pruning leaves it ``removed`` channels less after the first convolution, one less after the next, …"""
+
+    def __init__(self, removed=0):
         super().__init__()
-        widths = [8, *(out for out, _ in BLOCKS)]
-        self.conv1 = nn.Sequential(*conv_norm(3, 8, 3, 2, 1), nn.ReLU())
-        self.features = nn.Sequential(*(depthwise(widths[i], out, stride) for i, (out, stride) in enumerate(BLOCKS)))
-        self.classifier = nn.Sequential(nn.Linear(256, 10))
+        widths = [count - max(removed - i, 0) for i, count in enumerate([8, *(out for out, _ in BLOCKS)])]
+        self.conv1 = nn.Sequential(*conv_norm(3, widths[0], 3, 2, 1), nn.ReLU())
+        self.features = nn.Sequential(
+            *(depthwise(widths[i], widths[i + 1], stride) for i, (_, stride) in enumerate(BLOCKS))
+        )
+        self.classifier = nn.Sequential(nn.Linear(widths[-1], 10))
 
     def forward(self, x):
         return self.classifier(self.features(self.conv1(x)).mean((2, 3)))
@@ -256,7 +260,7 @@ def test_a_whole_resnet50_of_rigl_is_recognized():
 
 
 def test_mobilenets_of_str_the_study_and_amc(tmp_path):
-    for model in (StrMobileNet(True), StrMobileNet(False), AmcMobileNet()):
+    for model in (StrMobileNet(True), StrMobileNet(False), AmcMobileNet(), AmcMobileNet(removed=4)):
         model = settled(model)
         torch.save({"model_state_dict": wrapped(model)}, tmp_path / "wrapped.ckpt")
         torch.save(model.state_dict(), tmp_path / "plain.pth")

@@ -100,7 +100,7 @@ def _entries(budget: Budget) -> list[Entry]:
     dense = {"begin": 0.01 * half, "end": 0.5 * half, "interval": 0.05 * half, "initial_sparsity": 0.05}
     second = {**dense, "interval": 0.1 * half, "gradients": budget.gradients}
     regrowth = {"interval": 0.25, "end": 0.78 * whole, "fraction": 0.3, "distribution": "erk"}
-    phases = {"warmup": 0.1, "sparse": 0.1, "dense": 0.1, "last_dense": 0.1, "final": 0.8}
+    phases = {"warmup": 0.1, "sparse": 0.1, "dense": 0.1, "last_dense": 0.1, "final": 0.7}
     once = {"gradients": budget.gradients}
     only = (0.9,)
     return [

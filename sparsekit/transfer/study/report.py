@@ -285,8 +285,9 @@ def _material_blocks(summary: Summary) -> list[tuple[str, object]]:
         ("plot", ("zeros by layer", _layer_plot(summary))),
         (
             "text",
-            f"Images are resized to {size} × {size} with bilinear interpolation, and shifted and scaled by the same two "
-            "numbers for all tasks. A model of one channel sees the luma of colour images, one of three sees grey thrice.",
+            f"Images of one size are resized to {size} × {size} with bilinear interpolation, and shifted and scaled by the "
+            "same two numbers for all tasks; those of many sizes are resized, cropped and scaled as in the protocol. A model "
+            "of one channel sees the luma of colour images, one of three sees grey thrice.",
         ),
         ("table", tasks),
     ]
