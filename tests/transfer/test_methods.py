@@ -32,6 +32,8 @@ def test_upstream_runs_every_row_and_goes_on(task, tmp_path):
     page = (tmp_path / "upstream.md").read_text()
     assert "| RigL | 90.0 % |" in page and (tmp_path / "upstream.png").read_bytes()[:4] == b"\x89PNG"
 
+    assert not list((tmp_path / "partial").iterdir())
+
     cells = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0.json")}
     (gone := next(iter(cells))).unlink()
     again = methods.upstream(tmp_path, BUDGET, seeds=(0,), task=task)
@@ -44,6 +46,12 @@ def test_upstream_runs_every_row_and_goes_on(task, tmp_path):
     assert json.loads((tmp_path / "upstream.json").read_text()) == timed_too
     timed = {row["title"] for row in timed_too["rows"] if row["step_seconds"] and min(row["step_seconds"].values()) > 0}
     assert {"GMP", "RigL", "AC/DC", "STR"} < timed and not timed & {"dense", "DNW", "CrAM+", "oBS, one-shot"}
+
+    # Another machine goes on from what this one wrote.
+    elsewhere = methods.upstream(tmp_path / "elsewhere", BUDGET, seeds=(0,), task=task, out=tmp_path)
+    assert elsewhere == timed_too and not (tmp_path / "elsewhere" / "partial").exists()
+    with pytest.raises(ValueError, match="out must be empty or hold results of this budget"):
+        methods.upstream(tmp_path / "third", replace(BUDGET, epochs=3), task=task, out=tmp_path)
 
 
 def test_upstream_refuses_other_budgets_and_unknown_rows(task, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,13 +172,14 @@ def upstream(
         seeds: of weights, order and augmentation.
         only: parts of the titles of rows; none: all rows.
         task: None: Fashion-MNIST.
-        out: for ``upstream.json``, ``upstream.md`` and ``upstream.png``; None: ``folder``.
+        out: for ``upstream.json``, ``upstream.md`` and ``upstream.png``; None: ``folder``. Cells that an ``upstream.json``
+            there holds already, maybe from another machine, do not run again.
 
     Returns:
         What ``upstream.json`` holds.
 
     Raises:
-        ValueError: ``only`` matches no row, or ``folder`` holds results of another budget.
+        ValueError: ``only`` matches no row, or ``folder`` or ``out`` holds results of another budget.
     """
     budget = budget or Budget()
     entries = [e for e in _entries(budget) if not only or any(part.lower() in e.title.lower() for part in only)]
@@ -192,6 +193,8 @@ def upstream(
             f"budget must have at most {available} gradients for {available} batches, got {budget.gradients}"
         )
     _check_budget(folder, budget)
+    if out is not None:
+        _take_over(folder, budget, out)
     grid = _Grid(folder, budget, task)
     # The first seed of everything before the second of anything: a table early.
     for seed in seeds:
@@ -224,11 +227,6 @@ def speed(folder: Path, task: Task | None = None) -> None:
     write_atomically(folder / "speed.json", lambda name: Path(name).write_text(json.dumps(record)))
 
 
-def _times(folder: Path) -> dict:
-    path = folder / "speed.json"
-    return json.loads(path.read_text())["steps"] if path.exists() else {}
-
-
 def write(folder: Path, budget: Budget, task: str, out: Path | None = None) -> dict:
     """Gather the cells that are there into ``upstream.json``, ``upstream.md`` and ``upstream.png``.
 
@@ -242,9 +240,14 @@ def write(folder: Path, budget: Budget, task: str, out: Path | None = None) -> d
         What ``upstream.json`` holds.
     """
     out = out or folder
+    cells = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*-*-*.json"))}
+    path = folder / "speed.json"
+    speed = json.loads(path.read_text()) if path.exists() else None
     results = {
-        "cpu": cpu_name(), "torch": torch.__version__, "threads": torch.get_num_threads(), "task": task,
-        "budget": json.loads(json.dumps(asdict(budget))), "rows": _rows(folder, budget),
+        "cpu": cpu_name(), "torch": torch.__version__, "task": task, "budget": json.loads(json.dumps(asdict(budget))),
+        "rows": _rows(cells, speed["steps"] if speed else {}, budget),
+        "cells": {name: {k: v for k, v in cell.items() if k != "history"} for name, cell in cells.items()},
+        "speed": speed,
     }  # fmt: skip
     write_atomically(out / "upstream.json", lambda name: Path(name).write_text(json.dumps(results, indent=1) + "\n"))
     write_atomically(out / "upstream.md", lambda name: Path(name).write_text(document(results)))
@@ -257,6 +260,19 @@ def _check_budget(folder: Path, budget: Budget) -> None:
     if path.exists() and json.loads(path.read_text()) != wanted:
         raise ValueError(f"folder must be empty or hold results of this budget, but {path} has another one")
     write_atomically(path, lambda name: Path(name).write_text(json.dumps(wanted)))
+
+
+def _take_over(folder: Path, budget: Budget, out: Path) -> None:
+    """Put cells and times that an earlier run left in ``out`` where this one looks for them."""
+    path = out / "upstream.json"
+    if not path.exists():
+        return
+    known = json.loads(path.read_text())
+    if known["budget"] != json.loads(json.dumps(asdict(budget))):
+        raise ValueError(f"out must be empty or hold results of this budget, but {path} has another one")
+    for name, record in {**known["cells"], "speed.json": known["speed"]}.items():
+        if record is not None and not (folder / name).exists():
+            (folder / name).write_text(json.dumps(record))
 
 
 class _Grid:
@@ -280,10 +296,15 @@ class _Grid:
         record |= {"title": entry.title, "target": target, "seed": seed, "seconds": time.perf_counter() - start}
         record["sparsity"] = sparsity(model).overall
         write_atomically(path, lambda name: Path(name).write_text(json.dumps(record)))
+        self._partial(entry, target, seed).unlink(missing_ok=True)
         self.console.print(
             f"{entry.title} at {100 * record['sparsity']:.1f} %, seed {seed}: {100 * record['accuracy']:.2f} % "
             f"({record['seconds']:.0f} s)"
         )
+
+    def _partial(self, entry: Entry, target: float, seed: int) -> Path:
+        """Where a cell that is stopped goes on."""
+        return self.folder / "partial" / f"{entry.name}-{100 * target:g}-{seed}.safetensors"
 
     def _model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -323,7 +344,7 @@ class _Grid:
         lr = budget.lr_from_dense if entry.from_dense else budget.lr
         result = train(
             model, self.task, epochs=epochs, pruner=attach, description=f"{entry.title}, seed {seed}",
-            checkpoint=self.folder / "partial" / f"{entry.name}-{100 * target:g}-{seed}.safetensors",
+            checkpoint=self._partial(entry, target, seed),
             **self._settings(lr, seed),
         )  # fmt: skip
         record = {"accuracy": result.accuracy, "history": result.history, "pruned_accuracy": pruned_accuracy}
@@ -384,26 +405,24 @@ def _mean(values) -> float | None:
     return statistics.mean(values) if values else None
 
 
-def _rows(folder: Path, budget: Budget) -> list[dict]:
-    """The cells that are there, gathered by row and sparsity."""
-    rows, times = [], _times(folder)
+def _rows(cells: Mapping[str, dict], times: Mapping[str, dict], budget: Budget) -> list[dict]:
+    """Cells by file name, gathered by row and sparsity."""
+    rows = []
     for entry in _entries(budget):
         for target in entry.sparsities:
-            cells = [
-                json.loads(path.read_text()) for path in sorted(folder.glob(f"{entry.name}-{100 * target:g}-*.json"))
-            ]
-            if not cells:
+            here = [cell for cell in cells.values() if (cell["title"], cell["target"]) == (entry.title, target)]
+            if not here:
                 continue
-            found = [cell["accuracy"] for cell in cells]
+            found = [cell["accuracy"] for cell in here]
             row = {name: getattr(entry, name) for name in ("title", "one_shot", "keeps_weights", "note")}
             row |= {
                 "target": target,
-                "seeds": len(cells),
+                "seeds": len(here),
                 "accuracies": found,
-                "sparsity": statistics.mean(cell["sparsity"] for cell in cells),
+                "sparsity": statistics.mean(cell["sparsity"] for cell in here),
                 "accuracy": statistics.mean(found),
                 "std": statistics.stdev(found) if len(found) > 1 else None,
-                "pruned_accuracy": _mean(cell["pruned_accuracy"] for cell in cells),
+                "pruned_accuracy": _mean(cell["pruned_accuracy"] for cell in here),
             }
             row["step_seconds"] = times.get(f"{entry.name}-{100 * target:g}")
             rows.append(row)
@@ -412,7 +431,10 @@ def _rows(folder: Path, budget: Budget) -> list[dict]:
 
 def document(results: dict) -> str:
     """The results as Markdown."""
-    budget, rows = results["budget"], results["rows"]
+    budget, rows, speed = results["budget"], results["rows"], results["speed"]
+    timed = (
+        "not timed yet" if speed is None else f"timed apart by `--speed` ({speed['cpu']}, {speed['threads']} threads)"
+    )
     dense = next((row["accuracy"] for row in rows if row["title"] == "dense"), None)
     lines = [
         "# Every pruning method, upstream",
@@ -423,11 +445,10 @@ def document(results: dict) -> str:
         "one-shot methods and LTH-T end with weights of that model, and are compared with it. "
         "Authors' schedules, scaled to these epochs; all layers are pruned and counted, shared out by ERK where a paper does "
         "not rank them together (it leaves the first and the last layer dense). Mean ± standard deviation over seeds. "
-        f"{results['cpu']}, {results['threads']} threads, torch {results['torch']}. `sparsekit study upstream` makes "
-        "this page. *Epoch* is the time of its steps (forward and backward) on the final masks, "
-        "timed apart by `--speed`: on the sparse kernels where a layer gains by them, and on dense layers with masked "
-        "weights; methods that train dense weights have none. Small grey images: what carries over to ImageNet is the "
-        "procedure, not the numbers.",
+        f"Torch {results['torch']}. `sparsekit study upstream` makes this page. *Epoch* is the time of its steps (forward "
+        f"and backward) on the final masks, {timed}: on the sparse kernels where a layer gains by them, and on dense layers "
+        "with masked weights; methods that train dense weights have none. Small grey images: what carries over to ImageNet "
+        "is the procedure, not the numbers.",
         "",
         "| method | sparsity | accuracy | against dense | seeds | epoch, sparse / masked dense | |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
