@@ -431,7 +431,7 @@ def _speed_lines(results: dict) -> list[str]:
         f"Milliseconds an image of `sk.compile`, and how many times as fast as the fastest dense PyTorch (eager, "
         "channels_last, or `torch.compile`); medians of alternating runs ± half the distance between the quartiles. "
         f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}. Every model runs once in turn, so that its "
-        "weights come from memory; at batch 1 figures may change by 10 % from one pass to the next.",
+        "weights come from memory; at batch 1 figures may change by 15 % from one pass to the next.",
         "",
         "| | | " + " | ".join(f"batch {row['batch']}" for row in rows) + " |",
         "| --- | ---: |" + " ---: |" * len(rows),
