@@ -61,7 +61,8 @@ format: $(STAMP)
 test-torch: $(STAMP)
 	test -d $(VENV)-torch-$(TORCH) || $(PYTHON) -m venv $(VENV)-torch-$(TORCH)
 	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy safetensors pytest hypothesis
-	PYTHONPATH=. $(VENV)-torch-$(TORCH)/bin/python -m pytest -p no:cacheprovider
+	rm -rf build/torch && mkdir -p build/torch && cp -r sparsekit build/torch/ && cp -r kernels build/torch/sparsekit/
+	PYTHONPATH=build/torch $(VENV)-torch-$(TORCH)/bin/pytest -p no:cacheprovider
 
 # Every op of every ISA on the random shapes, under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-asan: $(STAMP)
