@@ -62,7 +62,7 @@ test-torch: $(STAMP)
 	test -d $(VENV)-torch-$(TORCH) || $(PYTHON) -m venv $(VENV)-torch-$(TORCH)
 	$(VENV)-torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH) numpy safetensors pytest hypothesis
 	rm -rf build/torch && mkdir -p build/torch && cp -r sparsekit build/torch/ && cp -r kernels build/torch/sparsekit/
-	PYTHONPATH=build/torch $(VENV)-torch-$(TORCH)/bin/pytest -p no:cacheprovider
+	PYTHONPATH=$(CURDIR)/build/torch:$(CURDIR) $(VENV)-torch-$(TORCH)/bin/pytest -p no:cacheprovider
 
 # Every op of every ISA on the random shapes, under AddressSanitizer and UndefinedBehaviorSanitizer.
 test-asan: $(STAMP)
@@ -72,7 +72,7 @@ test-asan: $(STAMP)
 	  $(BIN)/python setup.py -q build_ext --build-temp build/asan/tmp --build-lib build/asan
 	cp -r sparsekit/*.py sparsekit/*/ kernels build/asan/sparsekit/
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/asan $(BIN)/python -m pytest -p no:cacheprovider tests/ops/test_kernels.py tests/engine/test_chains.py
+	  PYTHONPATH=$(CURDIR)/build/asan $(BIN)/pytest -p no:cacheprovider tests/ops/test_kernels.py tests/engine/test_chains.py
 
 clean:
 	rm -rf build dist *.egg-info sparsekit/_C*.so $(VENV) $(VENV)-torch-*

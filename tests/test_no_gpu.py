@@ -45,9 +45,10 @@ def test_with_a_torch_for_the_cpu(monkeypatch):
     assert "triton" not in gpu.backends() and "this torch was built for the CPU" in gpu.lacks()["triton"]
 
 
-def test_without_triton():
+def test_without_triton(tmp_path):
     code = "import sys; sys.modules['triton'] = None; import sparsekit as sk; print(sk.gpu.lacks()['triton'])"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    # Elsewhere than in the source tree, where sparsekit.kernels is not in its place.
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("Triton cannot be imported") and "pip install triton" in run.stdout
 
@@ -104,6 +105,7 @@ def on_a_fake_gpu(model, mode):
     return model
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="a torch for the CPU aborts in autograd of fake CUDA tensors")
 @pytest.mark.parametrize("backend", ["sparse", "auto", "dense"])
 def test_models_on_a_gpu_compile_to_one_graph(monkeypatch, backend):
     """Dispatch asks for the GPU's name, its size and the cost table while Dynamo traces; nothing reads a number back."""
