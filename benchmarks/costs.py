@@ -63,11 +63,15 @@ def _chain_seconds(layers: list[Layer], sparsity: float, times: tuple[int, ...])
 def fit_chains() -> None:
     """What a convolution costs inside of a chain: long chains against short ones, so that copies cancel."""
     torch.set_num_threads(1)
-    rows, seconds, copies = [], [], []
+    rows, seconds, copies, dense = [], [], [], []
     for layer in RESNET50:
         if layer.stride > 1:
             continue
         back = Layer(layer.out_channels, layer.in_channels, 1, 1, layer.size, 1)
+        short, long = _chain_seconds([layer, back], 0.0, (1, 4))
+        weights = [one.in_channels * one.out_channels * one.kernel**2 for one in (layer, back)]
+        work = sum(chain_work(_shape(one, 1), n).fma for one, n in zip((layer, back), weights))
+        dense.append((long - short) / 3 / work)
         for sparsity in SPARSITIES:
             short, long = _chain_seconds([layer, back], sparsity, (1, 4))
             pair = (long - short) / 3
@@ -81,6 +85,7 @@ def fit_chains() -> None:
     costs = _relative_fit(rows, seconds)
     error = np.median(np.abs(np.array(rows) @ costs / np.array(seconds) - 1))
     print(f"CHAIN_COSTS = ChainWork({', '.join(f'{cost:.2g}' for cost in costs)})  # median error {error:.0%}")
+    print(f"CHAIN_DENSE = {np.median(dense):.2g}")
     print(f"CHAIN_COPY = {np.median(copies):.2g}")
 
 

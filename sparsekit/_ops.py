@@ -531,10 +531,13 @@ def program_load(program: int, input: int, out: int) -> None:
     torch.ops.sparsekit_cpu.program_load(program, input, out)
 
 
-def program_conv2d(program, input, out, residual, values, crow, col, bias, low, high, *geometry) -> None:
-    """Add: ``out = clamp(conv2d(input) + bias + residual, low, high)``; bias and residual may be None."""
+def program_conv2d(program, input, out, residual, values, crow, col, bias, low, high, *geometry, dense=False) -> None:
+    """Add: ``out = clamp(conv2d(input) + bias + residual, low, high)``; bias and residual may be None. ``dense``: compute
+    it as if no weight were zero, for one group only."""
     residual = _NO_TENSOR if residual is None else residual
-    torch.ops.sparsekit_cpu.program_conv2d(program, input, out, residual, values, crow, col, bias, low, high, *geometry)
+    torch.ops.sparsekit_cpu.program_conv2d(
+        program, input, out, residual, values, crow, col, bias, low, high, *geometry, dense
+    )
 
 
 def program_max_pool2d(

@@ -193,15 +193,24 @@ def chain_work(shape: Shape, nnz: int) -> ChainWork:
 # Seconds per unit on one thread, from `make bench-costs` as SPARSE_COSTS.
 #   fma: one kept weight times one lane; weight: one kept weight fetched; visit: one output lane; move: one element.
 CHAIN_COSTS = ChainWork(2.1e-11, 4.5e-11, 1.7e-11, 7.5e-11)
+#   one weight times one lane, where a layer is computed as if no weight were zero.
+CHAIN_DENSE = 1.15e-11
 #   an element copied into a chain or out of it.
 CHAIN_COPY = 7.3e-10
 
 
-def predict_in_chain(shape: Shape, nnz: int) -> float:
-    """Expected seconds of a convolution on the sparse kernels within a chain."""
-    ratio = SPARSE_COSTS[_ops.backend()].fma / SPARSE_COSTS["avx512"].fma
+def predict_in_chain(shape: Shape, nnz: int) -> tuple[float, float]:
+    """Expected seconds of a convolution within a chain, on the sparse kernels and computed as if no weight were zero.
+
+    The latter is infinite where it cannot be: for groups, and where at least half of the weights are pruned, which hide an
+    infinite input from their row.
+    """
+    ratio = SPARSE_COSTS[_ops.backend()].fma / SPARSE_COSTS["avx512"].fma * shape.batch / _threads()
     work = sum(cost * amount for cost, amount in zip(CHAIN_COSTS, chain_work(shape, nnz)))
-    return ratio * shape.batch * work / _threads()
+    weights = shape.macs // (shape.batch * shape.out_pixels)
+    mostly_kept = shape.groups == 1 and nnz > weights / 2
+    dense = CHAIN_DENSE * chain_work(shape, weights).fma if mostly_kept else math.inf
+    return ratio * work, ratio * dense
 
 
 class GpuCost(NamedTuple):

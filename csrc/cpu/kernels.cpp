@@ -16,6 +16,10 @@ namespace {
 constexpr int kStrip = kLanes == 16 ? 4 : 8;
 constexpr int kMostStrip = kLanes == 16 ? 5 : 8;
 constexpr int kLineFloats = 16;  // in a cache line
+constexpr int kFarAhead = 256;   // non-zeros, that their prefetch is ahead
+
+inline Vec some(const float* p, int64_t lanes) { return lanes == kLanes ? load(p) : load(p, lanes); }
+inline void put(float* p, Vec v, int64_t lanes) { lanes == kLanes ? store(p, v) : store(p, v, lanes); }
 
 // The share of a strip in what is wanted soon.
 Soon share_of(Soon soon, int64_t strip, int64_t strips) {
@@ -81,6 +85,7 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   const float* const start = results.start ? results.start + first_lane : nullptr;
   const float* const bias = results.bias;
   const int32_t* const mask = results.mask ? results.mask + first_lane : nullptr;
+  const bool far = rows.far;
   const bool starts = kAsks ? start != nullptr : kDoes & kStarts, read_elsewhere = starts && start != out;
   const bool has_bias = kAsks ? bias != nullptr : (kDoes & kHasBias) != 0;
   const bool capped = results.high < kInfinity;
@@ -101,6 +106,10 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
       for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + in_row(v), 1);
     if (read_elsewhere)
       for (int v = 0; v < N; ++v) __builtin_prefetch(start + soon * start_stride + in_row(v));
+    for (int64_t i = 0, length = far ? begin[r + 1] - begin[r] : 0; i < length; i += kLineFloats) {
+      __builtin_prefetch(offsets + kFarAhead + i, 0, 2);
+      __builtin_prefetch(values + kFarAhead + i, 0, 2);
+    }
     Vec sum[kSums][N];
     const Vec first = has_bias ? broadcast(bias[row]) : zero();
     for (int s = 0; s < kSums; ++s)
@@ -240,6 +249,69 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
     strip_of(vectors, vectors, tail < kLanes ? kAnything : does)(tile, ahead, rows, results, begin, tail);
   }
   if (results.stream) stream_fence();
+}
+
+// N registers of lanes of R rows at once: what is loaded from the tile serves all of them, so that FMAs are the bound.
+template <int R, int N>
+void gemm_strip(const float* lanes, const uint32_t* offsets, const float* values, int64_t terms, const Results& results,
+                int64_t row, int64_t rows, int64_t first_lane, int64_t tail) {
+  float* const out = results.data + row * results.stride + first_lane;
+  const int64_t stride = results.stride;
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N; ++v) __builtin_prefetch(out + (r < rows ? r : 0) * stride + v * kLanes, 1);
+  Vec sum[R][N];
+  for (int r = 0; r < R; ++r) {
+    const Vec first = results.bias && r < rows ? broadcast(results.bias[row + r]) : zero();
+    for (int v = 0; v < N; ++v) sum[r][v] = first;
+    if (!results.start || r >= rows) continue;
+    const float* const start = results.start + (row + r) * results.start_stride + first_lane;
+    for (int v = 0; v < N; ++v) sum[r][v] = add(first, some(start + v * kLanes, v + 1 < N ? kLanes : tail));
+  }
+  for (int64_t k = 0; k < terms; ++k, values += Panels::kRows) {
+    const float* const from = lanes + offsets[k];
+    Vec x[N];
+    for (int v = 0; v < N; ++v) x[v] = load(from + v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Vec w = broadcast(values[r]);
+      for (int v = 0; v < N; ++v) sum[r][v] = fma(w, x[v], sum[r][v]);
+    }
+  }
+  const Vec low = broadcast(results.low), high = broadcast(results.high);
+  for (int v = 0; v < N; ++v) {
+    const Mask kept = mask_of(results.mask ? results.mask + first_lane + v * kLanes : nullptr);
+    for (int r = 0; r < R; ++r) {
+      if (r >= rows) break;
+      const Vec y = keep(min(high, max(low, sum[r][v])), kept);
+      put(out + r * stride + v * kLanes, y, v + 1 < N ? kLanes : tail);
+    }
+  }
+}
+
+void gemm(const Tile& tile, const Panels& panels, const Results& results, int64_t lanes) {
+  constexpr int kMost = kRegisters >= 32 ? 4 : 2, kRows = Panels::kRows;
+  constexpr decltype(&gemm_strip<kRows, 1>) kStrips[] = {gemm_strip<kRows, 1>, gemm_strip<kRows, 2>,
+                                                         gemm_strip<kRows, (kMost > 2 ? 3 : 1)>,
+                                                         gemm_strip<kRows, (kMost > 2 ? 4 : 1)>};
+  const int64_t run = tile.run < lanes ? tile.run : lanes;
+  Results to = results;
+  for (int64_t at = 0, jump = 0; at < lanes; at += run, jump += tile.jump) {
+    const int64_t all = (run + kLanes - 1) / kLanes, strips = (all + kMost - 1) / kMost;
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      const int64_t first = all * strip / strips, vectors = all * (strip + 1) / strips - first;
+      const int64_t begin = first * kLanes, left = run - begin;
+      const int64_t tail = left >= vectors * kLanes ? kLanes : left - (vectors - 1) * kLanes;
+      for (int64_t row = 0; row < panels.rows; row += kRows) {
+        const float* const values =
+            panels.values + row / Panels::kRows * Panels::kRows * panels.terms + row % Panels::kRows;
+        const int64_t rows = panels.rows - row < kRows ? panels.rows - row : kRows;
+        kStrips[vectors - 1](tile.lanes + jump + begin, panels.offsets, values, panels.terms, to, row, rows, begin,
+                             tail);
+      }
+    }
+    to.data += results.jump;
+    if (to.start) to.start += results.jump;
+    if (to.mask) to.mask += run;
+  }
 }
 
 #if defined(__AVX512F__)
@@ -432,6 +504,23 @@ void interleave(float* to, int64_t to_row, const float* even, const float* odd, 
   }
 }
 
+// Lane i is from[i * stride], for n lanes.
+inline Vec every(const float* from, int64_t stride, int64_t n) {
+  if (stride == 1) return some(from, n);
+#if defined(__AVX512F__)
+  if (stride == 2) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const int64_t floats = 2 * n - 1;
+    const Vec low = load(from, floats < kLanes ? floats : kLanes);
+    const Vec high = floats > kLanes ? load(from + kLanes, floats - kLanes) : zero();
+    return _mm512_permutex2var_ps(low, even, high);
+  }
+#endif
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = from[i * stride];
+  return load(lanes);
+}
+
 void split(float* even, float* odd, int64_t to_row, const float* from, int64_t from_row, int64_t rows,
            int64_t even_cols, int64_t odd_cols) {
   for (int64_t r = 0; r < rows; ++r, even += to_row, odd += to_row, from += from_row) {
@@ -466,12 +555,9 @@ void gather(float* to, int64_t to_row, const float* from, int64_t from_row, int6
 #if defined(__AVX512F__)
       if (from_col == 2) {
         // One float less than two registers may be there to read at the end of the row.
-        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         for (; c < cols; c += kLanes) {
-          const int64_t n = cols - c < kLanes ? cols - c : kLanes, floats = 2 * n - 1;
-          const Vec low = load(from + 2 * c, floats < kLanes ? floats : kLanes);
-          const Vec high = floats > kLanes ? load(from + 2 * c + kLanes, floats - kLanes) : zero();
-          store(to + c, _mm512_permutex2var_ps(low, even, high), n);
+          const int64_t n = cols - c < kLanes ? cols - c : kLanes;
+          store(to + c, every(from + 2 * c, 2, n), n);
         }
       }
 #endif
@@ -570,13 +656,6 @@ struct Sum {
   static Vec join(Vec a, Vec b) { return add(a, b); }
 };
 
-template <class How>
-void join(float* to, const float* a, const float* b, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, How::join(load(a + i), load(b + i)));
-  if (i < n) store(to + i, How::join(load(a + i, n - i), load(b + i, n - i)), n - i);
-}
-
 // Pixels are the lanes: each column of the window's rows is joined, then neighbouring columns are. finish(row) comes
 // last.
 template <class How, class Finish>
@@ -587,24 +666,28 @@ void pool_row_nchw(const Pool2dGeometry& g, const Images& in, const Images& out,
   const int64_t reach = (g.out_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
   const int64_t width = reach > g.pad_left + g.in_w ? reach : g.pad_left + g.in_w;
   float* const columns = scratch;
-  float* const picked = scratch + width + kLanes;
   for (int64_t c = 0; c < width; ++c) columns[c] = How::kNothing;
   for (int64_t c = 0; c < g.channels; ++c) {
     const float* const image = in.data + c * in.channel + top * in.row;
     float* const best = columns + g.pad_left;
     float* const to = out.data + c * out.channel + y * out.row;
-    for (int64_t x = 0; x < g.out_w; ++x) to[x] = How::kNothing;
-    if (down.first >= down.last) continue;
-    for (int64_t x = 0; x < g.in_w; ++x) best[x] = How::kNothing;
-    for (int64_t ky = down.first; ky < down.last; ++ky)
-      join<How>(best, image + ky * g.dilation_h * in.row, best, g.in_w);
-    for (int64_t kx = 0; kx < g.kernel_w; ++kx) {
-      const float* from = columns + kx * g.dilation_w;
-      if (g.stride_w != 1) {
-        gather(picked, 0, from, 0, g.stride_w, 1, g.out_w);
-        from = picked;
-      }
-      join<How>(to, from, to, g.out_w);
+    if (down.first >= down.last) {
+      for (int64_t x = 0; x < g.out_w; ++x) to[x] = How::kNothing;
+      continue;
+    }
+    for (int64_t x = 0; x < g.in_w; x += kLanes) {
+      const int64_t n = g.in_w - x < kLanes ? g.in_w - x : kLanes;
+      const float* from = image + down.first * g.dilation_h * in.row + x;
+      Vec v = some(from, n);
+      for (int64_t ky = down.first + 1; ky < down.last; ++ky) v = How::join(some(from += g.dilation_h * in.row, n), v);
+      put(best + x, v, n);
+    }
+    for (int64_t x = 0; x < g.out_w; x += kLanes) {
+      const int64_t n = g.out_w - x < kLanes ? g.out_w - x : kLanes;
+      const float* from = columns + x * g.stride_w;
+      Vec v = every(from, g.stride_w, n);
+      for (int64_t kx = 1; kx < g.kernel_w; ++kx) v = How::join(every(from += g.dilation_w, g.stride_w, n), v);
+      put(to + x, v, n);
     }
     finish(to);
   }
@@ -693,9 +776,6 @@ inline void each_register(float* to, int64_t n, bool stream, const F& f) {
   if (i < n) store(to + i, f(i, n - i), n - i);
 }
 
-inline Vec some(const float* p, int64_t lanes) { return lanes == kLanes ? load(p) : load(p, lanes); }
-inline void put(float* p, Vec v, int64_t lanes) { lanes == kLanes ? store(p, v) : store(p, v, lanes); }
-
 // The first `lanes` lanes of v, 0 in the others.
 inline Vec only(Vec v, int64_t lanes) {
   if (lanes == kLanes) return v;
@@ -777,6 +857,7 @@ void norm_input_grad(const NormGrad& grad, const float* dy, const float* x, int6
 
 extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 spmm,
+                                gemm,
                                 sddmm,
                                 gather,
                                 scatter,

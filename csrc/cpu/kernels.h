@@ -23,6 +23,17 @@ struct Rows {
   // Every slot begins with so many pairs of non-zeros that belong one lane to the left and to the right of their
   // offsets; for spmm over rows of lanes that are whole registers and end with a zero.
   int64_t pairs = 0;
+  bool far = false;  // offsets and values come from memory so far away that they are prefetched
+};
+
+// A weight of which all is kept, or as good as all: panels of kRows rows of results, and for each [terms][kRows]
+// values. Term k of every row is an offset into the tile; rows that fill up the last panel have values of zero.
+struct Panels {
+  static constexpr int64_t kRows = 6;
+
+  const uint32_t* offsets;  // [terms], in floats
+  const float* values;
+  int64_t terms, rows;  // rows without those that fill up
 };
 
 // Source memory that will be wanted soon: runs of `floats`, `rows` of them in each of `channels` channels. The
@@ -78,6 +89,9 @@ struct Kernels {
   // results[r][lane] = clamp(bias[r] + start[r][lane] + sum of value * tile[offset + lane]), over `lanes` lanes. NaN
   // stays NaN. Touches no lane of results and start beyond `lanes`; may read the tile up to the next multiple of 16.
   void (*spmm)(const Tile& tile, const Rows& rows, const Results& results, int64_t lanes);
+
+  // The same for a dense weight. Does not stream.
+  void (*gemm)(const Tile& tile, const Panels& panels, const Results& results, int64_t lanes);
 
   // grad[j] += sum over lanes of dy[r][lane] * tile[offset_j + lane]. Reads no lane of dy beyond `lanes`. The number of
   // non-zeros of every slot must be a multiple of 4.

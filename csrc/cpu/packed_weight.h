@@ -34,19 +34,13 @@ class PackedWeight {
       for (const Tap& tap : part.taps) beside_.push_back(tap.phase < 0 ? 0 : tap.dx);
       pairs_.resize(lists);
     }
-    std::vector<int32_t> offset_of(walk.source_channels * taps_);
+    std::vector<int32_t> offsets(walk.source_channels * taps_);
     for (int64_t c = 0; c < walk.source_channels; ++c)
       for (int64_t t = 0; t < taps_; ++t) {
         const Tap& tap = part.taps[t];
-        if (tap.phase < 0) {
-          offset_of[c * taps_ + t] = -1;
-          continue;
-        }
-        const Phase& p = walk.phases[tap.phase];
-        offset_of[c * taps_ + t] = c % block_channels * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch +
-                                   walk.left + tap.dx + tap.elsewhere;
+        offsets[c * taps_ + t] = tap.phase < 0 ? -1 : offset_of(walk, tap, c % block_channels);
       }
-    count(csr, offset_of);
+    count(csr, offsets);
     if (shifting_) {
       const Phase& p = walk.phases[0];
       centre_ = p.base + p.up * walk.pitch + walk.left;
@@ -55,7 +49,7 @@ class PackedWeight {
     sort(with_values ? 1 : 4);
     offsets_.resize(size());
     if (with_values) values_.resize(size() + 4);  // read four at a time
-    fill(csr, offset_of);
+    fill(csr, offsets);
   }
 
   int64_t blocks() const { return blocks_; }
@@ -106,14 +100,14 @@ class PackedWeight {
     }
   }
 
-  void count(const Csr& csr, const std::vector<int32_t>& offset_of) {
-    const bool all_taps = std::find(offset_of.begin(), offset_of.end(), -1) == offset_of.end();
+  void count(const Csr& csr, const std::vector<int32_t>& offsets) {
+    const bool all_taps = std::find(offsets.begin(), offsets.end(), -1) == offsets.end();
     parallel(csr.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
         each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
           int64_t n = end - j;
           if (!all_taps)
-            for (n = 0; j < end; ++j) n += offset_of[csr.col[j]] >= 0;
+            for (n = 0; j < end; ++j) n += offsets[csr.col[j]] >= 0;
           length_[list] = n;
         });
     });
@@ -175,14 +169,14 @@ class PackedWeight {
     begin_.back() = total;
   }
 
-  void fill(const Csr& csr, const std::vector<int32_t>& offset_of) {
+  void fill(const Csr& csr, const std::vector<int32_t>& offsets) {
     parallel(csr.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
         each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
           int64_t to = begin_[slot_[list]];
-          if (shifting_) return fill_pairs(csr, offset_of, r, list, j, end, to);
+          if (shifting_) return fill_pairs(csr, offsets, r, list, j, end, to);
           for (; j < end; ++j) {
-            const int32_t offset = offset_of[csr.col[j]];
+            const int32_t offset = offsets[csr.col[j]];
             if (offset < 0) continue;
             offsets_[to] = offset + r / group_rows_ * group_floats_;
             if (!values_.empty()) values_[to] = csr.values[csr.permutation ? csr.permutation[j] : j];
@@ -194,19 +188,19 @@ class PackedWeight {
 
   // Left and right taps take turns, at the offsets of the column between them; then the others. Pairs that are not
   // there read a pixel that the row reads anyway, if there is one: an Inf of another would make NaN of it.
-  void fill_pairs(const Csr& csr, const std::vector<int32_t>& offset_of, int64_t row, int64_t list, int64_t j,
+  void fill_pairs(const Csr& csr, const std::vector<int32_t>& offsets, int64_t row, int64_t list, int64_t j,
                   int64_t end, int64_t to) {
     const int64_t pairs = pairs_[list / rows_];
     uint32_t pixel = centre_;
     for (int64_t k = j; k < end; ++k)
-      if (offset_of[csr.col[k]] >= 0) {
-        pixel = offset_of[csr.col[k]] - beside_[csr.col[k] % taps_] + row / group_rows_ * group_floats_;
+      if (offsets[csr.col[k]] >= 0) {
+        pixel = offsets[csr.col[k]] - beside_[csr.col[k] % taps_] + row / group_rows_ * group_floats_;
         break;
       }
     for (int64_t i = 0; i < 2 * pairs; ++i) offsets_[to + i] = pixel, values_[to + i] = 0;
     int64_t left = 0, right = 0, rest = to + 2 * pairs;
     for (; j < end; ++j) {
-      const int32_t offset = offset_of[csr.col[j]];
+      const int32_t offset = offsets[csr.col[j]];
       if (offset < 0) continue;
       const int64_t dx = beside_[csr.col[j] % taps_];
       const int64_t at = dx == -1 && left < pairs   ? to + 2 * left++

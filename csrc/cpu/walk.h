@@ -114,6 +114,12 @@ Channels channels_of(const Walk& walk, int64_t group, int64_t block, int64_t blo
 // Copy the source pixels of a tile into `block`, which starts zeroed.
 void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float* block);
 
+// Where what a tap reads of a channel of the packed block begins.
+inline int64_t offset_of(const Walk& walk, const Tap& tap, int64_t channel) {
+  const Phase& p = walk.phases[tap.phase];
+  return channel * walk.channel_stride + p.base + (tap.dy + p.up) * walk.pitch + walk.left + tap.dx + tap.elsewhere;
+}
+
 // The source memory of a tile.
 Soon source_of(const Walk& walk, const TileAt& tile, Channels channels);
 

@@ -9,7 +9,7 @@
 #include <deque>
 #include <thread>
 
-#include "cpu/packed_weight.h"
+#include "cpu/dense_weight.h"
 #include "cpu/parallel.h"
 #include "cpu/pool2d.h"
 #include "cpu/walk.h"
@@ -22,7 +22,8 @@ constexpr int64_t kStripVectors = 4, kMostStripVectors = 5;  // registers of lan
 constexpr int64_t kFewestTasks = 4;            // of a layer, by splitting its rows, for threads that share an image
 constexpr int64_t kRowNnz = 13;                // non-zeros of a row in a block of channels, at least
 constexpr int64_t kPackedFloats = 320 * 1024;  // of a packed source that the second-level cache holds as a whole
-constexpr int64_t kTeam = 2;                   // threads that share an image, at least if there are so many
+constexpr int64_t kFarWeights = 128 * 1024;  // of a layer, that are not in the second-level cache from the image before
+constexpr int64_t kTeam = 2;                 // threads that share an image, at least if there are so many
 
 // That a strip reads while they stay in the first-level cache, of which results and weights need a part.
 int64_t first_level_floats() {
@@ -43,14 +44,17 @@ struct Program::Term {
   Csr weight;
   int64_t in;
   bool direct;          // reads the tensor itself
+  bool is_dense;        // computed as if no weight were zero
   bool shifts = false;  // its weight is packed for it
   bool whole = true;    // all channels are packed at once
   int64_t packed = 0;   // where the packed source is in an image's memory
   int64_t block = 0, blocks = 0;
   std::unique_ptr<PackedWeight> kernel;
+  std::unique_ptr<DenseWeight> dense;  // the one or the other
 
   int64_t channels() const { return walk.groups * walk.source_channels; }
   int64_t rows() const { return walk.groups * walk.rows; }
+  int64_t first_row(int64_t split) const { return dense ? dense->first_row(split) : kernel->first_row(split); }
 };
 
 struct Program::Conv {
@@ -154,11 +158,11 @@ void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<floa
   });
 }
 
-void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in, int64_t out, int64_t residual,
-                         const Epilogue& epilogue) {
+void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense, int64_t in, int64_t out,
+                         int64_t residual, const Epilogue& epilogue) {
   auto conv = std::make_unique<Conv>(Conv{{}, out, residual, epilogue});
   const bool direct = in >= 0 && g.stride_h == 1 && g.stride_w == 1 && g.in_h == g.out_h && g.in_w == g.out_w;
-  conv->terms.push_back({forward_walk(g, {}, {}), weight, in, direct});
+  conv->terms.push_back({forward_walk(g, {}, {}), weight, in, direct, dense});
   conv->bias.resize(g.out_channels);
   if (epilogue.bias) std::copy_n(epilogue.bias, g.out_channels, conv->bias.begin());
   const Walk& walk = conv->terms[0].walk;
@@ -166,7 +170,9 @@ void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in,
   // Zeros to the right of a row serve as those to the left of the next, if the source has no pixels there.
   const int64_t most = std::max(walk.left, walk.right), both = walk.left + walk.right;
   const bool shared = ceil_div(g.in_w, walk.step_w) <= g.out_w + most - walk.left;
-  layout.side = std::max(layout.side, shared ? most : both);
+  // A packed copy of rows has its own.
+  int64_t& side = direct ? layout.side : layout.packed_side;
+  side = std::max(side, shared ? most : both);
   if (direct && (walk.phases[0].up || walk.phases[0].down || both)) {
     layout.up = std::max(layout.up, walk.phases[0].up);
     layout.down = std::max(layout.down, walk.phases[0].down);
@@ -309,10 +315,12 @@ void Program::add_store(int64_t in, int64_t output) {
 
 void Program::set_layouts() {
   for (Layout& layout : layouts_) {
-    layout.pitch = layout.w + layout.side;
     // Rows of whole lines, or of half a line more, let the taps of a 3 x 3 be loaded by whole lines.
-    const int64_t lines = round_up(layout.pitch, kAlign), halves = round_up(layout.pitch, kAlign / 2);
-    const bool by_rows = layout.h > 1 && lines <= kMostWaste * layout.pitch;
+    const int64_t lines = round_up(layout.w + layout.side, kAlign);
+    const bool by_rows = layout.h > 1 && lines <= kMostWaste * (layout.w + layout.side);
+    if (!by_rows) layout.side = std::max(layout.side, layout.packed_side);
+    layout.pitch = layout.w + layout.side;
+    const int64_t halves = round_up(layout.pitch, kAlign / 2);
     if (by_rows || (layout.side && halves <= kMostWaste * layout.pitch)) {
       layout.shifting = layout.side && layout.pitch <= kMostShifted;
       if (by_rows || layout.shifting) layout.pitch = by_rows ? lines : halves;
@@ -471,7 +479,7 @@ void Program::add_conv_steps(Conv& conv) {
     walk.tile_h = walk.grid_h;
     walk.tile_w = walk.grid_w;
     walk.pitch = layout.pitch;
-    term.shifts = term.direct && layout.shifting && (walk.left || walk.right);
+    term.shifts = term.direct && layout.shifting && (walk.left || walk.right) && !term.is_dense;
     walk.lead = term.direct ? 0 : round_up(walk.left, kAlign) - walk.left;
     place_phases(walk);
     term.block = walk.groups > 1 ? term.channels()
@@ -488,21 +496,25 @@ void Program::add_conv_steps(Conv& conv) {
     const int64_t channels = term.whole ? term.channels() : term.block;
     int64_t floats = channels * walk.channel_stride;
     if (by_rows) {
-      walk.channel_stride = layout.pitch;
-      walk.pitch = channels * layout.pitch;
+      walk.channel_stride = round_up(walk.left + layout.w + walk.right, kAlign);
+      walk.pitch = channels * walk.channel_stride;
       floats = 0;
       for (Phase& p : walk.phases) {
         p.base = floats + walk.lead;
         floats += (p.up + walk.tile_h + p.down) * walk.pitch;
       }
     }
-    term.packed = reserve(floats + walk.lead + layout.pitch + kAlign, conv.layer, conv.layer);
+    term.packed = reserve(floats + walk.lead + walk.row_lanes() + kAlign, conv.layer, conv.layer);
   }
   choose_strips(conv);
   conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.strips), 1, ceil_div(conv.terms[0].rows(), 64));
   for (Term& term : conv.terms) {
-    term.kernel = std::make_unique<PackedWeight>(term.walk, term.walk.parts[0], term.weight, term.block, conv.splits,
-                                                 true, true, term.shifts);
+    const Part& part = term.walk.parts[0];
+    if (term.is_dense)
+      term.dense = std::make_unique<DenseWeight>(term.walk, part, term.weight, term.block, conv.splits);
+    else
+      term.kernel = std::make_unique<PackedWeight>(term.walk, part, term.weight, term.block, conv.splits, true, true,
+                                                   term.shifts);
     term.weight = {};
   }
   // Adds blocks of a term's kernel to all strips. A strip's splits of the rows follow each other.
@@ -574,12 +586,18 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
     out.low = last ? conv.epilogue.low : -kInfinity;
     out.high = last ? conv.epilogue.high : kInfinity;
     for (int64_t split = splits.first; split < splits.first + splits.count; ++split) {
-      const int64_t row = term.kernel->first_row(split);
+      const int64_t row = term.first_row(split);
       const int64_t at = row * layout.channel + strip.row * out.jump + strip.lane;
       out.data = data(frame, conv.out) + at;
       out.bias = first ? conv.bias.data() + row : nullptr;
       out.start = !first ? out.data : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
-      kernels().spmm(tile, term.kernel->rows(0, b, split), out, strip.rows * strip.lanes);
+      if (term.dense) {
+        kernels().gemm(tile, term.dense->panels(b, split), out, strip.rows * strip.lanes);
+        continue;
+      }
+      Rows rows = term.kernel->rows(0, b, split);
+      rows.far = conv.strips == 1 && term.kernel->size() >= kFarWeights;
+      kernels().spmm(tile, rows, out, strip.rows * strip.lanes);
     }
     tile.lanes += term.block * term.walk.channel_stride;
   }

@@ -39,8 +39,8 @@ class Program {
   ~Program();
 
   void add_load(int64_t in, int64_t out);
-  // The weight is read until finish().
-  void add_conv2d(const Conv2dGeometry& g, const Csr& weight, int64_t in, int64_t out, int64_t residual,
+  // The weight is read until finish(). dense: it is computed as if nothing of it were zero; wants one group.
+  void add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense, int64_t in, int64_t out, int64_t residual,
                   const Epilogue& epilogue);
   void add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out);
   void add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out);
@@ -74,6 +74,7 @@ class Program {
   struct Layout {
     int64_t h, w;
     int64_t side = 0, up = 0, down = 0;  // zeros that taps reach to the left and right, above and below
+    int64_t packed_side = 0;             // the same of packed copies
     int64_t pitch = 0;                   // floats of a row
     int64_t runs = 1;                    // h, where tensors lie row by row
     int64_t channel = 0;                 // floats from a channel of a run to the next

@@ -86,11 +86,12 @@ void program_load_op(int64_t number, int64_t input, int64_t out) {
 
 void program_conv2d_op(int64_t number, int64_t input, int64_t out, int64_t residual, Tensor values, Tensor crow,
                        Tensor col, std::optional<Tensor> bias, double low, double high, Ints kernel, Ints stride,
-                       Ints padding, Ints dilation, int64_t groups) {
+                       Ints padding, Ints dilation, int64_t groups, bool dense) {
   const auto b = open(number);
   const Program::Size from = size_of(*b, input), to = size_of(*b, out);
   const Conv2dGeometry g = geometry({1, from.channels, from.h, from.w}, {1, to.channels, to.h, to.w}, kernel, stride,
                                     padding, dilation, groups);
+  STD_TORCH_CHECK(!dense || groups == 1, "a dense layer must have one group, got ", groups);
   const Csr weight = csr(crow, col, vector_data(values, "values", col.size(0)),
                          g.in_channels / groups * g.kernel_h * g.kernel_w, nullptr);
   STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
@@ -102,7 +103,7 @@ void program_conv2d_op(int64_t number, int64_t input, int64_t out, int64_t resid
   }
   check_write(*b, out);
   b->weights.insert(b->weights.end(), {values, crow, col});
-  b->program.add_conv2d(g, weight, input, out, residual,
+  b->program.add_conv2d(g, weight, dense, input, out, residual,
                         {bias ? vector_data(*bias, "bias", g.out_channels) : nullptr, nullptr, static_cast<float>(low),
                          static_cast<float>(high)});
 }
@@ -244,7 +245,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
   m.def(
       "program_conv2d(int program, int input, int out, int residual, Tensor values, Tensor crow_indices, Tensor "
       "col_indices, Tensor? bias, float low, float high, int[] kernel_size, int[] stride, int[] padding, int[] "
-      "dilation, int groups) -> ()");
+      "dilation, int groups, bool dense) -> ()");
   m.def(
       "program_max_pool2d(int program, int input, int out, int[] kernel_size, int[] stride, int[] padding, int[] "
       "dilation) -> ()");

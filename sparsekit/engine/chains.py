@@ -46,7 +46,8 @@ class Chain:
     """
 
     def __init__(self, plan: Plan, sizes: Sizes, numbers: Sequence[int], weight_of: Callable):
-        """``weight_of(number)`` gives the weight of a layer: values, crow_indices, col_indices, bias, kernel_size."""
+        """``weight_of(number)`` gives the weight of a layer: values, crow_indices, col_indices, bias, kernel_size, and
+        whether it is computed as if nothing of it were zero."""
         self.numbers = list(numbers)
         self.inputs, self.outputs = _ends(plan, numbers)
         self._out_sizes = [sizes[slot] for slot in self.outputs]
@@ -111,13 +112,14 @@ class _Builder:
         self.instructions.append((function, args, kwargs))
 
     def layer(self, number: int, step: Layer) -> None:
-        values, crow, col, bias, kernel = self.weight_of(number)
+        values, crow, col, bias, kernel, dense = self.weight_of(number)
         source = self.number_of[step.input.slot]
         residual = None if step.residual is None else self.number_of[step.residual.slot]
         out = self.hidden(step.out) if step.activation else self.new(step.out)
         geometry = (kernel, step.stride, step.padding, step.dilation, step.groups)
         self.add(
-            _ops.program_conv2d, source, out, residual, values, crow, col, bias, step.low, step.high, *geometry
+            _ops.program_conv2d, source, out, residual, values, crow, col, bias, step.low, step.high, *geometry,
+            dense=dense,
         )  # fmt: skip
         if step.activation:
             self.add(_ops.program_elementwise, out, self.new(step.out), activation=step.activation)
@@ -161,8 +163,8 @@ class _Builder:
             self.add(_ops.program_elementwise, input, self.new(step.out), **what)
 
 
-def find(plan: Plan, sizes: Sizes, sparse: set[int]) -> list[list[int]]:
-    """Numbers of the steps that can be chains, given which layers run sparse.
+def find(plan: Plan, sizes: Sizes, layers: set[int]) -> list[list[int]]:
+    """Numbers of the steps that can be chains, given which layers may be in one.
 
     A step between two steps of a chain that depends on neither runs before the chain.
     """
@@ -178,7 +180,7 @@ def find(plan: Plan, sizes: Sizes, sparse: set[int]) -> list[list[int]]:
         written.clear()
 
     for number, step in enumerate(plan.steps):
-        if _fits(plan, sizes, number, sparse, written):
+        if _fits(plan, sizes, number, layers, written):
             chain.append(number)
             written.add(step.out)
         elif written & {ref.slot for ref in refs(step)}:
@@ -204,7 +206,7 @@ def check(plan: Plan, sizes: Sizes, numbers: list[int]) -> None:
 
 
 def choose(
-    plan: Plan, sizes: Sizes, alone: dict[int, float], sparse: dict[int, float], copy: Callable[[int], float]
+    plan: Plan, sizes: Sizes, alone: dict[int, float], chained: dict[int, float], copy: Callable[[int], float]
 ) -> list[list[int]]:
     """The chains that are worth their copies.
 
@@ -212,7 +214,7 @@ def choose(
         plan: the plan.
         sizes: of what its slots hold.
         alone: seconds of every layer as it would run outside of chains.
-        sparse: seconds of the layers that may run sparse in a chain, there.
+        chained: seconds of the layers that may be in a chain, there.
         copy: seconds that it takes to copy the value of a slot into or out of a chain.
 
     Returns:
@@ -225,18 +227,18 @@ def choose(
         for numbers in find(plan, sizes, layers):
             inputs, outputs = _ends(plan, numbers)
             steps = [plan.steps[n] for n in numbers]
-            copied = [slot for slot in inputs if _needs_tensor(slot, steps)] + outputs
-            inside = [n for n in numbers if n in sparse]
-            saved = sum(alone[n] - sparse[n] for n in inside) - sum(map(copy, copied))
+            copied = [slot for slot in inputs if _is_copied(slot, steps)] + outputs
+            inside = [n for n in numbers if n in chained]
+            saved = sum(alone[n] - chained[n] for n in inside) - sum(map(copy, copied))
             if saved > 0:
                 total += saved
                 worth.append(numbers)
         return total, worth
 
-    layers = {number for number, seconds in sparse.items() if seconds <= alone[number]}
+    layers = {number for number, seconds in chained.items() if seconds <= alone[number]}
     saved, worth = with_layers(layers)
     # A layer that is slower in a chain may be worth it as a link.
-    for number in sorted(set(sparse) - layers, key=lambda n: sparse[n] - alone[n]):
+    for number in sorted(set(chained) - layers, key=lambda n: chained[n] - alone[n]):
         more, longer = with_layers(layers | {number})
         if more > saved:
             layers, saved, worth = layers | {number}, more, longer
@@ -253,7 +255,7 @@ def _ends(plan: Plan, numbers: Sequence[int]) -> tuple[list[int], list[int]]:
     return sorted({ref.slot for step in steps for ref in refs(step)} - inside), sorted(inside & elsewhere)
 
 
-def _fits(plan: Plan, sizes: Sizes, number: int, sparse: set[int], written: set[int]) -> bool:
+def _fits(plan: Plan, sizes: Sizes, number: int, layers: set[int], written: set[int]) -> bool:
     """Whether a step can follow in a chain that has written slots."""
     step = plan.steps[number]
 
@@ -263,7 +265,7 @@ def _fits(plan: Plan, sizes: Sizes, number: int, sparse: set[int], written: set[
     if isinstance(step, Layer):
         images = [step.input, Ref(step.out)] + ([] if step.residual is None else [step.residual])
         beside = max(step.padding[2:])
-        return number in sparse and all(map(is_image, images)) and beside <= MOST_PADDING * sizes[step.out][2] + 1
+        return number in layers and all(map(is_image, images)) and beside <= MOST_PADDING * sizes[step.out][2] + 1
     kind, args = _kind(step), step.args
     if kind is None or not args or step.kwargs or step.out not in sizes:
         return False
@@ -328,6 +330,18 @@ def _image(size: list[int]) -> list[int]:
     return [*size, 1, 1][:3]
 
 
+def _is_copied(slot: int, steps: list) -> bool:
+    """Whether an input is copied into the chain's layout: one that is only pooled is read where it is."""
+    return any(_kind(step) != "max_pool" for step in _readers(slot, steps))
+
+
 def _needs_tensor(slot: int, steps: list) -> bool:
-    """Whether an input must be copied into the chain's layout: one that is only pooled is read where it is."""
-    return any(_kind(step) != "max_pool" for step in steps if slot in {ref.slot for ref in refs(step)})
+    """Whether that copy is a tensor of the chain: a layer that is the only one to read it packs it for itself."""
+    readers = [step for step in _readers(slot, steps) if _kind(step) != "max_pool"]
+    if len(readers) == 1 and isinstance(readers[0], Layer):
+        return readers[0].residual is not None and readers[0].residual.slot == slot
+    return bool(readers)
+
+
+def _readers(slot: int, steps: list) -> list:
+    return [step for step in steps if slot in {ref.slot for ref in refs(step)}]

@@ -211,20 +211,33 @@ class Schedule:
         if not inputs or not inputs[0].dim():
             return []
         batch, threads = len(inputs[0]), torch.get_num_threads()
-        alone, sparse = {}, {}
-        for number, layer in self.layers.items():
+        alone, chained = {}, {}
+        for number in self.layers:
             seconds = self.choices[number].seconds or self.choices[number].expected
             alone[number] = min(seconds)
-            size = self.sizes.get(layer.layer.input.slot)
-            if layer.layer.kind == "conv2d" and size is not None and not math.isnan(seconds[0]):
+            in_chain = self._expected_in_chain(number, batch)
+            if in_chain is not None and not math.isnan(seconds[0]):
                 # Never more than outside: there, tensors come in another layout, and from further away.
-                expected = dispatch.predict_in_chain(layer.shape_on((batch, *size)), layer.nnz)
-                sparse[number] = min(expected, seconds[0])
+                chained[number] = min(*in_chain, seconds[0])
         copy = dispatch.CHAIN_COPY * batch / threads
-        return choose(self.plan, self.sizes, alone, sparse, lambda slot: copy * math.prod(self.sizes[slot]))
+        chains = choose(self.plan, self.sizes, alone, chained, lambda slot: copy * math.prod(self.sizes[slot]))
+        # Where nothing is sparse, PyTorch's own kernels are as fast.
+        return [numbers for numbers in chains if any(n in chained and not self._dense_in_chain(n) for n in numbers)]
+
+    def _expected_in_chain(self, number: int, batch: int = 1) -> tuple[float, float] | None:
+        """Seconds of a layer within a chain, sparse and computed as if nothing were zero; None if it cannot be in one."""
+        layer = self.layers[number]
+        size = self.sizes.get(layer.layer.input.slot)
+        if layer.layer.kind != "conv2d" or size is None:
+            return None
+        return dispatch.predict_in_chain(layer.shape_on((batch, *size)), layer.nnz)
+
+    def _dense_in_chain(self, number: int) -> bool:
+        sparse, dense = self._expected_in_chain(number)
+        return dense < sparse
 
     def join(self, chains: list[list[int]]) -> None:
-        """Make chains of these steps, and of no others; their layers run sparse."""
+        """Make chains of these steps, and of no others."""
         pixels = max(1, math.prod(self.sizes.get(0, [1])[1:]))
         images = max(PARTS[0], PART_PIXELS // pixels, 4 * torch.get_num_threads())
         self.part = images if chains and self.plan.batched else None
@@ -233,7 +246,7 @@ class Schedule:
 
         def weight_of(number: int) -> tuple:
             layer = self.layers[number]
-            return *layer.compressed(), layer.bias, list(layer.weight.shape[2:])
+            return *layer.compressed(), layer.bias, list(layer.weight.shape[2:]), self._dense_in_chain(number)
 
         made = [Chain(self.plan, self.sizes, numbers, weight_of) for numbers in chains]
         last = {chain.numbers[-1]: chain for chain in made}
@@ -303,13 +316,15 @@ class Schedule:
                 why += "; in a chain" if choice.backend == "sparse" else "; a link in a chain"
             if layer.layer.fused:
                 why += f"; with {', '.join(layer.layer.fused)}"
-            backend = "sparse" if number in chained else choice.backend
+            backend = choice.backend
+            if number in chained:
+                backend = "dense" if self._dense_in_chain(number) else "sparse"
             expected = (math.nan, math.nan)
             if _can_run_sparse(input.shape):
                 expected = dispatch.predict(layer.shape_on(input.shape), layer.nnz, train=False)
             seconds = seconds_in_turns(self._ways(number, input, residual))
             measured = (seconds.get(way, math.nan) for way in BACKENDS)
-            kernel = _ops.backend() if backend == "sparse" else "pytorch"
+            kernel = _ops.backend() if backend == "sparse" or number in chained else "pytorch"
             times = (*expected, *measured)
             reports.append(LayerReport(layer.layer.name, shape, layer.sparsity, backend, why, *times, kernel=kernel))
             return self._run_layer(number, input, residual)
