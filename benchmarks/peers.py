@@ -199,6 +199,8 @@ def main() -> None:
                 print(key)
                 cell = results["cells"][key] = measure(names, model, batch, args.rounds)
                 print("  " + ", ".join(f"{name} {row['milliseconds']:.2f}" for name, row in cell.items()), flush=True)
+                in_order = sorted(results["cells"].items(), key=lambda cell: [float(n) for n in cell[0].split(" %, ")])
+                results["cells"] = dict(in_order)
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     fill("peers", table(results))
     plot(results, ROOT / "docs" / "peers.png")
