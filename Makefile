@@ -72,7 +72,7 @@ test-asan: $(STAMP)
 	  $(BIN)/python setup.py -q build_ext --build-temp build/asan/tmp --build-lib build/asan
 	cp -r sparsekit/*.py sparsekit/*/ kernels build/asan/sparsekit/
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=$(CURDIR)/build/asan $(BIN)/pytest -p no:cacheprovider tests/ops/test_kernels.py tests/engine/test_chains.py
+	  PYTHONPATH=$(CURDIR)/build/asan $(BIN)/pytest -s -p no:cacheprovider tests/ops/test_kernels.py tests/engine/test_chains.py
 
 clean:
 	rm -rf build dist *.egg-info sparsekit/_C*.so $(VENV) $(VENV)-torch-*

@@ -9,7 +9,6 @@
 #include "cpu/conv2d.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -74,13 +73,13 @@ class PreparedWalk {
       const int64_t block_floats = block_ * walk.channel_stride, packed_blocks = splits_ > 1 ? blocks_ : 1;
       const int64_t source_floats = walk.direct ? 0 : packed_blocks * block_floats;
       float* scratch = tile_scratch.get(source_floats);
-      std::memset(scratch, 0, source_floats * sizeof(float));
+      std::fill_n(scratch, source_floats, 0.0f);
       int64_t packed = -1;
       float* result = nullptr;
       std::vector<Lanes> lanes;
       if (!in_place) {
         result = result_scratch.get(results_);
-        std::memset(result, 0, stride * sizeof(float));
+        std::fill_n(result, stride, 0.0f);
         for (int64_t at : results_at_) lanes.push_back({result + at, at ? stride : 0});
       }
       for (; !worker.done(); worker.advance()) {
@@ -206,19 +205,18 @@ void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images
   const PackedWeight packed(walk, walk.parts[0], weight, block, splits, false);
   const int64_t size = packed.size();
   std::unique_ptr<float[]> partial(new float[(chunks + 1) * size]);
-  parallel(chunks, [&](int64_t begin, int64_t end) {
-    std::memset(partial.get() + begin * size, 0, (end - begin) * size * sizeof(float));
-  });
+  parallel(chunks,
+           [&](int64_t begin, int64_t end) { std::fill_n(partial.get() + begin * size, (end - begin) * size, 0.0f); });
   const int64_t stride = walk.result_stride();
   Queue(chunks * walk.groups * splits).run([&](Queue::Worker& worker) {
     const int64_t source_floats = walk.direct ? 0 : block * walk.channel_stride;
     float* scratch = tile_scratch.get(source_floats);
-    std::memset(scratch, 0, source_floats * sizeof(float));
+    std::fill_n(scratch, source_floats, 0.0f);
     float* copy = nullptr;
     if (!writes_in_place(walk)) {
       const int64_t copied = ceil_div(walk.rows, splits) * stride;
       copy = result_scratch.get(copied);
-      std::memset(copy, 0, copied * sizeof(float));
+      std::fill_n(copy, copied, 0.0f);
     }
     for (; !worker.done(); worker.advance()) {
       const int64_t task = worker.task();

@@ -89,7 +89,7 @@ void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead, bool shift)
       lines <= kMostWaste * walk.pitch) {
     walk.shifting = true;
     walk.pitch = lines;
-    walk.lead = round_up(walk.left, kAlign) - walk.left;
+    walk.lead = round_up(std::max<int64_t>(walk.left, 1), kAlign) - walk.left;
   }
   walk.tile_h = 1;
   double best = 0;
@@ -112,7 +112,8 @@ void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead, bool shift)
 }
 
 void place_phases(Walk& walk) {
-  const int64_t halo = walk.left + walk.right;
+  // Pairs of taps (Rows::pairs) read one float on both sides, even where nothing is wanted of it.
+  const int64_t halo = walk.left + std::max<int64_t>(walk.right, walk.shifting);
   int64_t base = 0;
   for (Phase& p : walk.phases) {
     p.base = base + walk.lead;

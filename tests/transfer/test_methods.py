@@ -4,6 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("torchvision", exc_type=ImportError)
+
 from sparsekit.transfer import Task
 from sparsekit.transfer.study import methods
 from sparsekit.transfer.study.methods import Budget

@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("torchvision", exc_type=ImportError)
 scipy_io = pytest.importorskip("scipy.io")
 
 import torchvision.datasets as sets
+from PIL import Image
 
 from sparsekit.transfer import evaluate, fetch, full_finetune, linear_finetune, standard, tasks
 from sparsekit.transfer.data import LazyImages, View
