@@ -25,7 +25,6 @@ class DenseWeight {
     }
   }
 
-  int64_t size() const { return values_.size(); }
   int64_t first_row(int64_t split) const { return rows_ * split / splits_; }
 
   // The rows [first_row(split), first_row(split + 1)) over one block of channels.

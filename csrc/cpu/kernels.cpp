@@ -301,8 +301,7 @@ void gemm(const Tile& tile, const Panels& panels, const Results& results, int64_
       const int64_t begin = first * kLanes, left = run - begin;
       const int64_t tail = left >= vectors * kLanes ? kLanes : left - (vectors - 1) * kLanes;
       for (int64_t row = 0; row < panels.rows; row += kRows) {
-        const float* const values =
-            panels.values + row / Panels::kRows * Panels::kRows * panels.terms + row % Panels::kRows;
+        const float* const values = panels.values + row * panels.terms;
         const int64_t rows = panels.rows - row < kRows ? panels.rows - row : kRows;
         kStrips[vectors - 1](tile.lanes + jump + begin, panels.offsets, values, panels.terms, to, row, rows, begin,
                              tail);
