@@ -8,8 +8,12 @@ import operator
 import warnings
 from typing import NamedTuple
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import _config as fx_config
+from torch.overrides import TorchFunctionMode
 
 from ..convert import densify_
 
@@ -62,8 +66,10 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model, examples, dynamic_shapes=_for_signature(model, dynamic))
-            if not _takes_any_batch(program, dynamic):  # then for this one
+            # What is asked about a batch of 1 is written down then.
+            with fx_config.patch(backed_size_oblivious=True):
+                program = torch.export.export(model, examples, dynamic_shapes=_for_signature(model, dynamic))
+            if not _takes_any_batch(program, dynamic, model, examples):  # then for this one
                 program = torch.export.export(model, inputs)
             if not _make_functional(program.graph):
                 program = program.run_decompositions({})
@@ -90,15 +96,69 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> Captured:
     )
 
 
-def _takes_any_batch(program: torch.export.ExportedProgram, dynamic: tuple) -> bool:
-    """Whether control flow asked nothing about the batch, so that what was traced holds for all of two images and more.
+def _takes_any_batch(program: torch.export.ExportedProgram, dynamic: tuple, model: nn.Module, examples: tuple) -> bool:
+    """Whether control flow asked nothing about the batch, so that what was traced holds for all.
 
-    That several inputs have the same one is no question.
+    That several inputs have the same one is no question. Whether it is 1 is asked by PyTorch's own functions too, to which
+    it makes no difference; then the model's code tells.
     """
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
     asked = [guard.expr for v in values if isinstance(v, Tensor) for guard in v.fake_mode.shape_env.guards]
     asked = [e for e in asked if not (e.is_Equality and all(side.is_Symbol for side in e.args))]
-    return not asked and (len(program.range_constraints) > 0 or not any(dynamic))
+    if not program.range_constraints and any(dynamic):
+        return False
+    return not asked or (all(map(_is_about_one, asked)) and _is_alike_for_one(model, examples))
+
+
+def _is_about_one(asked) -> bool:
+    """Whether a sympy expression tells a size of 1 from larger ones, and nothing else."""
+    symbols = list(asked.free_symbols)
+    told = [sympy.Ne(symbols[0], 1), symbols[0] > 1, symbols[0] >= 2] if len(symbols) == 1 else []
+    return getattr(asked, "canonical", asked) in [e.canonical for e in told]
+
+
+class _Calls(TorchFunctionMode):
+    """Writes down the functions that Python calls, dimensions of tensors, and other arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[tuple[str, list]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        # Sizes are tuples to some versions of it, leaves to others.
+        leaves = [x for leaf in leaves for x in (leaf if isinstance(leaf, torch.Size) else (leaf,))]
+        arguments = [leaf.dim() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if func is not torch._assert:  # whose message may name sizes
+            self.made.append((getattr(func, "__name__", str(func)), arguments))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_alike_for_one(model: nn.Module, examples: tuple[Tensor, ...]) -> bool:
+    """Whether the model does for a batch of 1 what it does for larger ones.
+
+    Its Python code runs for both, on tensors without data, and calls the same functions in the same order; numbers among
+    their arguments are the same, or go with the batch. Code that cannot run so is taken to be alike.
+    """
+    more, calls = 3, []
+    for batch in (1, more):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Calls() as written:
+            fakes = [mode.from_tensor(t) for t in examples]
+            fakes = [t[:1].expand(batch, *t.shape[1:]).clone() if t.dim() >= 2 else t for t in fakes]
+            try:
+                model(*fakes)
+            except Exception:
+                return True
+        calls.append(written.made)
+
+    def go_together(a, b) -> bool:
+        same = a == b or (a != a and b != b)
+        return same or (isinstance(a, int) and isinstance(b, int) and b == more * a)
+
+    return len(calls[0]) == len(calls[1]) and all(
+        name == other and len(ones) == len(others) and all(map(go_together, ones, others))
+        for (name, ones), (other, others) in zip(*calls)
+    )
 
 
 def _make_functional(graph: fx.Graph) -> bool:

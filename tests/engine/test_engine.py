@@ -600,7 +600,7 @@ class Asks(nn.Module):
         return self.conv(x) * (2 if self.question(x.shape[0]) else 1)
 
 
-@pytest.mark.parametrize("question", [lambda n: n == 4, lambda n: n > 4, lambda n: n < 5])
+@pytest.mark.parametrize("question", [lambda n: n == 4, lambda n: n > 4, lambda n: n < 5, lambda n: n == 1])
 @pytest.mark.parametrize("first", [1, 4, 7])
 def test_a_model_that_asks_for_its_batch_is_captured_again(question, first):
     model = Asks(question).eval()
