@@ -235,6 +235,9 @@ def set_mask_(module: SparseModule, mask: Tensor, optimizer: torch.optim.Optimiz
             for name, value in state.items():
                 if torch.is_tensor(value) and value.shape == size:
                     state[name] = keep(value)
+                elif torch.is_tensor(value) and value.dim() == 2 and value.shape[1] == size.numel():
+                    # Gradients of several steps (MFACOptimizer).
+                    state[name] = torch.stack([keep(row.view(size)).flatten() for row in value])
     return module
 
 

@@ -53,6 +53,8 @@ class ACDC(Pruner):
         0.75
     """
 
+    restores = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -88,8 +90,9 @@ class CrAM(Pruner):
     """CrAM+, compression-aware minimisation (Peste et al., arXiv 2207.14200, algorithm 1): dense models that survive pruning.
 
     Every step adds two gradients: that of the dense weights w, and that of the pruned ones, TopK(w + rho * gradient(w)),
-    where those are kept; the sparsity is drawn anew for every step. :meth:`finalize` prunes by magnitude, and BatchNorm
-    wants :func:`recalibrate_batchnorm_` then.
+    where those are kept; the sparsity is drawn anew for every step. All parameters of the optimizer ascend, the pruned
+    layers' weights alone are pruned, and BatchNorm's running statistics are those of the dense weights. :meth:`finalize`
+    prunes by magnitude, and BatchNorm wants :func:`recalibrate_batchnorm_` then.
 
     The gradients come from two passes: call ``pruner.backward(lambda: loss_fn(model(inputs), targets))`` instead of
     ``loss.backward()``.
@@ -183,6 +186,17 @@ class CrAM(Pruner):
     def _pruned(self) -> Iterator[None]:
         """The model at TopK(w + rho * gradient), whose gradients are added where weights are kept."""
         layers = self.layers
+        pruned = {id(layer.weight) for layer in layers.values()}
+        everything = [p for group in self.optimizer.param_groups for p in group["params"]]
+        others = [p for p in everything if p.grad is not None and id(p) not in pruned]
+        unmoved = [p.detach().clone() for p in others]
+        statistics = [
+            buffer
+            for m in self.model.modules()
+            if isinstance(m, nn.modules.batchnorm._NormBase)
+            for buffer in m.buffers()
+        ]
+        seen = [buffer.clone() for buffer in statistics]
         drawn = torch.randint(len(self.levels), (), generator=generator(self.seed, self.steps))
         old, kept, grads, ascended = {}, {}, {}, {}
         for name, layer in layers.items():
@@ -197,8 +211,12 @@ class CrAM(Pruner):
                 layer.weight.grad = None
                 layer.weight.data.copy_(ascended[name])
                 set_mask_(layer, masks[name])
+            for parameter in others:
+                parameter.data.add_(parameter.grad, alpha=self.rho)
             yield
         finally:
+            for to, value in zip([p.data for p in others] + statistics, unmoved + seen):
+                to.copy_(value)
             for name, layer in layers.items():
                 added = layer.weight.grad
                 layer.weight.grad = None

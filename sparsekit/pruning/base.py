@@ -19,6 +19,9 @@ from .schedules import Schedule
 
 logger = logging.getLogger("sparsekit")
 
+# By how much a model may be sparser than asked: rounding, layer by layer, of whoever pruned it.
+_SPARSER = 1e-3
+
 
 def prune_masks(
     layers: Mapping[str, nn.Module],
@@ -71,7 +74,22 @@ def best_masks(
         {'fc': tensor([[ True, False,  True]])}
     """
     counts = distribution_from(distribution)(scores, sparsity)
+    if callable(distribution):
+        _check_counts(distribution, counts, scores)
     return {name: top_k(score, counts[name]) for name, score in scores.items()}
+
+
+def _check_counts(distribution: Distribution, counts: Mapping[str, int], scores: Mapping[str, Tensor]) -> None:
+    """Raise unless a function of the user's own keeps a possible number of weights in every layer."""
+    name = getattr(distribution, "__name__", repr(distribution))
+    if counts.keys() != scores.keys():
+        raise ValueError(f"distribution {name} must return a number for each of {list(scores)}, got {list(counts)}")
+    for layer, score in scores.items():
+        most, count = int((score != -torch.inf).sum()), counts[layer]
+        if not 0 <= count <= most:
+            raise ValueError(
+                f"distribution {name} must keep 0 to {most} weights of layer {layer!r}, those not pruned, got {count}"
+            )
 
 
 class Pruner:
@@ -95,11 +113,12 @@ class Pruner:
         layers: ``{name: sparse layer}``, what is pruned; tied weights once.
         steps: optimizer steps counted so far.
         needs_recalibration: whether BatchNorm wants :func:`recalibrate_batchnorm_` after :meth:`finalize`.
+        restores: whether what was pruned before may come back.
 
     Raises:
         TypeError: a layer is of a class that cannot become sparse; exclude it.
-        ValueError: an unknown ``distribution``, no layer to prune, an ``exclude`` rule that matches nothing, or an
-            ``optimizer`` that lacks a weight.
+        ValueError: an unknown ``distribution``, no layer to prune, an ``exclude`` rule that matches nothing, an
+            ``optimizer`` that lacks a weight, or layers that are sparser already than they are to be.
 
     Example:
         >>> import torch, sparsekit as sk
@@ -113,6 +132,7 @@ class Pruner:
     """
 
     needs_recalibration = False
+    restores = False
 
     def __init__(
         self,
@@ -133,6 +153,11 @@ class Pruner:
             raise ValueError(
                 f"optimizer must hold the weight of every pruned layer, but lacks those of {len(foreign)}, "
                 f"such as {foreign[0]!r}; build it from this model's parameters, or exclude them"
+            )
+        if not self.restores and self.sparsity > schedule.sparsity + _SPARSER:
+            raise ValueError(
+                f"sparsity must be at least {self.sparsity:.4f}, that of the layers already, since {type(self).__name__} "
+                f"restores no weights, got {schedule.sparsity}"
             )
         if schedule.updates_at(0):
             self.update()

@@ -127,6 +127,8 @@ def _budget(scores: Mapping[str, Tensor], sparsity: float) -> int:
     """How many weights all layers keep together."""
     check_sparsity(sparsity)
     total = sum(s.numel() for s in scores.values())
+    if round(sparsity * total) == total:
+        raise ValueError(f"sparsity must leave a weight of {total:,}, got {sparsity}")
     return min(total - round(sparsity * total), sum(_capacities(scores).values()))
 
 

@@ -23,6 +23,8 @@ from .scores import magnitude
 class _Latent(Pruner):
     """What the methods of this file share; subclasses define :meth:`_show`, from hidden weights to those of the model."""
 
+    restores = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -318,22 +320,20 @@ class STR(_Latent):
             check_not_negative(weight_decay, "weight_decay")
             group["weight_decay"] = weight_decay
         optimizer.add_param_group(group)
-        for name, layer in self.layers.items():
-            if layer.weight.requires_grad:
-                self._hooks.append(layer.weight.register_post_accumulate_grad_hook(self._threshold_grad(name)))
         self._show()
 
     def update(self) -> None:
         pass  # every optimizer step is one
 
-    def _threshold_grad(self, name: str):
-        @torch.no_grad()
-        def hook(weight: Tensor) -> None:
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        # Here, since data-parallel gradients are those of all ranks by now.
+        for name, layer in self.layers.items():
+            s, weight = self.s[name], layer.weight
             # Weights in use have the sign of the hidden ones; the others are 0.
-            slope = torch.sigmoid(self.s[name]) * (1 - torch.sigmoid(self.s[name]))
-            self.s[name].grad = -slope * (weight.grad * weight.sign()).sum()
-
-        return hook
+            slope = torch.sigmoid(s) * (1 - torch.sigmoid(s))
+            s.grad = None if weight.grad is None else -slope * (weight.grad * weight.sign()).sum()
+        super()._before_step()
 
     @torch.no_grad()
     def _show(self) -> None:

@@ -89,6 +89,10 @@ def first_and_last(model: nn.Module) -> tuple[str, ...]:
 def _check_weight(name: str, module: nn.Module) -> None:
     if isinstance(module._parameters.get("weight"), UninitializedParameter):
         raise ValueError(f"layer {name!r} is lazy and has no weight yet; run the model once before pruning it")
+    if isinstance(module._parameters.get("weight"), nn.Parameter) and module.weight.numel() == 0:
+        raise ValueError(
+            f"layer {name!r} has no weights to prune, its shape is {tuple(module.weight.shape)}; exclude it"
+        )
     if not parametrize.is_parametrized(module, "weight") and not module._parameters.keys() & set(PARAMETERS):
         raise ValueError(f"the weight of layer {name!r} is not a Parameter; remove the hook that computes it")
 

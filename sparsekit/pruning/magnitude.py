@@ -71,8 +71,8 @@ class GMP(Pruner):
     """Gradual magnitude pruning (Zhu & Gupta, arXiv 1710.01878): the smallest |w| go, along a cubic schedule.
 
     Published settings for ResNet-50 on ImageNet, where an epoch has n optimizer steps: from scratch
-    ``distribution="uniform", exclude=first_and_last(model), begin=20 * n, end=79 * n``; from a trained model
-    ``begin=n, end=36 * n, interval=5 * n, initial_sparsity=0.05``, global.
+    ``distribution="uniform", begin=20 * n, end=79 * n``; from a trained model ``begin=n, end=36 * n, interval=5 * n,
+    initial_sparsity=0.05``, global.
 
     Args:
         model: pruned in place; every Conv2d and Linear becomes sparse unless excluded.

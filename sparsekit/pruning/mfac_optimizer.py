@@ -15,7 +15,8 @@ class MFACOptimizer(torch.optim.Optimizer):
 
     G holds the last m gradients, of all parameters together, as rows; those that are not there yet count as zeros. By the
     Woodbury identity, F^-1 g = (g - G^T (m lambda I + G G^T)^-1 G g) / lambda; G G^T is kept up to date, so that a step
-    costs O(d m + m^3) and the memory is m gradients. Weight decay and momentum act on the result.
+    costs O(d m + m^3) and the memory is m gradients. As in the authors' code, weight decay is a part of the gradient, and
+    with a momentum of b the step is an average, v <- b v + (1 - b) F^-1 g.
 
     F^-1 mixes the entries of all weights. While masks stay, pruned weights get no step; where a pruner changes masks, call
     :func:`sparsekit.keep_zeros` once.
@@ -25,7 +26,8 @@ class MFACOptimizer(torch.optim.Optimizer):
         lr: step size; the published 1e-3 goes with ``dampening`` 1e-6 and momentum 0.9.
         gradients: m.
         dampening: lambda.
-        momentum, weight_decay: as of SGD.
+        momentum: b, in [0, 1).
+        weight_decay: as of SGD.
 
     Raises:
         TypeError, ValueError: a setting is out of range.
@@ -53,15 +55,18 @@ class MFACOptimizer(torch.optim.Optimizer):
         if dampening == 0:
             raise ValueError("dampening must be positive, got 0")
         check_not_negative(momentum, "momentum")
+        if momentum >= 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         check_not_negative(weight_decay, "weight_decay")
         self._gram: Tensor | None = None
+        self._known: list[Tensor] = []  # the rows that it is of
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         # In defaults, which copies and pickles keep.
         self.defaults |= {"gradients": gradients, "dampening": dampening}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self._gram = None  # computed anew
+        self._gram, self._known = None, []  # computed anew
 
     @property
     def gradients(self) -> int:
@@ -86,8 +91,9 @@ class MFACOptimizer(torch.optim.Optimizer):
                 self.state[p].update(step=0, gradients=p.new_zeros(self.gradients, p.numel()))
         number = self.state[parameters[0]]["step"] % self.gradients
         rows = [self.state[p]["gradients"] for p in parameters]
+        decays = {p: group["weight_decay"] for group in self.param_groups for p in group["params"]}
         for p, row in zip(parameters, rows):
-            row[number] = 0 if p.grad is None else p.grad.reshape(-1)
+            row[number] = 0 if p.grad is None else p.grad.add(p, alpha=decays[p]).reshape(-1)
             self.state[p]["step"] += 1
         products = self._products(rows, number)
         factors = self._factors(products)
@@ -98,12 +104,14 @@ class MFACOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._move(p, directions[p].add(p, alpha=group["weight_decay"]), group)
+                    self._move(p, directions[p], group)
         return loss
 
     def _products(self, rows: list[Tensor], number: int) -> Tensor:
         """G g for the newest gradient g, ``[m]``, of which G G^T gets a row and a column."""
-        if self._gram is None:
+        # State may have been cleared, loaded, or masked since.
+        if len(rows) != len(self._known) or any(a is not b for a, b in zip(rows, self._known)):
+            self._known = rows
             self._gram = sum(row.double() @ row.double().T for row in rows)
         # In double: m lambda may be far below the rounding errors of float.
         products = sum(row.double() @ row[number].double() for row in rows)
@@ -120,5 +128,5 @@ class MFACOptimizer(torch.optim.Optimizer):
         if group["momentum"]:
             state = self.state[p]
             buffer = state.setdefault("momentum_buffer", torch.zeros_like(p))
-            direction = buffer.mul_(group["momentum"]).add_(direction)
+            direction = buffer.mul_(group["momentum"]).add_(direction, alpha=1 - group["momentum"])
         p.add_(direction, alpha=-group["lr"])

@@ -52,7 +52,8 @@ class Recipe:
             training has fewer steps than its authors', so that it does as much in all.
         settings: arguments of the method; ``exclude`` may be ``"first_and_last"``. Those of AC/DC are those of
             :meth:`Phases.evenly`.
-        training: what else the authors trained with, for people and for :func:`sparsekit.transfer.train`: lr, momentum …
+        training: what else the authors trained with, for people: lr, momentum, ``milestones`` in epochs at which ``gamma``
+            multiplies the rate … ``sparsekit prune`` takes the label smoothing from it.
 
     Raises:
         ValueError: no such method, or a number is out of range.
@@ -134,6 +135,7 @@ class Recipe:
         method = METHODS[self.method]
         if method in (SET, RigL) and "interval" in settings:
             settings["interval"] = max(settings["interval"], _LEAST_REGROWTH)
+            settings["end"] = max(settings.get("end", 0), settings["interval"])  # training may be shorter
         if method is ACDC:
             kept = {key: settings.pop(key) for key in ("distribution", "exclude") if key in settings}
             return ACDC(model, optimizer, Phases.evenly(self.sparsity, **settings), **kept)
@@ -163,9 +165,14 @@ def _steps(epochs: float, scale: float, name: str) -> int:
     return max(round(epochs * scale), 1) if epochs > 0 else round(epochs * scale)
 
 
-_R = {"lr": 0.256, "momentum": 0.875, "weight_decay": 3.05e-5, "batch_size": 256, "schedule": "cosine"}
+_R = {
+    "lr": 0.256, "momentum": 0.875, "weight_decay": 3.05e-5, "batch_size": 256, "schedule": "cosine", "warmup_epochs": 5,
+}  # fmt: skip
 _SMOOTH = {**_R, "label_smoothing": 0.1}
-_FROM_DENSE = {"lr": 0.005, "momentum": 0.9, "weight_decay": 1e-4, "batch_size": 256, "schedule": "cosine"}
+_FROM_DENSE = {
+    "lr": 0.005, "momentum": 0.9, "weight_decay": 1e-4, "batch_size": 256, "schedule": "steps",
+    "milestones": list(range(40, 100, 6)), "gamma": 0.6,
+}  # fmt: skip
 _GRADUAL = {"begin": 1, "end": 36, "interval": 5, "initial_sparsity": 0.05}
 _REGROWTH = {"interval": 0.3125, "end": 78.125, "fraction": 0.3, "distribution": "erk"}
 _STEPPED = {
@@ -174,14 +181,15 @@ _STEPPED = {
     "weight_decay": 1e-4,
     "batch_size": 256,
     "schedule": "steps",
+    "milestones": [30, 70, 90],
+    "gamma": 0.1,
     "label_smoothing": 0.1,
 }
 
 # The authors' recipes for ResNet-50 on ImageNet.
 PRESETS: dict[str, Recipe] = {
     "gmp": Recipe(
-        "GMP", settings={"begin": 20, "end": 79, "interval": 1, "distribution": "uniform", "exclude": "first_and_last"},
-        training=_SMOOTH,
+        "GMP", settings={"begin": 20, "end": 79, "interval": 1, "distribution": "uniform"}, training=_SMOOTH
     ),
     "gmp-finetune": Recipe("GMP", settings=_GRADUAL, training=_FROM_DENSE),
     "woodfisher": Recipe("WoodFisher", settings=_GRADUAL, training=_FROM_DENSE),

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._checks import check_fraction, generator, refuse_closure
+from ._checks import check_fraction, check_steps, generator, refuse_closure
 from .base import Pruner, prune_masks
 from .distributions import Distribution
 from .layers import Rule
@@ -66,6 +66,10 @@ class _Regrowth(Pruner):
         check_fraction(fraction, "fraction")
         if start not in ("random", "magnitude"):
             raise ValueError(f"start must be 'random' or 'magnitude', got {start!r}")
+        check_steps(interval, "interval", least=1)
+        check_steps(end, "end")
+        if end < interval:
+            raise ValueError(f"end must not be earlier than the first update, at interval = {interval}, got {end}")
         self.fraction, self.seed = fraction, seed
         super().__init__(model, optimizer, Constant(sparsity, interval, end), distribution, exclude)
         scores = {

@@ -222,6 +222,8 @@ class Phases:
             check_steps(steps, name)
         for name, steps in (("sparse", sparse), ("dense", dense)):
             check_steps(steps, name, least=1)
+        if final < warmup:
+            raise ValueError(f"final must not be earlier than warmup = {warmup}, got {final}")
         prune_at = []
         while warmup + sparse <= final - last_dense:
             prune_at.append(warmup)

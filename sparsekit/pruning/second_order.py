@@ -172,6 +172,8 @@ class OBS(_SecondOrder):
             fisher = self._fisher(group)
             for name in group:
                 scores[name] = obs_score(self.layers[name].weight, fisher.diagonal(name))
+        if len(groups) > 1:
+            fisher = None  # ranking wants room, too
         masks = prune_masks(self.layers, scores, sparsity, self.distribution)
         updates = {}
         for group in groups:

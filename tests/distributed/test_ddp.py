@@ -35,7 +35,7 @@ def alone(form):
     return sk.dense_state_dict(model), model
 
 
-@pytest.mark.parametrize("form", ["sparse", "compressed", "rigl", "obs"])
+@pytest.mark.parametrize("form", ["sparse", "compressed", "rigl", "obs", "str"])
 def test_two_ranks_are_one_process(form, tmp_path):
     run = torchrun(tmp_path, form)
     assert run.returncode == 0, run.stderr

@@ -42,9 +42,12 @@ def build(form):
 
 
 def pruner_of(form, model, optimizer):
-    """RigL, which averages its gradients over the ranks; oBS, whose own are of the same batches on all; or None."""
+    """RigL, which averages its gradients over the ranks; oBS, whose own are of the same batches on all; STR, whose
+    thresholds follow the gradients; or None."""
     if form == "rigl":
         return sk.pruning.RigL(model, optimizer, 0.75, interval=2, end=20, start="magnitude")
+    if form == "str":
+        return sk.pruning.STR(model, optimizer, initial=-4.0, weight_decay=0.1)
     if form == "obs":
         return sk.pruning.OBS(
             model, optimizer, 0.9, [data(100 + i) for i in range(4)], F.cross_entropy, gradients=4, block=8,

@@ -241,29 +241,52 @@ def test_acdc_alternates_and_restores_zeros_without_momentum():
     assert sk.sparsity(pruner.finalize()).overall == pytest.approx(0.8, abs=1 / total)
 
 
-def test_cram_adds_the_gradient_at_the_pruned_weights():
-    model = mlp().double()
+@pytest.mark.parametrize("build, shape, classes", [(mlp, (6,), 3), (convnet, (3, 6, 6), 5)])
+def test_cram_adds_the_gradient_at_the_pruned_weights(build, shape, classes):
+    model = build().double()
     plain = copy.deepcopy(model)
-    inputs, targets = data(1, (6,), 3, dtype=torch.float64)[0]
+    inputs, targets = data(1, shape, classes, dtype=torch.float64)[0]
     optimizer = sgd(model)
     pruner = pruning.CrAM(model, optimizer, 0.5, rho=0.1, levels=[0.6])
     pruner.backward(lambda: F.cross_entropy(model(inputs), targets))
 
-    first = torch.autograd.grad(F.cross_entropy(plain(inputs), targets), list(plain.parameters()))
-    weights = {0: plain[0].weight, 2: plain[2].weight}
-    ascended = {str(i): w.detach() + 0.1 * g for (i, w), g in zip(weights.items(), (first[0], first[2]))}
-    masks = pruning.best_masks({name: w.abs() for name, w in ascended.items()}, 0.6)
+    names, parameters = zip(*plain.named_parameters())
+    first = torch.autograd.grad(F.cross_entropy(plain(inputs), targets), parameters)
+    ascended = {name: p.detach() + 0.1 * g for name, p, g in zip(names, parameters, first)}
+    weights = [f"{name}.weight" for name in pruner.layers]
+    masks = pruning.best_masks({name: ascended[name].abs() for name in weights}, 0.6)
     pruned = copy.deepcopy(plain)
     with torch.no_grad():
-        for name in ascended:
-            pruned[int(name)].weight.copy_(ascended[name] * masks[name])
-    second = list(torch.autograd.grad(F.cross_entropy(pruned(inputs), targets), list(pruned.parameters())))
-    second[0], second[2] = second[0] * masks["0"], second[2] * masks["2"]
-    for parameter, a, b in zip(model.parameters(), first, second):
-        torch.testing.assert_close(parameter.grad, a + b)
-    for ours, theirs in zip(model.parameters(), plain.parameters()):
+        for name, p in pruned.named_parameters():
+            p.copy_(ascended[name] * masks.get(name, 1))
+    second = torch.autograd.grad(F.cross_entropy(pruned(inputs), targets), list(pruned.parameters()))
+    for name, parameter, a, b in zip(names, model.parameters(), first, second):
+        torch.testing.assert_close(parameter.grad, a + b * masks.get(name, 1))
+    # Statistics are those of the first pass; everything else is where it was.
+    buffers = dict(plain.named_buffers())
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers() if n in buffers)
+    for ours, theirs in zip(model.parameters(), parameters):
         assert torch.equal(ours, theirs)
     assert pruner.sparsity == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_cram_draws_a_level_for_every_step(seed, monkeypatch):
+    drawn = []
+
+    def note(layers, scores, sparsity, distribution):
+        drawn.append(sparsity)
+        return pruning.prune_masks(layers, scores, sparsity, distribution)
+
+    monkeypatch.setattr("sparsekit.pruning.alternating.prune_masks", note)
+    levels, draws = [0.3, 0.5, 0.7], []
+    for _ in range(2):
+        model = mlp()
+        optimizer = sgd(model)
+        run(model, optimizer, pruning.CrAM(model, optimizer, 0.5, levels=levels, seed=seed), data(12, (6,), 3))
+        draws.append(drawn[:])
+        drawn.clear()
+    assert draws[0] == draws[1] and set(draws[0]) == set(levels)
 
 
 def test_cram_wants_both_passes():
@@ -272,6 +295,21 @@ def test_cram_wants_both_passes():
     pruner = pruning.CrAM(model, optimizer, 0.5)
     with pytest.raises(RuntimeError, match="pruner.backward"):
         pruner.step()
+
+
+def test_a_distribution_of_ones_own_shares_out_but_restores_nothing():
+    model = mlp()
+
+    def keep(first):
+        return lambda scores, sparsity: {"0": first, "2": 3}
+
+    sk.sparsify_(pruning.magnitude_(model, 0.5, keep(10)), min_sparsity=0)
+    assert [int(model[i].weight_mask.sum()) for i in (0, 2)] == [10, 3]
+    kept = model[0].weight_mask.clone()
+    pruning.magnitude_(model, 0.5, keep(4))
+    assert int(model[0].weight_mask.sum()) == 4 and not (model[0].weight_mask & ~kept).any()
+    with pytest.raises(ValueError, match="must keep 0 to 4 weights of layer '0', those not pruned, got 11"):
+        pruning.magnitude_(model, 0.5, keep(11))
 
 
 # --- hidden weights -------------------------------------------------------------------------------------------------
@@ -538,9 +576,10 @@ def test_mfac_optimizer_is_its_definition():
         F.cross_entropy(model(inputs), targets).backward()
         g = torch.cat([p.grad.flatten() for p in model.parameters()])
         optimizer.step()
+        g = g + 0.01 * w
         rows[step % 4] = g
         fisher = 0.05 * torch.eye(len(w), dtype=torch.float64) + rows.T @ rows / 4
-        buffer = 0.9 * buffer + torch.linalg.solve(fisher, g) + 0.01 * w
+        buffer = 0.9 * buffer + 0.1 * torch.linalg.solve(fisher, g)
         w = w - 0.1 * buffer
         torch.testing.assert_close(torch.cat([p.detach().flatten() for p in model.parameters()]), w)
 
@@ -580,6 +619,45 @@ def test_mfac_optimizer_leaves_pruned_weights_and_resumes():
         torch.testing.assert_close(ours, theirs)
     for layer in (model[0], model[2]):
         assert torch.equal(layer.weight != 0, layer.weight_mask)
+
+
+def test_mfac_optimizer_forgets_what_is_pruned_or_cleared():
+    torch.manual_seed(0)
+    model, fresh = nn.Sequential(nn.Linear(6, 8)), nn.Sequential(nn.Linear(6, 8))
+    for m in (model, fresh):
+        pruning.magnitude_(m, 0.5)
+    sk.sparsify_(model, min_sparsity=0)
+    optimizer = pruning.MFACOptimizer(model.parameters(), lr=0.1, gradients=3, dampening=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().mean().backward()
+        optimizer.step()
+
+    def expected_step():
+        """Of the state that is there, by the definition."""
+        optimizer.zero_grad()
+        model(torch.randn(4, 6)).square().mean().backward()
+        parameters = list(model.parameters())
+        rows = torch.cat([optimizer.state[p]["gradients"] for p in parameters], 1) if optimizer.state else None
+        g = torch.cat([p.grad.flatten() for p in parameters])
+        rows = torch.zeros(3, len(g)) if rows is None else rows.clone()
+        rows[optimizer.state[parameters[0]]["step"] % 3 if optimizer.state else 0] = g
+        fisher = 0.1 * torch.eye(len(g)) + rows.T @ rows / 3
+        before = torch.cat([p.detach().flatten() for p in parameters])
+        optimizer.step()
+        after = torch.cat([p.detach().flatten() for p in parameters])
+        torch.testing.assert_close(after, before - 0.1 * torch.linalg.solve(fisher, g), rtol=1e-4, atol=1e-5)
+
+    for _ in range(4):
+        step()
+    layer = model[0]
+    sk.set_mask_(layer, layer.weight_mask.roll(1, 0), optimizer)
+    assert not optimizer.state[layer.weight]["gradients"][:, ~layer.weight_mask.flatten()].any()
+    expected_step()
+    assert torch.equal(layer.weight.detach() != 0, layer.weight_mask & (layer.weight.detach() != 0))
+    optimizer.state.clear()
+    expected_step()
 
 
 # --- first order ----------------------------------------------------------------------------------------------------
@@ -697,6 +775,17 @@ def test_resumed_with_another_method_or_other_settings():
         (lambda m, o: pruning.CrAM(m, o, 0.5, levels=[]), "levels must hold at least one"),
         (lambda m, o: pruning.CrAM(m, o, 0.5, rho=-1), "rho must be finite and not negative, got -1"),
         (lambda m, o: pruning.Movement(m, o, 0.5, begin=0), "begin must be at least 1"),
+        (lambda m, o: pruning.RigL(m, o, 0.5, interval=9, end=5), "end must not be earlier than .* interval = 9, got 5"),
+        (lambda m, o: Phases.evenly(0.5, warmup=9, sparse=1, dense=1, last_dense=1, final=5),
+         "final must not be earlier than warmup = 9, got 5"),
+        (lambda m, o: pruning.magnitude_(m, 0.999), "sparsity must leave a weight of 72, got 0.999"),
+        (lambda m, o: pruning.GMP(sk.sparsify_(pruning.magnitude_(m, 0.75)), sgd(m), 0.5, end=4),
+         "sparsity must be at least 0.7500, that of the layers already, since GMP restores no weights, got 0.5"),
+        (lambda m, o: pruning.prunable_layers(nn.Sequential(m, nn.Linear(0, 4))), "layer '1' has no weights to prune"),
+        (lambda m, o: pruning.magnitude_(m, 0.5, lambda scores, sparsity: {"0": 4}),
+         r"must return a number for each of \['0', '2'\], got \['0'\]"),
+        (lambda m, o: pruning.magnitude_(m, 0.5, lambda scores, sparsity: {"0": 4, "2": 25}),
+         "must keep 0 to 24 weights of layer '2', those not pruned, got 25"),
         (lambda m, o: pruning.LTH(sk.compress_(sk.sparsify_(m, min_sparsity=0)), sgd(m), 0.5, interval=2),
          "LTH needs dense weights, but layer '0' is compressed"),
         (lambda m, o: pruning.recipe("obs").attach(m, o, 10), "batches and loss_fn must be given for OBS"),
@@ -828,7 +917,9 @@ def test_recipes_scale_with_epochs_and_steps():
     pruner = pruning.recipe("acdc-95").attach(model, sgd(model), steps_per_epoch=10, epochs=50)
     assert pruner.schedule.prune_at == (50, 100, 150, 200, 250, 300, 350, 425) and pruner.schedule.sparsity == 0.95
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
-    pruner = pruning.recipe("gmp").attach(model, sgd(model), steps_per_epoch=10)
+    gmp = pruning.recipe("gmp").to_dict()
+    gmp["settings"]["exclude"] = "first_and_last"
+    pruner = pruning.recipe(gmp).attach(model, sgd(model), steps_per_epoch=10)
     assert (pruner.schedule.begin, pruner.schedule.end) == (200, 790) and list(pruner.layers) == ["1", "2"]
 
 

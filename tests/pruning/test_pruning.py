@@ -58,6 +58,10 @@ def test_distributions_meet_the_target_exactly(sizes, sparsity, levels, pruned, 
     total = sum(s.numel() for s in scores.values())
     available = {name: int((s > -INF).sum()) for name, s in scores.items()}
     for distribution in (uniform, erk, global_):
+        if round(sparsity * total) == total:
+            with pytest.raises(ValueError, match="sparsity must leave a weight"):
+                distribution(scores, sparsity)
+            continue
         counts = distribution(scores, sparsity)
         assert sum(counts.values()) == min(total - round(sparsity * total), sum(available.values()))
         assert all(0 <= counts[name] <= available[name] for name in counts)
