@@ -379,7 +379,8 @@ def document(results: dict) -> str:
         "on; rows of its own have the published 1e-7, meant for more gradients.",
         "",
         f"**{labelled} images are few.** Accuracy is on the {labelled} labelled ImageNet photographs in PyPI's `foolbox`, "
-        "with Wilson's 95 % interval; most intervals of one sparsity overlap. The other columns compare outputs "
+        "with Wilson's 95 % interval; most intervals of one sparsity overlap, and from 80 % on little is left of the model "
+        "whatever prunes it: which row is ahead there says nothing. The other columns compare outputs "
         f"with those of the dense model: KL(dense ‖ pruned) in nats on the same {labelled}, and the fraction of equal best "
         f"classes and KL on {held_out} photographs without labels, which pruning has not seen. {source}",
         "",
