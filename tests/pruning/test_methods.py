@@ -423,14 +423,20 @@ def test_lth_rewinds(transfer):
 
 
 def test_lth_rewinds_to_an_early_step():
-    model = mlp()
+    model = convnet()
     optimizer = sgd(model)
     pruner = pruning.LTH(model, optimizer, 0.5, interval=4, rate=0.5, rewind_to=2)
-    batches = data(4, (6,), 3)
+    batches = data(4)
     run(model, optimizer, pruner, batches[:2])
-    early = model[0].bias.detach().clone()
+    early = copy.deepcopy(model.state_dict())
     run(model, optimizer, pruner, batches[2:])
-    assert torch.equal(model[0].bias, early)
+    assert pruner.sparsity == pytest.approx(0.5, abs=0.01) and not optimizer.state
+    for name, now in model.state_dict().items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "weight" and layer in pruner.layers:
+            assert torch.equal(now, early[name] * pruner.layers[layer].weight_mask), name
+        elif leaf != "weight_mask":
+            assert torch.equal(now, early[name]), name
     with pytest.raises(ValueError, match="rewind_to must be earlier than the first round ends, at 4, got 4"):
         pruning.LTH(mlp(), optimizer, 0.5, interval=4, rewind_to=4)
 
@@ -497,20 +503,38 @@ def test_second_order_pruning_is_its_definition(method):
         settings["block"] = 1000
     pruner = method(model, sgd(model), 0.5, batches, F.cross_entropy, **settings)
 
-    weights = {"0": plain[0].weight, "2": plain[2].weight}
-    grads = [torch.cat([g.flatten() for g in grad.values()])
-             for grad in gradients(plain, weights, batches, F.cross_entropy, 12)]  # fmt: skip
-    stacked, w = torch.stack(grads), torch.cat([x.detach().flatten() for x in weights.values()])
-    fisher = 1e-3 * torch.eye(len(w), dtype=torch.float64) + stacked.T @ stacked / 12
-    if method is not pruning.MFAC:
-        fisher = torch.block_diag(fisher[:48, :48], fisher[48:, 48:])
-    inverse = torch.linalg.inv(fisher)
-    kept = pruning.top_k(w**2 / (2 * inverse.diagonal()), len(w) - round(0.5 * len(w)))
-    expected = (w - inverse @ ((w / inverse.diagonal()) * ~kept)) * kept
-    found = torch.cat([layer.weight.detach().flatten() for layer in pruner.layers.values()])
-    torch.testing.assert_close(found, expected)
-    assert torch.equal(found != 0, kept)
+    def by_definition(plain, alive, sparsity):
+        """Weights and mask of an update that starts from weights which are masked by ``alive``."""
+        weights = {"0": plain[0].weight, "2": plain[2].weight}
+        grads = [torch.cat([g.flatten() for g in grad.values()])
+                 for grad in gradients(plain, weights, batches, F.cross_entropy, 12)]  # fmt: skip
+        stacked, w = torch.stack(grads) * alive, torch.cat([x.detach().flatten() for x in weights.values()])
+        fisher = 1e-3 * torch.eye(len(w), dtype=torch.float64) + stacked.T @ stacked / 12
+        if method is not pruning.MFAC:
+            fisher = torch.block_diag(fisher[:48, :48], fisher[48:, 48:])
+        inverse = torch.linalg.inv(fisher)
+        scores = (w**2 / (2 * inverse.diagonal())).masked_fill(~alive, -torch.inf)
+        kept = pruning.top_k(scores, len(w) - round(sparsity * len(w)))
+        return (w - inverse @ ((w / inverse.diagonal()) * (alive & ~kept))) * kept, kept
+
+    def compare(pruner, expected, kept):
+        found = torch.cat([layer.weight.detach().flatten() for layer in pruner.layers.values()])
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(found != 0, kept)
+
+    expected, kept = by_definition(plain, torch.ones(72, dtype=torch.bool), 0.5)
+    compare(pruner, expected, kept)
     assert model.training and pruner.finalize() is model
+
+    # Another update sees masked gradients, and moves weights for those alone that go now; two of them are one with recompute.
+    twin = copy.deepcopy(model)
+    for sparsity in (0.625, 0.75):
+        with torch.no_grad():
+            for layer, part in zip((plain[0], plain[2]), expected.split((48, 24))):
+                layer.weight.copy_(part.view_as(layer.weight))
+        expected, kept = by_definition(plain, kept, sparsity)
+        compare(method(model, sgd(model), sparsity, batches, F.cross_entropy, **settings), expected, kept)
+    compare(method(twin, sgd(twin), 0.75, batches, F.cross_entropy, recompute=2, **settings), expected, kept)
 
 
 def test_second_order_pruning_of_pruned_weights_goes_on_from_the_mask():
@@ -677,15 +701,20 @@ def test_snip_prunes_by_sensitivity():
 def test_movement_adds_up_over_steps():
     model = mlp()
     optimizer = sgd(model)
-    pruner = pruning.Movement(model, optimizer, 0.5, begin=3, end=4)
-    total = 0
-    for inputs, targets in data(2, (6,), 3):
+    pruner = pruning.Movement(model, optimizer, 0.5, begin=3, end=4, initial_sparsity=0.25)
+    totals = {"0": 0, "2": 0}
+    for inputs, targets in data(3, (6,), 3):
+        torch.testing.assert_close(pruner.scores()["0"], torch.as_tensor(totals["0"]).expand(8, 6).to(torch.float32))
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets).backward()
-        total = total - model[0].weight.detach() * model[0].weight.grad
+        for name in totals:
+            layer = pruner.layers[name]
+            totals[name] = totals[name] - layer.weight.detach() * layer.weight.grad
         optimizer.step()
         pruner.step()
-    torch.testing.assert_close(pruner.scores()["0"], total)
+    expected = pruning.best_masks(totals, 0.25)
+    for name, layer in pruner.layers.items():
+        assert torch.equal(layer.weight_mask, expected[name])
 
 
 # --- what holds for all of them -------------------------------------------------------------------------------------
