@@ -362,6 +362,7 @@ def study_upstream(
     only: Annotated[list[str] | None, typer.Option(help="part of a row's title; repeat for several")] = None,
     images: Annotated[int, typer.Option(help="training images of Fashion-MNIST")] = 20_000,
     epochs: Annotated[int, typer.Option(help="of training, for every method")] = 8,
+    widths: Annotated[tuple[int, int, int], typer.Option(help="channels of the three stages")] = (32, 64, 256),
     out: Annotated[
         Path | None, typer.Option(help="where upstream.md, upstream.json and upstream.png go; default: the same folder")
     ] = None,
@@ -378,7 +379,9 @@ def study_upstream(
         torch.set_num_threads(threads)
     if speed:
         grid.speed(folder)
-    budget = grid.Budget(images=images, epochs=epochs)
+    if min(widths) < 1:
+        raise typer.BadParameter(f"--widths must be positive, got {widths}")
+    budget = grid.Budget(images=images, epochs=epochs, widths=widths)
     gradients = max(min(budget.gradients, images // budget.batch_size), 1)
     results = grid.upstream(folder, replace(budget, gradients=gradients), range(seeds), only or (), out=out)
     print(json_module.dumps(results) if json else grid.document(results))

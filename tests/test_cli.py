@@ -111,3 +111,8 @@ def test_bench_measures_every_way(kind, monkeypatch, tmp_path):
 def test_bench_names_bad_arguments():
     with pytest.raises(ValueError, match="kind must be one of inference, full, linear, got 'train'"):
         bench.measure({}, torch.zeros(1), "train")
+
+
+def test_study_upstream_names_bad_widths(tmp_path):
+    result = run("study", "upstream", "--folder", tmp_path, "--widths", 8, 0, 8)
+    assert result.exit_code == 2 and "--widths must be positive, got (8, 0, 8)" in result.output

@@ -42,6 +42,15 @@ def test_upstream_runs_every_row_and_goes_on(task, tmp_path):
     assert [path for path in cells if path.stat().st_mtime_ns != cells[path]] == [gone]
     assert [row["accuracy"] for row in again["rows"]] == [row["accuracy"] for row in results["rows"]]
 
+    # A cell of another recipe runs again.
+    cells = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*-0.json")}
+    other = json.loads((tmp_path / "rigl-90-0.json").read_text())
+    other["recipe"]["settings"]["fraction"] = 0.5
+    (tmp_path / "rigl-90-0.json").write_text(json.dumps(other))
+    methods.upstream(tmp_path, BUDGET, seeds=(0,), task=task)
+    assert [path.name for path in cells if path.stat().st_mtime_ns != cells[path]] == ["rigl-90-0.json"]
+    assert json.loads((tmp_path / "rigl-90-0.json").read_text())["recipe"]["settings"]["fraction"] == 0.3
+
     assert not any(row["step_seconds"] for row in again["rows"])
     methods.speed(tmp_path, task)
     timed_too = methods.upstream(tmp_path, BUDGET, seeds=(0,), task=task)
