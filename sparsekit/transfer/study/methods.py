@@ -483,6 +483,7 @@ def plot(results: dict) -> bytes:
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
     for axis, one_shot, title in ((axes[0], False, "trained"), (axes[1], True, "one-shot, BatchNorm recalibrated")):
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for name in dict.fromkeys(row["title"] for row in rows if row["one_shot"] == one_shot):
             own = [row for row in rows if row["title"] == name and row["one_shot"] == one_shot]
             if name == "dense":
