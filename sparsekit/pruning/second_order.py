@@ -112,8 +112,8 @@ class OBS(_SecondOrder):
 
     The inverse takes 8 * ``block`` bytes a weight; layers are worked on in groups that fit into ``memory``, each with a pass
     over the gradients of its own, and another for the update if there are several groups: five, for ResNet-50 with block
-    50. Beside ``memory``, an update holds the gradients of 8 mini-batches for one group, scores, and updates. Under DDP, give
-    every rank the same ``batches``, or masks will differ.
+    50. Beside ``memory``, an update holds the gradients of 8 mini-batches for one group, scores, and updates: 3.7 GB in all
+    for ResNet-50 (``python -m benchmarks.fisher``). Under DDP, give every rank the same ``batches``, or masks will differ.
 
     Args:
         model: pruned in place; every Conv2d and Linear becomes sparse unless excluded.
