@@ -128,7 +128,8 @@ def _entries(budget: Budget) -> list[Entry]:
         Entry("AC/DC", _recipe("acdc", whole, **{key: share * whole for key, share in phases.items()})),
         Entry(
             "LTH", _recipe("lth", whole, interval=whole / 24, rate=0.37, rewind_to=0), sparsities=only,
-            note="five rounds of a 24th of the epochs, then the ticket trains on; the learning rate is not rewound",
+            note="five rounds of a 24th of the epochs, then the ticket trains on; the learning rate is not rewound; their "
+            "length chosen by the test images",
         ),
         Entry(
             "LTH-T", _recipe("lth-transfer", half, interval=half / 11, rate=0.2, transfer=True).at(1 - 0.8**10), True,
