@@ -1,4 +1,5 @@
-"""Pruning: scores rank weights, distributions share them out over layers, schedules say when, methods combine them."""
+"""Pruning: scores rank weights, distributions share them out over layers, schedules say when, policies say what becomes of
+the optimizer's state, methods combine them."""
 
 from .alternating import ACDC, CrAM
 from .base import Pruner, best_masks, prune_masks
@@ -17,6 +18,7 @@ from .report import PruningReport, report
 from .schedules import Constant, Cubic, Linear, OneShot, Phases, Rounds, Schedule
 from .scores import magnitude, movement, sensitivity
 from .second_order import MFAC, OBS, WoodFisher, obs_score
+from .states import STATE_POLICIES
 
 __all__ = [
     "ACDC",
@@ -30,6 +32,7 @@ __all__ = [
     "PRESETS",
     "SET",
     "SNIP",
+    "STATE_POLICIES",
     "STR",
     "Constant",
     "CrAM",

@@ -15,6 +15,7 @@ from .distributions import Distribution
 from .layers import Rule
 from .schedules import OneShot, Phases
 from .scores import magnitude
+from .states import StatePolicy, follow
 
 _NEVER = 2**62
 
@@ -35,6 +36,8 @@ class ACDC(Pruner):
         phases: when they begin, and the sparsity.
         distribution: ``"global"`` or ``"uniform"`` as published, ``"erk"``, or a function.
         exclude: layers to leave alone, see :func:`prunable_layers`.
+        optimizer_state: what the beginning of a dense phase does to the optimizer's state, see :class:`Pruner`; where a
+            sparse one begins, momentum goes with its weight.
 
     Raises:
         TypeError, ValueError: see :class:`Pruner` and :class:`Phases`.
@@ -63,8 +66,9 @@ class ACDC(Pruner):
         *,
         distribution: str | Distribution = "global",
         exclude: Rule | Iterable[Rule] = (),
+        optimizer_state: str | StatePolicy = "zero",
     ):
-        super().__init__(model, optimizer, phases, distribution, exclude)
+        super().__init__(model, optimizer, phases, distribution, exclude, optimizer_state)
 
     def scores(self) -> dict[str, Tensor]:
         """|w| of every weight."""
@@ -78,12 +82,10 @@ class ACDC(Pruner):
             self._restore()
 
     def _restore(self) -> None:
-        for layer in self.layers.values():
-            set_mask_(layer, torch.ones_like(layer.weight_mask), self.optimizer)
-        for parameter, state in self.optimizer.state.items():
-            for value in state.values():
-                if torch.is_tensor(value) and value.shape == parameter.shape:
-                    value.zero_()
+        self._set_masks({name: torch.ones_like(layer.weight_mask) for name, layer in self.layers.items()})
+
+    def _prune_to(self, sparsity: float) -> None:
+        follow(self.layers, prune_masks(self.layers, self.scores(), sparsity, self.distribution), self.optimizer)
 
 
 class CrAM(Pruner):

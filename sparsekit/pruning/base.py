@@ -16,6 +16,7 @@ from .distributions import Distribution, distribution_from
 from .layers import Rule, prunable_layers
 from .masks import top_k
 from .schedules import Schedule
+from .states import StatePolicy, policy_from
 
 logger = logging.getLogger("sparsekit")
 
@@ -108,6 +109,8 @@ class Pruner:
         schedule: when masks change and to which sparsity; an update at step 0 happens here.
         distribution: a name in :data:`DISTRIBUTIONS`, or a function as in :mod:`sparsekit.pruning.distributions`.
         exclude: layers to leave alone, see :func:`prunable_layers`. Sparsity counts the others.
+        optimizer_state: what an update of the masks does to the optimizer's state: a name in :data:`STATE_POLICIES`, or a
+            function as in :mod:`sparsekit.pruning.states`.
 
     Attributes:
         layers: ``{name: sparse layer}``, what is pruned; tied weights once.
@@ -117,8 +120,8 @@ class Pruner:
 
     Raises:
         TypeError: a layer is of a class that cannot become sparse; exclude it.
-        ValueError: an unknown ``distribution``, no layer to prune, an ``exclude`` rule that matches nothing, an
-            ``optimizer`` that lacks a weight, or layers that are sparser already than they are to be.
+        ValueError: an unknown ``distribution`` or ``optimizer_state``, no layer to prune, an ``exclude`` rule that matches
+            nothing, an ``optimizer`` that lacks a weight, or layers that are sparser already than they are to be.
 
     Example:
         >>> import torch, sparsekit as sk
@@ -141,8 +144,10 @@ class Pruner:
         schedule: Schedule,
         distribution: str | Distribution = "global",
         exclude: Rule | Iterable[Rule] = (),
+        optimizer_state: str | StatePolicy = "follow",
     ):
         distribution_from(distribution)
+        self._policy, self.optimizer_state = policy_from(optimizer_state), optimizer_state
         self.model, self.optimizer, self.schedule, self.distribution = model, optimizer, schedule, distribution
         self.steps = 0
         self._is_final = False
@@ -260,6 +265,7 @@ class Pruner:
             "method": type(self).__name__,
             "schedule": {"kind": type(self.schedule).__name__, **asdict(self.schedule)},
             "distribution": getattr(self.distribution, "__name__", self.distribution),
+            "state_policy": getattr(self.optimizer_state, "__name__", self.optimizer_state),
             "layers": list(self.layers),
         }
 
@@ -267,8 +273,7 @@ class Pruner:
         self._set_masks(prune_masks(self.layers, self.scores(), sparsity, self.distribution))
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
-        for name, mask in masks.items():
-            set_mask_(self.layers[name], mask, self.optimizer)
+        self._policy(self.layers, masks, self.optimizer)
 
 
 def _as_lists(value):

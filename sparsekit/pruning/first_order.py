@@ -14,6 +14,7 @@ from .fisher import Batches, LossFn, gradients
 from .layers import Rule
 from .schedules import Cubic, OneShot
 from .scores import movement, sensitivity
+from .states import StatePolicy
 
 
 class SNIP(Pruner):
@@ -80,6 +81,7 @@ class Movement(Pruner):
         begin, end, interval, initial_sparsity: of the schedule, see :class:`Cubic`; ``begin`` must be positive.
         distribution: ``"global"``, ``"uniform"``, ``"erk"``, or a function.
         exclude: layers to leave alone, see :func:`prunable_layers`.
+        optimizer_state: what an update of the masks does to the optimizer's state, see :class:`Pruner`.
 
     Raises:
         TypeError, ValueError: see :class:`Pruner` and :class:`Cubic`; or a layer is compressed.
@@ -110,10 +112,11 @@ class Movement(Pruner):
         initial_sparsity: float = 0.0,
         distribution: str | Distribution = "global",
         exclude: Rule | Iterable[Rule] = (),
+        optimizer_state: str | StatePolicy = "follow",
     ):
         check_steps(begin, "begin", least=1)
         schedule = Cubic(sparsity, begin, end, interval, initial_sparsity)
-        super().__init__(model, optimizer, schedule, distribution, exclude)
+        super().__init__(model, optimizer, schedule, distribution, exclude, optimizer_state)
         check_uncompressed(self.layers, "Movement")
         self.total = {name: torch.zeros_like(layer.weight) for name, layer in self.layers.items()}
         self._watching = optimizer.register_step_pre_hook(lambda _, *arguments: self._add_up(*arguments))

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..convert import set_mask_
 from ._checks import check_not_negative, check_sparsity, check_uncompressed, refuse_closure
 from .base import Pruner, best_masks
 from .distributions import Distribution
 from .layers import Rule
 from .schedules import Constant, OneShot, Schedule
 from .scores import magnitude
+from .states import StatePolicy
 
 
 class _Latent(Pruner):
@@ -32,8 +32,9 @@ class _Latent(Pruner):
         schedule: Schedule,
         distribution: str | Distribution,
         exclude: Rule | Iterable[Rule],
+        optimizer_state: str | StatePolicy = "follow",
     ):
-        super().__init__(model, optimizer, schedule, distribution, exclude)
+        super().__init__(model, optimizer, schedule, distribution, exclude, optimizer_state)
         check_uncompressed(self.layers, type(self).__name__)
         # {layer name: the weights that are trained}, dense
         self.latent = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
@@ -63,8 +64,7 @@ class _Latent(Pruner):
     def finalize(self) -> nn.Module:
         for hook in self._hooks:
             hook.remove()
-        for layer in self.layers.values():
-            set_mask_(layer, layer.weight.detach() != 0, self.optimizer)
+        self._set_masks({name: layer.weight.detach() != 0 for name, layer in self.layers.items()})
         return super().finalize()
 
     def _finish_early(self) -> None:
@@ -111,6 +111,7 @@ class TopKAST(_Latent):
         exploration_decay: factor of the optimizer's ``weight_decay``; None: 1 / (1 - ``sparsity``), the paper's section 2.3.
         distribution: ``"uniform"``, ``"erk"``, ``"global"``, or a function.
         exclude: layers to leave alone, see :func:`prunable_layers`.
+        optimizer_state: what a choice of both sets does to the optimizer's state, see :class:`Pruner`.
 
     Raises:
         TypeError, ValueError: see :class:`Pruner`; or a setting is out of range, or a layer is compressed.
@@ -141,6 +142,7 @@ class TopKAST(_Latent):
         exploration_decay: float | None = None,
         distribution: str | Distribution = "uniform",
         exclude: Rule | Iterable[Rule] = (),
+        optimizer_state: str | StatePolicy = "follow",
     ):
         check_sparsity(sparsity)
         if backward_sparsity is None:
@@ -152,7 +154,8 @@ class TopKAST(_Latent):
             exploration_decay = 1 / (1 - sparsity)
         check_not_negative(exploration_decay, "exploration_decay")
         self.backward_sparsity, self.exploration_decay = backward_sparsity, exploration_decay
-        super().__init__(model, optimizer, Constant(sparsity, interval, end), distribution, exclude)
+        schedule = Constant(sparsity, interval, end)
+        super().__init__(model, optimizer, schedule, distribution, exclude, optimizer_state)
         self.update()
 
     def update(self) -> None:
@@ -312,7 +315,8 @@ class STR(_Latent):
         weight_decay: float | None = None,
         exclude: Rule | Iterable[Rule] = (),
     ):
-        super().__init__(model, optimizer, OneShot(0.0), "global", exclude)
+        # Momentum goes on where weights are hidden.
+        super().__init__(model, optimizer, OneShot(0.0), "global", exclude, "leave")
         self.initial = initial
         self.s = {name: nn.Parameter(layer.weight.new_full((), initial)) for name, layer in self.layers.items()}
         group = {"params": list(self.s.values())}
@@ -341,8 +345,7 @@ class STR(_Latent):
             weight = soft_threshold(self.latent[name], self.s[name])
             mask = weight != 0
             if not torch.equal(mask, layer.weight_mask):
-                # Without the optimizer: momentum goes on where weights are hidden.
-                set_mask_(layer, mask)
+                self._set_masks({name: mask})
             layer.weight.copy_(weight)
 
     def finalize(self) -> nn.Module:

@@ -13,6 +13,7 @@ from .distributions import Distribution
 from .layers import Rule
 from .schedules import Rounds
 from .scores import magnitude
+from .states import StatePolicy
 
 
 class LTH(Pruner):
@@ -35,6 +36,7 @@ class LTH(Pruner):
         transfer: whether :meth:`finalize` rewinds, too.
         distribution: ``"global"`` as published, ``"uniform"``, ``"erk"``, or a function.
         exclude: layers to leave alone, see :func:`prunable_layers`.
+        optimizer_state: what rewinding does to the optimizer's state, see :class:`Pruner`.
 
     Raises:
         TypeError, ValueError: see :class:`Pruner`; or a setting is out of range, or a layer is compressed.
@@ -65,6 +67,7 @@ class LTH(Pruner):
         transfer: bool = False,
         distribution: str | Distribution = "global",
         exclude: Rule | Iterable[Rule] = (),
+        optimizer_state: str | StatePolicy = "forget",
     ):
         check_steps(rewind_to, "rewind_to")
         schedule = Rounds(sparsity, interval, rate)
@@ -73,7 +76,7 @@ class LTH(Pruner):
         self.rewind_to, self.transfer = rewind_to, transfer
         self.needs_recalibration = transfer
         self._start: dict[str, Tensor] = {}
-        super().__init__(model, optimizer, schedule, distribution, exclude)
+        super().__init__(model, optimizer, schedule, distribution, exclude, optimizer_state)
         check_uncompressed(self.layers, "LTH")
         if rewind_to == 0:
             self._remember()
@@ -114,9 +117,7 @@ class LTH(Pruner):
             raise RuntimeError(f"LTH cannot rewind to step {self.rewind_to}, which training has not reached yet")
         for name, tensor in self._tensors():
             tensor.copy_(self._start[name])
-        for layer in self.layers.values():
-            layer.weight.masked_fill_(~layer.weight_mask, 0)
-        self.optimizer.state.clear()
+        self._set_masks({name: layer.weight_mask for name, layer in self.layers.items()})
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         """All that training changes: Parameters and buffers, but for the masks."""

@@ -14,6 +14,7 @@ from .distributions import Distribution
 from .layers import Rule, prunable_layers
 from .schedules import Cubic
 from .scores import magnitude
+from .states import StatePolicy
 
 
 @torch.no_grad()
@@ -84,6 +85,7 @@ class GMP(Pruner):
         initial_sparsity: fraction of zeros at ``begin``.
         distribution: a name in :data:`DISTRIBUTIONS`, or a function as in :mod:`sparsekit.pruning.distributions`.
         exclude: layers to leave alone: names, glob patterns, classes or functions, see :func:`prunable_layers`.
+        optimizer_state: what an update of the masks does to the optimizer's state, see :class:`Pruner`.
 
     Raises:
         TypeError, ValueError: see :class:`Pruner` and :class:`Cubic`.
@@ -114,9 +116,10 @@ class GMP(Pruner):
         initial_sparsity: float = 0.0,
         distribution: str | Distribution = "global",
         exclude: Rule | Iterable[Rule] = (),
+        optimizer_state: str | StatePolicy = "follow",
     ):
         schedule = Cubic(sparsity, begin, end, interval, initial_sparsity)
-        super().__init__(model, optimizer, schedule, distribution, exclude)
+        super().__init__(model, optimizer, schedule, distribution, exclude, optimizer_state)
 
     def scores(self) -> dict[str, Tensor]:
         """|w| of every weight."""

@@ -16,6 +16,7 @@ from .layers import Rule
 from .masks import top_k
 from .schedules import Constant
 from .scores import magnitude
+from .states import StatePolicy
 
 logger = logging.getLogger("sparsekit")
 
@@ -62,6 +63,7 @@ class _Regrowth(Pruner):
         seed: int = 0,
         distribution: str | Distribution = "erk",
         exclude: Rule | Iterable[Rule] = (),
+        optimizer_state: str | StatePolicy = "follow",
     ):
         check_fraction(fraction, "fraction")
         if start not in ("random", "magnitude"):
@@ -71,7 +73,8 @@ class _Regrowth(Pruner):
         if end < interval:
             raise ValueError(f"end must not be earlier than the first update, at interval = {interval}, got {end}")
         self.fraction, self.seed = fraction, seed
-        super().__init__(model, optimizer, Constant(sparsity, interval, end), distribution, exclude)
+        schedule = Constant(sparsity, interval, end)
+        super().__init__(model, optimizer, schedule, distribution, exclude, optimizer_state)
         scores = {
             name: magnitude(layer.weight) if start == "magnitude" else self._random(name)
             for name, layer in self.layers.items()
@@ -127,6 +130,7 @@ class SET(_Regrowth):
         seed: of what is random; the same on every rank of a data-parallel run.
         distribution: ``"erk"`` as published, ``"uniform"``, ``"global"``, or a function.
         exclude: layers to leave alone, see :func:`prunable_layers`.
+        optimizer_state: what an update of the masks does to the optimizer's state, see :class:`Pruner`.
 
     Raises:
         TypeError, ValueError: see :class:`Pruner`; or a setting is out of range.

@@ -20,6 +20,7 @@ from .distributions import Distribution
 from .fisher import Batches, BlockFisher, LossFn, LowRankFisher, gradients
 from .layers import Rule
 from .schedules import Cubic, OneShot
+from .states import StatePolicy
 
 
 def obs_score(weight: Tensor, diagonal: Tensor) -> Tensor:
@@ -48,6 +49,7 @@ class _SecondOrder(Pruner):
         initial_sparsity: float = 0.0,
         distribution: str | Distribution = "global",
         exclude: Rule | Iterable[Rule] = (),
+        optimizer_state: str | StatePolicy = "follow",
     ):
         check_steps(gradients, "gradients", least=1)
         check_steps(recompute, "recompute", least=1)
@@ -61,7 +63,7 @@ class _SecondOrder(Pruner):
         self.batches, self.loss_fn = batches, loss_fn
         self.gradients, self.dampening, self.recompute, self.memory = gradients, dampening, recompute, memory
         schedule = OneShot(sparsity) if end == 0 else Cubic(sparsity, begin, end, interval, initial_sparsity)
-        super().__init__(model, optimizer, schedule, distribution, exclude)
+        super().__init__(model, optimizer, schedule, distribution, exclude, optimizer_state)
         self._check_memory()
 
     def _check_memory(self) -> None:
@@ -129,6 +131,7 @@ class OBS(_SecondOrder):
         begin, end, interval, initial_sparsity: of a cubic schedule, see :class:`Cubic`; one-shot, at once, without ``end``.
         distribution: ``"global"`` as published, ``"uniform"``, ``"erk"``, or a function.
         exclude: layers to leave alone, see :func:`prunable_layers`.
+        optimizer_state: what an update of the masks does to the optimizer's state, see :class:`Pruner`.
 
     Raises:
         MemoryError: a single layer's blocks take more than ``memory``; the message says how much.

@@ -441,6 +441,89 @@ def test_lth_rewinds_to_an_early_step():
         pruning.LTH(mlp(), optimizer, 0.5, interval=4, rewind_to=4)
 
 
+# --- optimizer state ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["follow", "leave", "zero", "forget"])
+@pytest.mark.parametrize("adam", [False, True])
+def test_state_policies_by_hand(policy, adam):
+    layer, bystander = sk.nn.SparseLinear(3, 1, bias=False), nn.Parameter(torch.ones(2))
+    sk.set_mask_(layer, torch.tensor([[True, True, False]]))
+    parameters = [layer.weight, bystander]
+    optimizer = torch.optim.Adam(parameters) if adam else torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    (layer(torch.tensor([[1.0, 2.0, 4.0]])).sum() + bystander.sum()).backward()
+    optimizer.step()
+    names = ["exp_avg", "exp_avg_sq"] if adam else ["momentum_buffer"]
+    before = {name: optimizer.state[layer.weight][name].clone() for name in names}
+    assert all(state[0, :2].all() and not state[0, 2] for state in before.values())
+    pruning.STATE_POLICIES[policy]({"fc": layer}, {"fc": torch.tensor([[True, False, True]])}, optimizer)
+    assert layer.weight_mask.tolist() == [[True, False, True]] and layer.weight[0, 1:].tolist() == [0, 0]
+    if policy == "forget":
+        assert not optimizer.state
+        return
+    for name in names:
+        now = optimizer.state[layer.weight][name]
+        expected = {"follow": before[name] * torch.tensor([[1.0, 0, 0]]), "leave": before[name], "zero": now * 0}[
+            policy
+        ]
+        assert torch.equal(now, expected)
+        assert bool(optimizer.state[bystander][name].any()) == (policy != "zero")
+    assert not adam or optimizer.state[layer.weight]["step"] == 1
+
+
+def forget_by_hand(layers, masks, optimizer):
+    pruning.STATE_POLICIES["forget"](layers, masks, optimizer)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda *a, **k: pruning.GMP(*a, end=4, interval=2, **k),
+        lambda *a, **k: pruning.Movement(*a, begin=2, end=4, interval=2, **k),
+        lambda *a, **k: pruning.OBS(*a, data(4), F.cross_entropy, gradients=4, dampening=0.1, end=4, interval=2, **k),
+        lambda *a, **k: pruning.MFAC(*a, data(4), F.cross_entropy, gradients=4, dampening=0.1, end=4, interval=2, **k),
+        lambda *a, **k: pruning.SET(*a, interval=2, end=4, **k),
+        lambda *a, **k: pruning.RigL(*a, interval=2, end=4, **k),
+        lambda *a, **k: pruning.TopKAST(*a, interval=2, end=4, **k),
+        lambda *a, **k: pruning.LTH(*a, interval=2, rate=0.5, **k),
+    ],
+    ids=["GMP", "Movement", "OBS", "MFAC", "SET", "RigL", "TopKAST", "LTH"],
+)
+@pytest.mark.parametrize("policy", ["follow", "leave", "zero", "forget", forget_by_hand])
+def test_every_method_takes_every_state_policy(make, policy):
+    model = convnet()
+    optimizer = sgd(model)
+    pruner = make(model, optimizer, 0.6, optimizer_state=policy)
+    run(model, optimizer, pruner, data(1))
+    bias = model[-1].bias
+    was = optimizer.state[bias]["momentum_buffer"].clone()
+    run(model, optimizer, pruner, data(1))
+    now = optimizer.state.get(bias, {}).get("momentum_buffer")
+    if policy == "zero":
+        assert not now.any()
+    elif policy in ("follow", "leave"):
+        assert now.any() and was.any()
+    else:
+        assert not optimizer.state
+    if policy == "leave":
+        return
+    for layer in pruner.layers.values():
+        state = optimizer.state.get(layer.weight, {}).get("momentum_buffer")
+        assert state is None or not state[~layer.weight_mask].any()
+
+
+def test_acdc_takes_a_state_policy_for_its_dense_phases():
+    model = convnet()
+    optimizer = sgd(model)
+    phases = Phases(0.8, prune_at=(2, 6), restore_at=(4,))
+    pruner = pruning.ACDC(model, optimizer, phases, optimizer_state="follow")
+    run(model, optimizer, pruner, data(4))
+    assert pruner.sparsity == 0
+    assert all(state["momentum_buffer"].any() for state in optimizer.state.values())
+    with pytest.raises(ValueError, match=r"optimizer_state must be one of 'follow', .* or a function, got 'drop'"):
+        pruning.ACDC(convnet(), optimizer, phases, optimizer_state="drop")
+
+
 # --- second order ---------------------------------------------------------------------------------------------------
 
 
