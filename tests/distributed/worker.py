@@ -1,7 +1,7 @@
-"""A rank of a small data-parallel training: `torchrun worker.py FOLDER FORM [--crash-at STEP] [--other-mask]`.
+"""A rank of small data-parallel trainings: `torchrun worker.py FOLDER FORM ... [--crash-at STEP] [--other-mask]`.
 
-Writes FOLDER/result.pt (the dense state dict, and how many numbers each step sent) at the end, and a checkpoint after
-every step, from which it goes on after a restart.
+Writes FOLDER/FORM.pt (the dense state dict, and how many numbers each step sent) at the end of every form, and a checkpoint
+after every step, from which it goes on after a restart.
 """
 
 import argparse
@@ -41,24 +41,36 @@ def build(form):
     return model, optimizer
 
 
-def pruner_of(form, model, optimizer):
-    """RigL, which averages its gradients over the ranks; oBS, whose own are of the same batches on all; STR, whose
-    thresholds follow the gradients; or None."""
-    if form == "rigl":
-        return sk.pruning.RigL(model, optimizer, 0.75, interval=2, end=20, start="magnitude")
-    if form == "str":
-        return sk.pruning.STR(model, optimizer, initial=-4.0, weight_decay=0.1)
-    if form == "obs":
-        return sk.pruning.OBS(
-            model, optimizer, 0.9, [data(100 + i) for i in range(4)], F.cross_entropy, gradients=4, block=8,
-            dampening=1e-3, interval=2, end=4, initial_sparsity=0.75,
-        )  # fmt: skip
-    return None
-
-
 def data(step):
     g = torch.Generator().manual_seed(step)
     return torch.randn(BATCH, 3, 8, 8, generator=g), torch.randint(4, (BATCH,), generator=g)
+
+
+def fisher(method, **settings):
+    """Second-order methods, whose own gradients are of the same batches on all ranks."""
+    batches = [data(100 + i) for i in range(4)]
+    schedule = {"interval": 2, "end": 4, "initial_sparsity": 0.75}
+    return lambda m, o: method(m, o, 0.9, batches, F.cross_entropy, gradients=4, dampening=1e-3, **schedule, **settings)
+
+
+# Pruners by form, of a model that is at 75 % already. RigL averages its gradients over the ranks, STR's thresholds follow
+# the gradients, Movement adds them up, SET draws.
+PRUNERS = {
+    "gmp": lambda m, o: sk.pruning.GMP(m, o, 0.9, interval=2, end=4, initial_sparsity=0.75),
+    "movement": lambda m, o: sk.pruning.Movement(m, o, 0.9, begin=1, interval=2, end=5, initial_sparsity=0.75),
+    "woodfisher": fisher(sk.pruning.WoodFisher, block=16),
+    "obs": fisher(sk.pruning.OBS, block=8),
+    "mfac": fisher(sk.pruning.MFAC),
+    "set": lambda m, o: sk.pruning.SET(m, o, 0.75, interval=2, end=20, start="magnitude"),
+    "rigl": lambda m, o: sk.pruning.RigL(m, o, 0.75, interval=2, end=20, start="magnitude"),
+    "topkast": lambda m, o: sk.pruning.TopKAST(m, o, 0.75, interval=2, end=20),
+    "str": lambda m, o: sk.pruning.STR(m, o, initial=-4.0, weight_decay=0.1),
+    "dnw": lambda m, o: sk.pruning.DNW(m, o, 0.75),
+    "acdc": lambda m, o: sk.pruning.ACDC(m, o, sk.pruning.Phases(0.8, prune_at=(1, 5), restore_at=(3,))),
+    "lth": lambda m, o: sk.pruning.LTH(m, o, 0.9, interval=2, rate=0.5),
+    "cram": lambda m, o: sk.pruning.CrAM(m, o, 0.9, end=5, levels=(0.8, 0.9)),
+    "snip": lambda m, o: sk.pruning.SNIP(m, o, 0.9, [data(100)], F.cross_entropy),
+}  # fmt: skip
 
 
 def train_step(run, model, optimizer, step, rank=0, ranks=1, pruner=None):
@@ -68,7 +80,11 @@ def train_step(run, model, optimizer, step, rank=0, ranks=1, pruner=None):
     model[1].eval()
     x, y = (t.chunk(ranks)[rank] for t in data(step))
     optimizer.zero_grad()
-    F.cross_entropy(run(x), y).backward()
+
+    def loss():
+        return F.cross_entropy(run(x), y)
+
+    pruner.backward(loss) if pruner else loss().backward()
     optimizer.step()
     if pruner:
         pruner.step()
@@ -81,19 +97,25 @@ def train_step(run, model, optimizer, step, rank=0, ranks=1, pruner=None):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("form")
+    parser.add_argument("forms", nargs="+")
     parser.add_argument("--crash-at", type=int)
     parser.add_argument("--other-mask", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for form in args.forms:
+        train(form, args)
+    dist.destroy_process_group()
+
+
+def train(form, args):
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    model, optimizer = build(args.form)
+    model, optimizer = build(form)
     if args.other_mask and rank == 1:
         sk.set_mask_(model[0], model[0].weight_mask.roll(1))
-    pruner = pruner_of(args.form, model, optimizer)
+    pruner = PRUNERS[form](model, optimizer) if form in PRUNERS else None
     sk.check_masks(model)
-    path, start = args.folder / "checkpoint", 0
+    path, start = args.folder / f"{form}-checkpoint", 0
     if path.exists():
         start = sk.io.load_checkpoint(path, model, optimizer).extra["steps"]
     parallel, sent = DistributedDataParallel(model), []
@@ -111,8 +133,8 @@ def main():
             sk.io.save_checkpoint(path, model, optimizer, {"steps": step + 1})
         dist.barrier()
     if rank == 0:
-        torch.save({"model": sk.dense_state_dict(model), "sent": sum(sent), "start": start}, args.folder / "result.pt")
-    dist.destroy_process_group()
+        result = {"model": sk.dense_state_dict(model), "sent": sum(sent), "start": start}
+        torch.save(result, args.folder / f"{form}.pt")
 
 
 if __name__ == "__main__":
