@@ -20,6 +20,8 @@ from .states import StatePolicy
 class SNIP(Pruner):
     """Single-shot network pruning (Lee et al., arXiv 1810.02340): prune before training, by :func:`sensitivity`.
 
+    Under DDP, give every rank the same ``batches``, or masks will differ.
+
     Args:
         model: pruned in place, at once; every Conv2d and Linear becomes sparse unless excluded.
         optimizer: holds the weight of every pruned layer.

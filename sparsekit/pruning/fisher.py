@@ -1,7 +1,8 @@
 """The empirical Fisher matrix F = lambda I + 1/m sum g g^T of a model's weights, and its inverse in bounded memory.
 
 Gradients g are means over mini-batches. :class:`BlockFisher` keeps the inverse of its diagonal blocks, layer group by
-layer group; :class:`LowRankFisher` keeps m vectors, from which products with the whole inverse follow.
+layer group; :class:`LowRankFisher` keeps m vectors, from which products with the whole inverse follow. All of it runs on
+PyTorch's threads (``torch.get_num_threads()``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,12 @@ LossFn = Callable[[Tensor, Tensor], Tensor]
 
 
 def gradients(
-    model: nn.Module, weights: Mapping[str, Tensor], batches: Batches, loss_fn: LossFn, count: int
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    batches: Batches,
+    loss_fn: LossFn,
+    count: int,
+    description: str = "gradients",
 ) -> Iterator[dict[str, Tensor]]:
     """The gradients of ``count`` mini-batches, one after the other: ``{name: of the weight's shape}``.
 
@@ -32,6 +38,7 @@ def gradients(
         batches: ``(inputs, targets)``, the same ones whenever they are iterated.
         loss_fn: of (outputs, targets), the mean over the batch.
         count: how many.
+        description: for the progress bar.
 
     Raises:
         TypeError: ``batches`` can be iterated only once.
@@ -46,7 +53,7 @@ def gradients(
         model.eval()
         for weight in frozen:
             weight.requires_grad_(True)
-        for inputs, targets in track(islice(batches, count), count, "gradients"):
+        for inputs, targets in track(islice(batches, count), count, description):
             with torch.enable_grad():
                 loss = loss_fn(model(inputs), targets)
                 grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)

@@ -28,8 +28,10 @@ class MFACOptimizer(torch.optim.Optimizer):
         dampening: lambda.
         momentum: b, in [0, 1).
         weight_decay: as of SGD.
+        memory: bytes that the m gradients may take.
 
     Raises:
+        MemoryError: they take more than ``memory``; the message says how much.
         TypeError, ValueError: a setting is out of range.
 
     Example:
@@ -48,6 +50,7 @@ class MFACOptimizer(torch.optim.Optimizer):
         dampening: float = 1e-6,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        memory: float = 8e9,
     ):
         check_not_negative(lr, "lr")
         check_steps(gradients, "gradients", least=1)
@@ -58,11 +61,18 @@ class MFACOptimizer(torch.optim.Optimizer):
         if momentum >= 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         check_not_negative(weight_decay, "weight_decay")
+        check_not_negative(memory, "memory")
         self._gram: Tensor | None = None
         self._known: list[Tensor] = []  # the rows that it is of
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         # In defaults, which copies and pickles keep.
         self.defaults |= {"gradients": gradients, "dampening": dampening}
+        needed = gradients * sum(p.nbytes for group in self.param_groups for p in group["params"])
+        if needed > memory:
+            raise MemoryError(
+                f"gradients = {gradients} take {needed:,} bytes, but memory = {memory:,.0f}; choose fewer, or "
+                "allow more memory"
+            )
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

@@ -54,6 +54,7 @@ class _SecondOrder(Pruner):
         check_steps(gradients, "gradients", least=1)
         check_steps(recompute, "recompute", least=1)
         check_not_negative(dampening, "dampening")
+        check_not_negative(memory, "memory")
         if dampening == 0:
             raise ValueError("dampening must be positive, got 0")
         if end == 0 and (begin, interval, initial_sparsity) != (0, 1, 0.0):
@@ -83,9 +84,9 @@ class _SecondOrder(Pruner):
         """Score, choose, move the other weights, and set the masks."""
         raise NotImplementedError
 
-    def _gradients(self, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    def _gradients(self, names: Iterable[str], description: str = "gradients") -> Iterator[dict[str, Tensor]]:
         weights = {name: self.layers[name].weight for name in names}
-        return gradients(self.model, weights, self.batches, self.loss_fn, self.gradients)
+        return gradients(self.model, weights, self.batches, self.loss_fn, self.gradients, description)
 
     @torch.no_grad()
     def _move(self, masks: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
@@ -170,19 +171,19 @@ class OBS(_SecondOrder):
     def _prune_once(self, sparsity: float) -> None:
         groups = self._groups()
         scores, fisher = {}, None
-        for group in groups:
+        for number, group in enumerate(groups, 1):
             fisher = None  # make room for the next
-            fisher = self._fisher(group)
+            fisher = self._fisher(group, f"gradients, layers {number}/{len(groups)}")
             for name in group:
                 scores[name] = obs_score(self.layers[name].weight, fisher.diagonal(name))
         if len(groups) > 1:
             fisher = None  # ranking wants room, too
         masks = prune_masks(self.layers, scores, sparsity, self.distribution)
         updates = {}
-        for group in groups:
+        for number, group in enumerate(groups, 1):
             if len(groups) > 1:
                 fisher = None
-                fisher = self._fisher(group)
+                fisher = self._fisher(group, f"updates, layers {number}/{len(groups)}")
             for name in group:
                 updates[name] = -fisher.solve(name, self._pruned_over_diagonal(name, masks, fisher.diagonal(name)))
         # All at once: the gradients of later groups are those of the old weights.
@@ -210,10 +211,10 @@ class OBS(_SecondOrder):
             taken += needed
         return groups
 
-    def _fisher(self, names: list[str]) -> BlockFisher:
+    def _fisher(self, names: list[str], description: str) -> BlockFisher:
         weights = {name: self.layers[name].weight.detach() for name in names}
         fisher = BlockFisher(weights, self.block, self.dampening, self.gradients)
-        stream = self._gradients(names)
+        stream = self._gradients(names, description)
         while some := list(islice(stream, BlockFisher.AT_ONCE)):
             fisher.add(some)
         return fisher

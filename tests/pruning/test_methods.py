@@ -660,6 +660,12 @@ def test_second_order_says_what_it_lacks():
         prune(pruning.WoodFisher, memory=1000)
     with pytest.raises(MemoryError, match=r"gradients = 4 take 2,304 bytes, but memory = 1,000"):
         prune(pruning.MFAC, memory=1000)
+    with pytest.raises(
+        MemoryError, match=r"gradients = 9 take 2,988 bytes, but memory = 1,000; choose fewer, or allow"
+    ):
+        pruning.MFACOptimizer(mlp().parameters(), gradients=9, memory=1000)
+    with pytest.raises(ValueError, match="memory must be finite and not negative, got -1"):
+        prune(memory=-1)
     with pytest.raises(ValueError, match="at least 5 mini-batches, one for every gradient, got 4"):
         prune(gradients=5)
     with pytest.raises(TypeError, match="iterable again and again"):
@@ -1016,6 +1022,20 @@ def test_one_group_of_layers_is_held_at_a_time(monkeypatch):
     model = mlp()
     pruning.OBS(model, sgd(model), 0.5, data(8, (6,), 3), F.cross_entropy, gradients=8, block=8, memory=48 * 8 * 8)
     assert most == [1]
+
+
+def test_a_terminal_sees_the_gradients_of_every_group_of_layers(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr.write", (shown := []).append)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    model, batches = mlp(), data(8, (6,), 3)
+    pruning.OBS(model, sgd(model), 0.5, batches, F.cross_entropy, gradients=8, block=8, memory=48 * 8 * 8)
+    printed = "".join(shown)
+    assert (
+        all(f"{what}, layers {n}/2" in printed for what in ("gradients", "updates") for n in (1, 2))
+        and "100%" in printed
+    )
 
 
 # --- recipes and report ---------------------------------------------------------------------------------------------
