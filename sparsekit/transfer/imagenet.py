@@ -104,7 +104,7 @@ def load_images(settings: Settings, photos: Path | None = None) -> Images:
     """The photographs, fetched if need be; those without labels from ``photos`` if given, a folder of JPEG or PNG files.
 
     Raises:
-        RuntimeError, ValueError: they cannot be had, or ``photos`` holds fewer than two.
+        RuntimeError, ValueError: they cannot be had, or ``photos`` holds fewer than two, one twice, or one that is labelled.
     """
     root = tasks.data_folder()
     if photos is None:
@@ -113,10 +113,25 @@ def load_images(settings: Settings, photos: Path | None = None) -> Images:
         paths = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if len(paths) < 2:
         raise ValueError(f"photos must hold at least two photographs, got {len(paths)} in {photos}")
+    images, labels = photographs.labelled(root)
+    if photos is not None:
+        _check_disjoint(paths, images)
     calibration, held_out = photographs.split(paths, by_word=photos is None)
     shown = photographs.crops([photographs.read(path) for path in calibration], settings.crops, settings.seed)
     compared = torch.stack([photographs.centre(photographs.read(path)) for path in held_out])
-    return Images(*photographs.labelled(root), shown, compared, photographs.digest(paths))
+    return Images(images, labels, shown, compared, photographs.digest(paths))
+
+
+def _check_disjoint(paths: Sequence[Path], labelled: Tensor) -> None:
+    """Raise if a photograph is there twice, or is one of those by which accuracy is measured."""
+    known = {image.numpy().tobytes(): "one of the labelled photographs, which measure accuracy" for image in labelled}
+    for path in paths:
+        pixels = photographs.centre(photographs.read(path)).numpy().tobytes()
+        if pixels in known:
+            raise ValueError(
+                f"photos must hold every photograph once, and none that is labelled, but {path} is {known[pixels]}"
+            )
+        known[pixels] = f"the same as {path}"
 
 
 def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:

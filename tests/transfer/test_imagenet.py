@@ -197,6 +197,16 @@ def test_photographs_of_a_folder(tmp_path, monkeypatch):
     images = imagenet.load_images(SETTINGS, tmp_path)
     assert images.calibration.shape == (8, 3, 224, 224) and images.held_out.shape == (2, 3, 224, 224)
     assert torch.equal(images.calibration, imagenet.load_images(SETTINGS, tmp_path).calibration)
+    labelled = photographs.centre(photographs.read(tmp_path / "IMG_3.png"))[None]
+    monkeypatch.setattr(photographs, "labelled", lambda folder: (labelled, torch.tensor([0])))
+    with pytest.raises(
+        ValueError, match=r"but .*IMG_3\.png is one of the labelled photographs, which measure accuracy"
+    ):
+        imagenet.load_images(SETTINGS, tmp_path)
+    monkeypatch.setattr(photographs, "labelled", lambda folder: (noise(2), torch.tensor([0, 1])))
+    Image.open(tmp_path / "IMG_2.png").save(tmp_path / "copy.png")
+    with pytest.raises(ValueError, match=r"but .*copy\.png is the same as .*IMG_2\.png"):
+        imagenet.load_images(SETTINGS, tmp_path)
     with pytest.raises(ValueError, match="at least two photographs, got 0"):
         imagenet.load_images(SETTINGS, tmp_path / "empty")
 
