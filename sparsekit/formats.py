@@ -101,11 +101,12 @@ def validate_csr(crow_indices: Tensor, col_indices: Tensor, columns: int) -> Non
     if (crow_indices.diff() < 0).any():
         raise ValueError("crow_indices must not decrease")
     if col_indices.numel():
-        low, high = int(col_indices.min()), int(col_indices.max())
+        low, high = (int(end) for end in col_indices.aminmax())
         if low < 0 or high >= columns:
             raise ValueError(f"col_indices must lie in [0, {columns}), got [{low}, {high}]")
-        rows = row_indices(crow_indices)
-        if ((col_indices.diff() <= 0) & (rows.diff() == 0)).any():
+        begins_row = torch.zeros(col_indices.numel() + 1, dtype=torch.bool, device=col_indices.device)
+        begins_row[crow_indices.long()] = True
+        if not ((col_indices[1:] > col_indices[:-1]) | begins_row[1:-1]).all():
             raise ValueError("col_indices must ascend within each row")
 
 

@@ -319,9 +319,9 @@ def _affine(plan: Plan, step: Call) -> tuple[Tensor, Tensor] | None:
         return None
     if not all(v is None or isinstance(v, Const) for v in (gamma, beta)):
         return None
-    mean, var = (plan.tensors[v.name].double() for v in (mean, var))
-    scale = (var + eps).rsqrt() * (1 if gamma is None else plan.tensors[gamma.name].double())
-    shift = (0 if beta is None else plan.tensors[beta.name].double()) - mean * scale
+    mean, var = (plan.tensor(v.name).double() for v in (mean, var))
+    scale = (var + eps).rsqrt() * (1 if gamma is None else plan.tensor(gamma.name).double())
+    shift = (0 if beta is None else plan.tensor(beta.name).double()) - mean * scale
     return scale.to(torch.float32), shift.to(torch.float32)
 
 

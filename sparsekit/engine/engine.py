@@ -76,7 +76,6 @@ def load(path: str | os.PathLike) -> Engine:
         engine._restore(choices)
     except RuntimeError as error:
         raise ValueError(f"path must be an engine's file, got {path}: {error}") from error
-    plan.compressed.clear()  # of layers that run dense
     return engine
 
 

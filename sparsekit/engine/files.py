@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import _ops
-from ..formats import Pattern, pattern_from_mask, validate_csr
+from ..formats import pattern_from_mask, validate_csr
 from ..io.checkpoint import write_atomically
 from .chains import check as check_chain
-from .plan import ACTIVATIONS, Call, Const, Layer, Plan, Ref, resolve
+from .plan import ACTIVATIONS, Call, Compressed, Const, Layer, Plan, Ref, resolve
 
 FORMAT = "sparsekit.engine"
 VERSION = 2
@@ -35,6 +35,9 @@ def write(path: str | os.PathLike, plan: Plan, choices: dict) -> None:
     weights = {step.weight for step in plan.steps if isinstance(step, Layer)}
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
+    for name, known in plan.compressed.items():
+        shapes[name] = list(known.size)
+        tensors |= {f"{name}:{part}": getattr(known, part) for part in ("values", "crow_indices", "col_indices")}
     for name, tensor in plan.tensors.items():
         if name in weights and (tensor == 0).any():
             pattern = pattern_from_mask(tensor != 0)
@@ -99,9 +102,7 @@ def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
         validate_csr(crow, col, torch.Size(size[1:]).numel())
         if crow.numel() != size[0] + 1 or values.shape != col.shape:
             raise ValueError(f"the sizes of {name} do not fit {size}")
-        empty = torch.empty(0, dtype=torch.int32)
-        tensors[name] = _ops.decompress(values, Pattern(crow, col, empty, empty, empty), size)
-        compressed[name] = values, crow, col
+        compressed[name] = Compressed(values, crow, col, torch.Size(size))
     steps: list[Call | Layer] = []
     for item in header["steps"]:
         if "call" in item:
@@ -149,7 +150,7 @@ def _check_names(plan: Plan) -> None:
     def check(value) -> None:
         if isinstance(value, Ref) and value.slot not in written:
             raise ValueError(f"slot {value.slot} is read before it is written")
-        if isinstance(value, Const) and value.name not in plan.tensors:
+        if isinstance(value, Const) and value.name not in plan.tensors and value.name not in plan.compressed:
             raise ValueError(f"there is no tensor {value.name!r}")
         if isinstance(value, (list, dict)) and not isinstance(value, (Ref, Const)):
             for item in value.values() if isinstance(value, dict) else value:

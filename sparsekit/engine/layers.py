@@ -29,30 +29,35 @@ class Prepared:
     Attributes:
         layer: the plan's.
         weight, bias: its tensors.
-        nnz, sparsity: of the weight.
+        size, nnz, sparsity: of the weight.
     """
 
     def __init__(self, layer: Layer, plan: Plan):
         self.layer = layer
-        self.weight = plan.tensors[layer.weight]
-        self.bias = None if layer.bias is None else plan.tensors[layer.bias]
-        self._known = plan.compressed
+        self.size = plan.size_of(layer.weight)
+        self.bias = None if layer.bias is None else plan.tensor(layer.bias)
+        self._plan = plan
         self._number: int | None = None
         self._reordered: Tensor | None = None
         self._lock = threading.Lock()
 
+    @property
+    def weight(self) -> Tensor:
+        return self._plan.tensor(self.layer.weight)
+
     @cached_property
     def nnz(self) -> int:
-        return int(torch.count_nonzero(self.weight))
+        known = self._plan.compressed.get(self.layer.weight)
+        return int(torch.count_nonzero(self.weight if known is None else known.values))
 
     @property
     def sparsity(self) -> float:
-        return 1 - self.nnz / max(self.weight.numel(), 1)
+        return 1 - self.nnz / max(self.size.numel(), 1)
 
     def compressed(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight's values, crow_indices and col_indices."""
-        if (known := self._known.pop(self.layer.weight, None)) is not None:
-            return known
+        if (known := self._plan.compressed.get(self.layer.weight)) is not None:
+            return known[:3]
         rows, columns = self.weight.flatten(1).shape
         kept = self.weight.flatten().nonzero().squeeze(1)
         row = kept // columns
@@ -68,36 +73,36 @@ class Prepared:
 
     def shape_on(self, size: Sequence[int]) -> Shape:
         """What the layer costs depends on, for an input of this size."""
-        layer, weight = self.layer, self.weight
+        layer, (rows, columns, *kernel) = self.layer, self.size
         if layer.kind == "linear":
             batch = math.prod(size[:-1])
-            return Shape("linear", weight.shape[1], weight.shape[0], 1, 1, 1, batch, 1, 1)
+            return Shape("linear", columns, rows, 1, 1, 1, batch, 1, 1)
         n, _, oh, ow = self.out_size(size)
         return Shape(
-            "conv2d", weight.shape[1] * layer.groups, len(weight), math.prod(weight.shape[2:]), layer.groups,
+            "conv2d", columns * layer.groups, rows, math.prod(kernel), layer.groups,
             math.prod(layer.stride), n, size[2] * size[3], oh * ow,
         )  # fmt: skip
 
     def out_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """The size of the output for an input of this size."""
-        layer, weight = self.layer, self.weight
+        layer, (rows, columns, *kernel) = self.layer, self.size
         if layer.kind == "linear":
-            if size[-1] != weight.shape[1]:
-                raise ValueError(f"layer {layer.name} takes {weight.shape[1]} features, got {size[-1]}")
-            return *size[:-1], len(weight)
-        return _ops.output_size(size, len(weight), weight.shape[2:], layer.stride, layer.padding, layer.dilation)
+            if size[-1] != columns:
+                raise ValueError(f"layer {layer.name} takes {columns} features, got {size[-1]}")
+            return *size[:-1], rows
+        return _ops.output_size(size, rows, kernel, layer.stride, layer.padding, layer.dilation)
 
     def run(self, input: Tensor, residual: Tensor | None, backend: str) -> Tensor:
         """``activation(clamp(layer(input) + bias + residual, low, high))``, on ``"sparse"`` or ``"dense"`` kernels."""
         layer = self.layer
         if backend == "sparse" and input.numel():
-            geometry = (self.weight.shape[2:], layer.stride, layer.padding, layer.dilation, layer.groups)
-            shared = (input, self._packed(), len(self.weight), self.bias, residual, layer.low, layer.high)
+            geometry = (self.size[2:], layer.stride, layer.padding, layer.dilation, layer.groups)
+            shared = (input, self._packed(), self.size[0], self.bias, residual, layer.low, layer.high)
             out = _ops.run_linear(*shared) if layer.kind == "linear" else _ops.run_conv2d(*shared, *geometry)
             return self._activate(out)
         if layer.kind == "linear":
             return self._finish(F.linear(input, self.weight, self.bias), residual)
-        if input.shape[2:] == self.weight.shape[2:] == (1, 1) and layer.groups == 1 and not any(layer.padding):
+        if input.shape[2:] == self.size[2:] == (1, 1) and layer.groups == 1 and not any(layer.padding):
             # oneDNN's convolution takes milliseconds here if its weight was reordered for another batch size.
             out = F.linear(input.flatten(1), self.weight.flatten(1), self.bias)
             return self._finish(out[:, :, None, None], residual)
@@ -118,7 +123,7 @@ class Prepared:
         if (number := self._number) is None:
             with self._lock:
                 if (number := self._number) is None:
-                    number = _ops.add_layer(*self.compressed(), self.weight[0].numel())
+                    number = _ops.add_layer(*self.compressed(), self.size[1:].numel())
                     self._forget = weakref.finalize(self, _ops.remove_layer, number)
                     self._number = number
         return number

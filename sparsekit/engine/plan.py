@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import _ops
+from ..formats import Pattern
 from .capture import Captured
 
 aten = torch.ops.aten
@@ -88,6 +89,20 @@ class Layer:
     fused: list[str] = field(default_factory=list)
 
 
+class Compressed(NamedTuple):
+    """A weight as its non-zeros, row by row, and its shape; see :class:`sparsekit.formats.Pattern`."""
+
+    values: Tensor
+    crow_indices: Tensor
+    col_indices: Tensor
+    size: torch.Size
+
+    def dense(self) -> Tensor:
+        """The weight itself."""
+        empty = torch.empty(0, dtype=torch.int32)
+        return _ops.decompress(self.values, Pattern(self.crow_indices, self.col_indices, *[empty] * 3), self.size)
+
+
 @dataclass
 class Plan:
     """All of a model: steps in order, the tensors they name, and its inputs and outputs.
@@ -97,7 +112,8 @@ class Plan:
         outputs: flat, nested by ``output_spec``; slots or constants.
         batched: whether images do not meet: the plan may be run on parts of the batch.
         per_image: slots that hold a float32 tensor whose first dimension is the batch.
-        compressed: per weight that was read from a file its values, crow_indices and col_indices, until they are used.
+        tensors: by name, but for the compressed ones.
+        compressed: weights that were read from a file, until somebody wants them dense; see :class:`Compressed`.
     """
 
     steps: list[Call | Layer]
@@ -108,7 +124,19 @@ class Plan:
     slots: int
     batched: bool
     per_image: list[int] = field(default_factory=list)
-    compressed: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    compressed: dict[str, Compressed] = field(default_factory=dict)
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors, dense; several threads may ask at once."""
+        if (known := self.compressed.get(name)) is not None:
+            self.tensors[name] = known.dense()
+            self.compressed.pop(name, None)
+        return self.tensors[name]
+
+    def size_of(self, name: str) -> torch.Size:
+        """The shape of one of the tensors."""
+        known = self.compressed.get(name)
+        return self.tensors[name].shape if known is None else known.size
 
     def uses(self, number: int) -> tuple[list[int], list[int]]:
         """The slots that a step reads and writes."""

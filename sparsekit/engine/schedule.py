@@ -105,7 +105,7 @@ class Schedule:
         if isinstance(v, Ref):
             return slots[v.slot]
         if isinstance(v, Const):
-            return self.plan.tensors[v.name]
+            return self.plan.tensor(v.name)
         return [self._value(item, slots) for item in v] if isinstance(v, list) else v
 
     def _outputs(self, slots: list) -> list:
@@ -246,7 +246,7 @@ class Schedule:
 
         def weight_of(number: int) -> tuple:
             layer = self.layers[number]
-            return *layer.compressed(), layer.bias, list(layer.weight.shape[2:]), self._dense_in_chain(number)
+            return *layer.compressed(), layer.bias, list(layer.size[2:]), self._dense_in_chain(number)
 
         made = [Chain(self.plan, self.sizes, numbers, weight_of) for numbers in chains]
         last = {chain.numbers[-1]: chain for chain in made}
@@ -310,7 +310,7 @@ class Schedule:
 
         def report(number: int, input: Tensor, residual: Tensor | None) -> Tensor:
             layer, choice = self.layers[number], self.choices[number]
-            shape = f"{'x'.join(map(str, layer.weight.shape))} on {'x'.join(map(str, input.shape))}"
+            shape = f"{'x'.join(map(str, layer.size))} on {'x'.join(map(str, input.shape))}"
             why = choice.reason
             if number in chained:
                 why += "; in a chain" if choice.backend == "sparse" else "; a link in a chain"
