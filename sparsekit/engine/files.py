@@ -102,6 +102,8 @@ def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
         validate_csr(crow, col, torch.Size(size[1:]).numel())
         if crow.numel() != size[0] + 1 or values.shape != col.shape:
             raise ValueError(f"the sizes of {name} do not fit {size}")
+        if not values.is_floating_point():
+            raise ValueError(f"the values of {name} are {values.dtype}")
         compressed[name] = Compressed(values, crow, col, torch.Size(size))
     steps: list[Call | Layer] = []
     for item in header["steps"]:

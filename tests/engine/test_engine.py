@@ -419,6 +419,14 @@ def test_explain():
     assert "BatchNorm, ReLU" in str(report) and "32x3x3x3 on 2x3x16x16" in str(report)
 
 
+def content(path):
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return json.loads(file.metadata()["json"]), {key: (t.dtype, t.tolist()) for key, t in tensors.items()}
+
+
 def test_save_and_load(tmp_path):
     model, x = small_net(), torch.randn(3, 3, 16, 16)
     for autotune in (False, True):
@@ -427,6 +435,17 @@ def test_save_and_load(tmp_path):
         loaded = sk.load(tmp_path / "net.sk")
         assert torch.equal(loaded(x), engine(x))
         assert schedule_of(loaded).saved() == schedule_of(engine).saved()
+        # Weights stay compressed until somebody wants one dense; a file of the loaded engine is the same.
+        again = sk.load(tmp_path / "net.sk")
+        compressed = set(again.plan.compressed)
+        assert compressed and not compressed & again.plan.tensors.keys()
+        again.save(tmp_path / "again.sk")
+        name = min(compressed)
+        assert torch.equal(again.plan.tensor(name), engine.plan.tensors[name]) and name not in again.plan.compressed
+        again.save(tmp_path / "later.sk")
+        for path in ("again.sk", "later.sk"):
+            assert content(tmp_path / path) == content(tmp_path / "net.sk")
+            assert torch.equal(sk.load(tmp_path / path)(x), engine(x))
     assert (tmp_path / "net.sk").stat().st_size < 4 * sum(p.numel() for p in model.parameters())
 
 
@@ -471,6 +490,9 @@ def first(header, kind):
         (lambda h, t, m: first(h, "call").update(target="aten.relu_.default"), "more than compute"),
         (lambda h, t, m: next(v for k, v in t.items() if k.endswith("col_indices")).fill_(10**6), "col_indices"),
         (lambda h, t, m: t.pop(next(k for k in t if k.endswith("values"))), "values"),
+        (lambda h, t, m: t.update({k: v.int() for k, v in t.items() if k.endswith("values")}), "are torch.int32"),
+        (lambda h, t, m: next(iter(h["shapes"].values())).insert(0, 7), "do not fit"),
+        (lambda h, t, m: h["shapes"].update({k: ["a", 3] for k in h["shapes"]}), "engine's file"),
         (lambda h, t, m: h.update(output_spec="[9, {}]"), "engine's file"),
         (lambda h, t, m: m.update(version="1"), "version 1; this sparsekit reads version 2"),
         (lambda h, t, m: h["per_image"].append(99), "slot 99"),
