@@ -82,7 +82,7 @@ def best_masks(
 
 def _check_counts(distribution: Distribution, counts: Mapping[str, int], scores: Mapping[str, Tensor]) -> None:
     """Raise unless a function of the user's own keeps a possible number of weights in every layer."""
-    name = getattr(distribution, "__name__", repr(distribution))
+    name = _name(distribution)
     if counts.keys() != scores.keys():
         raise ValueError(f"distribution {name} must return a number for each of {list(scores)}, got {list(counts)}")
     for layer, score in scores.items():
@@ -264,8 +264,8 @@ class Pruner:
         return {
             "method": type(self).__name__,
             "schedule": {"kind": type(self.schedule).__name__, **asdict(self.schedule)},
-            "distribution": getattr(self.distribution, "__name__", self.distribution),
-            "state_policy": getattr(self.optimizer_state, "__name__", self.optimizer_state),
+            "distribution": _name(self.distribution),
+            "state_policy": _name(self.optimizer_state),
             "layers": list(self.layers),
         }
 
@@ -274,6 +274,11 @@ class Pruner:
 
     def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
         self._policy(self.layers, masks, self.optimizer)
+
+
+def _name(part: str | Callable) -> str:
+    """Of a part of a method, for states."""
+    return part if isinstance(part, str) else getattr(part, "__name__", type(part).__name__)
 
 
 def _as_lists(value):

@@ -17,7 +17,7 @@ from .distributions import Distribution
 from .layers import Rule
 from .schedules import Constant, OneShot, Schedule
 from .scores import magnitude
-from .states import StatePolicy
+from .states import StatePolicy, leave
 
 
 class _Latent(Pruner):
@@ -316,7 +316,7 @@ class STR(_Latent):
         exclude: Rule | Iterable[Rule] = (),
     ):
         # Momentum goes on where weights are hidden.
-        super().__init__(model, optimizer, OneShot(0.0), "global", exclude, "leave")
+        super().__init__(model, optimizer, OneShot(0.0), "global", exclude, leave)
         self.initial = initial
         self.s = {name: nn.Parameter(layer.weight.new_full((), initial)) for name, layer in self.layers.items()}
         group = {"params": list(self.s.values())}

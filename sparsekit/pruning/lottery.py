@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_steps, check_uncompressed
-from .base import Pruner
+from .base import Pruner, prune_masks
 from .distributions import Distribution
 from .layers import Rule
 from .schedules import Rounds
 from .scores import magnitude
-from .states import StatePolicy
+from .states import StatePolicy, follow
 
 
 class LTH(Pruner):
@@ -92,7 +92,8 @@ class LTH(Pruner):
         return is_update
 
     def update(self) -> None:
-        super().update()
+        masks = prune_masks(self.layers, self.scores(), self.schedule(self.steps), self.distribution)
+        follow(self.layers, masks, self.optimizer)
         self._rewind()
 
     def finalize(self) -> nn.Module:

@@ -37,8 +37,8 @@ def magnitude_(
         sparsity: fraction of zeros over the pruned layers, in [0, 1), met within one weight.
         distribution: ``"global"`` ranks all layers together, ``"uniform"`` gives every layer the same sparsity,
             ``"erk"`` follows :func:`~sparsekit.pruning.erk`; or a function as in :mod:`sparsekit.pruning.distributions`.
-        exclude: layers to leave alone: names, glob patterns, classes or functions, see :func:`prunable_layers`. With
-            ``"uniform"``, papers pass :func:`first_and_last`.
+        exclude: layers to leave alone: names, glob patterns, classes or functions, see :func:`prunable_layers`;
+            :func:`first_and_last` are the two that some results with ``"uniform"`` leave dense.
         optimizer: whose state follows the masks of sparse layers, in the middle of training.
 
     Returns:

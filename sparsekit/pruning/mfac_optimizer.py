@@ -15,8 +15,8 @@ class MFACOptimizer(torch.optim.Optimizer):
 
     G holds the last m gradients, of all parameters together, as rows; those that are not there yet count as zeros. By the
     Woodbury identity, F^-1 g = (g - G^T (m lambda I + G G^T)^-1 G g) / lambda; G G^T is kept up to date, so that a step
-    costs O(d m + m^3) and the memory is m gradients. As in the authors' code, weight decay is a part of the gradient, and
-    with a momentum of b the step is an average, v <- b v + (1 - b) F^-1 g.
+    costs O(d m + m^3) and the memory is m gradients, and those of one parameter in float64. As in the authors' code, weight
+    decay is a part of the gradient, and with a momentum of b the step is an average, v <- b v + (1 - b) F^-1 g.
 
     F^-1 mixes the entries of all weights. While masks stay, pruned weights get no step; where a pruner changes masks, call
     :func:`sparsekit.keep_zeros` once.
@@ -28,7 +28,7 @@ class MFACOptimizer(torch.optim.Optimizer):
         dampening: lambda.
         momentum: b, in [0, 1).
         weight_decay: as of SGD.
-        memory: bytes that the m gradients may take.
+        memory: bytes that the m gradients of ``params`` may take; ``math.inf`` for all there is.
 
     Raises:
         MemoryError: they take more than ``memory``; the message says how much.
@@ -61,7 +61,8 @@ class MFACOptimizer(torch.optim.Optimizer):
         if momentum >= 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         check_not_negative(weight_decay, "weight_decay")
-        check_not_negative(memory, "memory")
+        if not memory >= 0:
+            raise ValueError(f"memory must be a number of bytes, at least 0, got {memory}")
         self._gram: Tensor | None = None
         self._known: list[Tensor] = []  # the rows that it is of
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})

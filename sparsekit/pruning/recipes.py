@@ -137,7 +137,7 @@ class Recipe:
             settings["interval"] = max(settings["interval"], _LEAST_REGROWTH)
             settings["end"] = max(settings.get("end", 0), settings["interval"])  # training may be shorter
         if method is ACDC:
-            kept = {key: settings.pop(key) for key in ("distribution", "exclude") if key in settings}
+            kept = {key: settings.pop(key) for key in ("distribution", "exclude", "optimizer_state") if key in settings}
             return ACDC(model, optimizer, Phases.evenly(self.sparsity, **settings), **kept)
         if method is STR:
             if "weight_decay" in settings:

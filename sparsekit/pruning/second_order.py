@@ -54,7 +54,8 @@ class _SecondOrder(Pruner):
         check_steps(gradients, "gradients", least=1)
         check_steps(recompute, "recompute", least=1)
         check_not_negative(dampening, "dampening")
-        check_not_negative(memory, "memory")
+        if not memory >= 0:
+            raise ValueError(f"memory must be a number of bytes, at least 0, got {memory}")
         if dampening == 0:
             raise ValueError("dampening must be positive, got 0")
         if end == 0 and (begin, interval, initial_sparsity) != (0, 1, 0.0):

@@ -39,17 +39,18 @@ def follow(layers: Mapping[str, SparseModule], masks: Mapping[str, Tensor], opti
 
 
 def leave(layers: Mapping[str, SparseModule], masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """State stays, that of pruned weights too. Arguments as :func:`follow`."""
+    """State stays, that of pruned weights too: for methods that train those behind the model's back, and no others, as
+    momentum would move pruned weights. Arguments as :func:`follow`."""
     for name, mask in masks.items():
         set_mask_(layers[name], mask)
 
 
 def zero(layers: Mapping[str, SparseModule], masks: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """No parameter has momentum, pruned layer or not; step counts, which are scalars, go on. Arguments as :func:`follow`."""
+    """No parameter has momentum, pruned layer or not; step counts go on. Arguments as :func:`follow`."""
     follow(layers, masks, optimizer)
-    for state in optimizer.state.values():
-        for value in state.values():
-            if torch.is_tensor(value) and value.dim() > 0:
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if torch.is_tensor(value) and name != "step" and (value.dim() > 0 or value.shape == parameter.shape):
                 value.zero_()
 
 
@@ -59,7 +60,7 @@ def forget(layers: Mapping[str, SparseModule], masks: Mapping[str, Tensor], opti
     optimizer.state.clear()
 
 
-STATE_POLICIES: dict[str, StatePolicy] = {"follow": follow, "leave": leave, "zero": zero, "forget": forget}
+STATE_POLICIES: dict[str, StatePolicy] = {"follow": follow, "zero": zero, "forget": forget}
 
 
 def policy_from(policy: str | StatePolicy) -> StatePolicy:
