@@ -24,6 +24,7 @@ from .plan import ACTIVATIONS, Call, Compressed, Const, Layer, Plan, Ref, resolv
 
 FORMAT = "sparsekit.engine"
 VERSION = 2
+DIMENSIONS = {"conv2d": 4, "linear": 2}  # of weights
 
 
 def write(path: str | os.PathLike, plan: Plan, choices: dict) -> None:
@@ -35,10 +36,14 @@ def write(path: str | os.PathLike, plan: Plan, choices: dict) -> None:
     weights = {step.weight for step in plan.steps if isinstance(step, Layer)}
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
-    for name, known in plan.compressed.items():
+    # Other threads may make weights dense meanwhile: those are added to the tensors before they leave the others.
+    compressed = dict(plan.compressed)
+    for name, known in compressed.items():
         shapes[name] = list(known.size)
         tensors |= {f"{name}:{part}": getattr(known, part) for part in ("values", "crow_indices", "col_indices")}
-    for name, tensor in plan.tensors.items():
+    for name, tensor in dict(plan.tensors).items():
+        if name in compressed:
+            continue
         if name in weights and (tensor == 0).any():
             pattern = pattern_from_mask(tensor != 0)
             shapes[name] = list(tensor.shape)
@@ -113,7 +118,7 @@ def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
             resolve(step.target)
         else:
             step = Layer(**_decode(item["layer"]))
-            if step.kind not in ("conv2d", "linear"):
+            if step.kind not in DIMENSIONS:
                 raise ValueError(f"there are no layers of kind {step.kind!r}")
             if step.activation is not None and step.activation not in ACTIVATIONS.values():
                 raise ValueError(f"there is no activation {step.activation!r}")
@@ -133,6 +138,11 @@ def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
         compressed,
     )
     _check_names(plan)
+    for step in steps:
+        if isinstance(step, Layer) and len(size := plan.size_of(step.weight)) != DIMENSIONS[step.kind]:
+            raise ValueError(
+                f"a {step.kind} has a weight of {DIMENSIONS[step.kind]} dimensions, {step.name} of {list(size)}"
+            )
     return plan
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import threading
 
 import pytest
@@ -493,6 +494,10 @@ def first(header, kind):
         (lambda h, t, m: t.update({k: v.int() for k, v in t.items() if k.endswith("values")}), "are torch.int32"),
         (lambda h, t, m: next(iter(h["shapes"].values())).insert(0, 7), "do not fit"),
         (lambda h, t, m: h["shapes"].update({k: ["a", 3] for k in h["shapes"]}), "engine's file"),
+        (
+            lambda h, t, m: h["shapes"].update({k: [s[0], math.prod(s[1:])] for k, s in h["shapes"].items()}),
+            "4 dimensions",
+        ),
         (lambda h, t, m: h.update(output_spec="[9, {}]"), "engine's file"),
         (lambda h, t, m: m.update(version="1"), "version 1; this sparsekit reads version 2"),
         (lambda h, t, m: h["per_image"].append(99), "slot 99"),
