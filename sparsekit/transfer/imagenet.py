@@ -7,6 +7,7 @@ dense model, on photographs that pruning has not seen. See ``sparsekit study ima
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import math
@@ -123,10 +124,14 @@ def load_images(settings: Settings, photos: Path | None = None) -> Images:
 
 
 def _check_disjoint(paths: Sequence[Path], labelled: Tensor) -> None:
-    """Raise if a photograph is there twice, or is one of those by which accuracy is measured."""
-    known = {image.numpy().tobytes(): "one of the labelled photographs, which measure accuracy" for image in labelled}
+    """Raise if a photograph is there twice, or is one of those by which accuracy is measured; pixel for pixel."""
+
+    def pixels_of(image: Tensor) -> str:
+        return hashlib.sha256(image.numpy().tobytes()).hexdigest()
+
+    known = {pixels_of(image): "one of the labelled photographs, which measure accuracy" for image in labelled}
     for path in paths:
-        pixels = photographs.centre(photographs.read(path)).numpy().tobytes()
+        pixels = pixels_of(photographs.centre(photographs.read(path)))
         if pixels in known:
             raise ValueError(
                 f"photos must hold every photograph once, and none that is labelled, but {path} is {known[pixels]}"
