@@ -367,8 +367,9 @@ def study_upstream(
         Path | None, typer.Option(help="where upstream.md, upstream.json and upstream.png go; default: the same folder")
     ] = None,
     speed: Annotated[
-        bool, typer.Option("--speed", help="time steps of the models trained before, while nothing else runs")
+        bool, typer.Option("--speed", help="time epochs: train every row again, while nothing else runs, ~25 min")
     ] = False,
+    workers: Annotated[int, typer.Option(min=1, help="processes that share the cells, each with one thread")] = 1,
     threads: Threads = 0,
     json: Json = False,
 ) -> None:
@@ -377,13 +378,13 @@ def study_upstream(
 
     if threads:
         torch.set_num_threads(threads)
-    if speed:
-        grid.speed(folder)
     if min(widths) < 1:
         raise typer.BadParameter(f"--widths must be positive, got {widths}")
     budget = grid.Budget(images=images, epochs=epochs, widths=widths)
-    gradients = max(min(budget.gradients, images // budget.batch_size), 1)
-    results = grid.upstream(folder, replace(budget, gradients=gradients), range(seeds), only or (), out=out)
+    budget = replace(budget, gradients=max(min(budget.gradients, images // budget.batch_size), 1))
+    if speed:
+        grid.speed(folder, budget, only or ())
+    results = grid.upstream(folder, budget, range(seeds), only or (), out=out, workers=workers)
     print(json_module.dumps(results) if json else grid.document(results))
 
 

@@ -1,15 +1,19 @@
 """The upstream grid: every pruning method on Fashion-MNIST, with the same budget of epochs.
 
-Every cell leaves a JSON file, so that a grid which is stopped goes on where it was; see ``sparsekit study --help``.
+Every cell leaves a JSON file, so that a grid which is stopped goes on where it was, and several processes may share a
+folder: a cell belongs to whoever holds its lock. See ``sparsekit study upstream --help``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +26,17 @@ from ... import pruning
 from ...convert import sparsify_, sparsity
 from ...engine.tuning import cpu_name
 from ...io import load_checkpoint, save_checkpoint, write_atomically
-from ...nn import SparseModule
-from ...profile import seconds_in_turns
 from .. import tasks
-from ..finetune import batches, evaluate, prepare, train
+from ..finetune import Result, evaluate, prepare, train
 from ..models import SmallResNet
 from ..report import png, pyplot
 from ..tasks import Task
+from .table import locked
+
+# The sparsity at which epochs are timed.
+TIMED = 0.9
+
+Attach = Callable[[nn.Module, torch.optim.Optimizer, int], pruning.Pruner]
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,6 @@ class Entry:
         one_shot: whether it prunes that model without training.
         keeps_weights: whether the weights are those of that model in the end, so that it is what they compare with.
         sparsities: the targets.
-        trains_sparse: whether training ends with steps on the final masks, so that :func:`speed` can time them.
         note: what a reader must know.
     """
 
@@ -78,7 +85,6 @@ class Entry:
     one_shot: bool = False
     keeps_weights: bool = False
     sparsities: tuple[float, ...] = (0.9, 0.95)
-    trains_sparse: bool = True
     note: str = ""
 
     @property
@@ -101,11 +107,11 @@ def _entries(budget: Budget) -> list[Entry]:
     second = {**dense, "interval": 0.1 * half, "gradients": budget.gradients}
     regrowth = {"interval": 0.25, "end": 0.78 * whole, "fraction": 0.3, "distribution": "erk"}
     phases = {"warmup": 0.1, "sparse": 0.1, "dense": 0.1, "last_dense": 0.1, "final": 0.7}
-    once, damped = {"gradients": budget.gradients}, {"dampening": 1e-4}
-    damped_note = "dampening 1e-4, chosen by the test images of seed 0"
+    once, parts = {"gradients": budget.gradients}, {"dampening": 1e-5, "recompute": 4}
+    parts_note = "in four parts, the Fisher matrix anew for each"
     only = (0.9,)
     return [
-        Entry("dense", None, sparsities=(0.0,), trains_sparse=False),
+        Entry("dense", None, sparsities=(0.0,)),
         Entry("GMP", _recipe("gmp", whole, **scratch, distribution="erk")),
         Entry("GMP from dense", _recipe("gmp-finetune", half, **dense), True, sparsities=only),
         Entry("WoodFisher", _recipe("woodfisher", half, **second, block=200), True, sparsities=only),
@@ -113,10 +119,7 @@ def _entries(budget: Budget) -> list[Entry]:
         Entry("M-FAC", _recipe("mfac", half, **second), True),
         Entry("SET", _recipe("set", whole, **regrowth)),
         Entry("RigL", _recipe("rigl", whole, **regrowth)),
-        Entry(
-            "Top-KAST", _recipe("topkast", whole, interval=0.25, end=whole, distribution="erk"),
-            sparsities=only, trains_sparse=False,
-        ),
+        Entry("Top-KAST", _recipe("topkast", whole, interval=0.25, end=whole, distribution="erk"), sparsities=only),
         Entry(
             "STR", _recipe("str", whole, initial=-8.0, weight_decay=2.1e-5), sparsities=only,
             note="at the sparsity that it reached; weight decay of s chosen for it",
@@ -124,7 +127,7 @@ def _entries(budget: Budget) -> list[Entry]:
         Entry(
             "STR", _recipe("str", whole, initial=-8.0, weight_decay=3.3e-5), sparsities=(0.95,), note="likewise",
         ),
-        Entry("DNW", _recipe("dnw", whole, distribution="erk"), sparsities=only, trains_sparse=False),
+        Entry("DNW", _recipe("dnw", whole, distribution="erk"), sparsities=only),
         Entry("AC/DC", _recipe("acdc", whole, **{key: share * whole for key, share in phases.items()})),
         Entry(
             "LTH", _recipe("lth", whole, interval=whole / 24, rate=0.37, rewind_to=0), sparsities=only,
@@ -137,20 +140,24 @@ def _entries(budget: Budget) -> list[Entry]:
         ),
         Entry(
             "LTH-T", _recipe("lth-transfer", half, interval=half / 14, rate=0.2, transfer=True).at(1 - 0.8**13), True,
-            keeps_weights=True, sparsities=(0.95,), note="at its thirteenth round, 94.5 %",
+            keeps_weights=True, sparsities=(0.95,),
+            note="at its thirteenth round, 94.5 %; a mask alone is too little there: no weight adapts to it",
         ),
         Entry(
-            "CrAM+", _recipe("cram", whole, levels=[0.5, 0.7, 0.9]), trains_sparse=False,
+            "CrAM+", _recipe("cram", whole, levels=[0.5, 0.7, 0.9]),
             note="two passes a step; pruned once, at the end",
         ),
         *(
             Entry(f"{title}, one-shot", recipe, True, True, True, (0.8, 0.9), note=note)
             for title, recipe, note in (
                 ("magnitude", None, ""),
-                ("WoodFisher", _recipe("woodfisher", half, **once, **damped, block=200), damped_note),
-                ("oBS", _recipe("obs", half, **once, **damped), damped_note),
+                ("WoodFisher", _recipe("woodfisher", half, **once, **parts, block=200), parts_note),
+                ("oBS", _recipe("obs", half, **once, **parts), parts_note),
                 ("M-FAC", _recipe("mfac", half, **once), ""),
-                ("SNIP", pruning.Recipe("SNIP", settings=once), ""),
+                (
+                    "SNIP", pruning.Recipe("SNIP", settings=once),
+                    "made for the start of training: of a trained model, mean gradients are little but noise",
+                ),
             )
         ),
     ]  # fmt: skip
@@ -163,6 +170,7 @@ def upstream(
     only: Sequence[str] = (),
     task: Task | None = None,
     out: Path | None = None,
+    workers: int = 1,
 ) -> dict:
     """Run what is missing of the grid, and write its table.
 
@@ -176,20 +184,20 @@ def upstream(
         task: None: Fashion-MNIST.
         out: for ``upstream.json``, ``upstream.md`` and ``upstream.png``; None: ``folder``. Cells that an ``upstream.json``
             there holds already, maybe from another machine, do not run again.
+        workers: processes, each with one thread; with one, this process runs all cells, with the threads that it has.
 
     Returns:
         What ``upstream.json`` holds.
 
     Raises:
+        RuntimeError: a worker failed; what is finished stays.
         ValueError: ``only`` matches no row, or ``folder`` or ``out`` holds results of another budget.
     """
     budget = budget or Budget()
-    entries = [e for e in _entries(budget) if not only or any(part.lower() in e.title.lower() for part in only)]
-    if not entries:
-        raise ValueError(f"only must match a row, such as {_entries(budget)[1].title!r}, got {list(only)}")
+    _chosen(budget, only)
     folder.mkdir(parents=True, exist_ok=True)
-    task = task or tasks.load("fashion-mnist").first(budget.images)
-    available = len(task.train_labels) // budget.batch_size
+    task = task or tasks.load("fashion-mnist")
+    available = min(len(task.train_labels), budget.images) // budget.batch_size
     if budget.gradients > available:
         raise ValueError(
             f"budget must have at most {available} gradients for {available} batches, got {budget.gradients}"
@@ -197,36 +205,97 @@ def upstream(
     _check_budget(folder, budget)
     if out is not None:
         _take_over(folder, budget, out)
-    grid = _Grid(folder, budget, task)
-    # The first seed of everything before the second of anything: a table early.
-    for seed in seeds:
-        for entry in entries:
-            for target in entry.sparsities:
-                if seed == seeds[0] or target < 0.95:
-                    grid.cell(entry, target, seed)
+    if workers > 1:
+        _run_workers(workers, folder, budget, seeds, only, task)
+    _run_cells(folder, budget, seeds, only, task)
     return write(folder, budget, task.name, out)
 
 
-def speed(folder: Path, task: Task | None = None) -> None:
-    """Time a training step of every row that trains on its final masks, with nothing else running; see :func:`upstream`.
+def _chosen(budget: Budget, only: Sequence[str]) -> list[Entry]:
+    """The rows of whose titles one of ``only`` is a part; all, if there is none."""
+    entries = [e for e in _entries(budget) if not only or any(part.lower() in e.title.lower() for part in only)]
+    if not entries:
+        raise ValueError(f"only must match a row, such as {_entries(budget)[1].title!r}, got {list(only)}")
+    return entries
+
+
+def _run_cells(folder: Path, budget: Budget, seeds: Sequence[int], only: Sequence[str], task: Task) -> None:
+    """Run the cells that are missing and that no other process has."""
+    grid = _Grid(folder, budget, task)
+    # The first seed of everything before the second of anything: a table early.
+    for seed in seeds:
+        for entry in _chosen(budget, only):
+            for target in entry.sparsities:
+                if seed == seeds[0] or target < 0.95:
+                    grid.cell(entry, target, seed)
+
+
+def _run_workers(workers: int, *args) -> None:
+    """Let processes run the cells, each on a core of its own if there are enough."""
+    context = get_context("spawn")
+    processes = [context.Process(target=_work, args=(slot, workers, *args), daemon=True) for slot in range(workers)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    failed = [process.exitcode for process in processes if process.exitcode]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {workers} workers failed, with exit codes {failed}; run again to go on")
+
+
+def _work(slot: int, workers: int, *args) -> None:
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    if workers <= len(cores):
+        os.sched_setaffinity(0, cores[slot : slot + 1])
+    _run_cells(*args)
+
+
+def speed(folder: Path, budget: Budget | None = None, only: Sequence[str] = (), task: Task | None = None) -> None:
+    """Train every row at :data:`TIMED` again, and time its epochs; with nothing else running. See :func:`upstream`.
+
+    Steps on the sparse kernels, where a layer gains by them, and on masked dense layers take turns within one training of
+    the first seed, so that both see every phase of the schedule, and the machine in the same state. Whoever is stopped goes
+    on with the rows that are missing.
 
     Args:
-        folder: of a grid whose first seed has been trained.
+        folder: of a grid that was begun.
+        budget: that it has.
+        only: parts of the titles of rows, the times of the others stay; none: all that train.
         task: None: Fashion-MNIST.
 
     Raises:
         FileNotFoundError: no grid was begun there.
+        ValueError: ``only`` matches no row that trains, or ``folder`` holds results of another budget.
     """
-    budget = Budget(**json.loads((folder / "budget.json").read_text()))
-    grid = _Grid(folder, budget, task or tasks.load("fashion-mnist").first(budget.images))
-    times = {
-        f"{entry.name}-{100 * target:g}": grid.step_seconds(entry, target)
-        for entry in _entries(budget)
-        for target in entry.sparsities
-        if entry.trains_sparse and grid.model_path(entry, target).exists()
-    }
-    record = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "steps": times}
-    write_atomically(folder / "speed.json", lambda name: Path(name).write_text(json.dumps(record)))
+    budget = budget or Budget()
+    if not (folder / "budget.json").exists():
+        raise FileNotFoundError(f"folder must hold a grid that was begun, got {folder}; run without --speed first")
+    _check_budget(folder, budget)
+    entries = [e for e in _chosen(budget, only) if e.recipe and not e.one_shot and TIMED in e.sparsities]
+    if not entries:
+        raise ValueError(f"only must match a row that trains at {100 * TIMED:g} %, got {list(only)}")
+    grid = _Grid(folder, budget, task or tasks.load("fashion-mnist"))
+    here = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "rows": [entry.name for entry in entries]}
+    path, begun = folder / "speed.json", folder / "speed.partial.json"
+    found = _epochs_in(begun, here)
+    for entry in entries:
+        if entry.name not in found:
+            found[entry.name] = grid.epoch_seconds(entry) | {"recipe": _what_counts(entry.recipe)}
+            _write_json(begun, here | {"epochs": found})
+    del here["rows"]
+    _write_json(path, here | {"epochs": _epochs_in(path, here) | found})
+    begun.unlink(missing_ok=True)
+
+
+def _epochs_in(path: Path, here: dict) -> dict:
+    """The times in a file, if they were measured under the same conditions."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return known.pop("epochs") if "epochs" in known and known == here | {"epochs": known["epochs"]} else {}
+
+
+def _write_json(path: Path, value: dict) -> None:
+    write_atomically(path, lambda name: Path(name).write_text(json.dumps(value)))
 
 
 def write(folder: Path, budget: Budget, task: str, out: Path | None = None) -> dict:
@@ -245,9 +314,11 @@ def write(folder: Path, budget: Budget, task: str, out: Path | None = None) -> d
     cells = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*-*-*.json"))}
     path = folder / "speed.json"
     speed = json.loads(path.read_text()) if path.exists() else None
+    if speed is not None and "epochs" not in speed:
+        speed = None  # of an earlier version, which timed single steps
     results = {
         "cpu": cpu_name(), "torch": torch.__version__, "task": task, "budget": json.loads(json.dumps(asdict(budget))),
-        "rows": _rows(cells, speed["steps"] if speed else {}, budget),
+        "rows": _rows(cells, speed["epochs"] if speed else {}, budget),
         "cells": {name: {k: v for k, v in cell.items() if k != "history"} for name, cell in cells.items()},
         "speed": speed,
     }  # fmt: skip
@@ -261,7 +332,7 @@ def _check_budget(folder: Path, budget: Budget) -> None:
     path, wanted = folder / "budget.json", json.loads(json.dumps(asdict(budget)))
     if path.exists() and json.loads(path.read_text()) != wanted:
         raise ValueError(f"folder must be empty or hold results of this budget, but {path} has another one")
-    write_atomically(path, lambda name: Path(name).write_text(json.dumps(wanted)))
+    _write_json(path, wanted)
 
 
 def _take_over(folder: Path, budget: Budget, out: Path) -> None:
@@ -281,12 +352,22 @@ class _Grid:
     """The cells of a grid, each run once."""
 
     def __init__(self, folder: Path, budget: Budget, task: Task):
-        self.folder, self.budget, self.task, self.console = folder, budget, task, Console(stderr=True)
+        self.folder, self.budget, self.console = folder, budget, Console(stderr=True)
+        self.task = task.first(budget.images)
 
     def cell(self, entry: Entry, target: float, seed: int) -> None:
-        path = self.folder / f"{entry.name}-{100 * target:g}-{seed}.json"
-        if path.exists() and json.loads(path.read_text()).get("recipe", {}) == _what_counts(entry.recipe):
-            return
+        """Run a cell, unless it is there or another process has it."""
+        name = f"{entry.name}-{100 * target:g}-{seed}"
+        path = self.folder / f"{name}.json"
+        with self._lock(name) as mine:
+            there = path.exists() and json.loads(path.read_text()).get("recipe", {}) == _what_counts(entry.recipe)
+            if mine and not there:
+                self._run_cell(entry, target, seed, path)
+
+    def _lock(self, name: str, wait: bool = False) -> AbstractContextManager[bool]:
+        return locked(self.folder / "locks" / name, wait)
+
+    def _run_cell(self, entry: Entry, target: float, seed: int, path: Path) -> None:
         start = time.perf_counter()
         with self.console.status(f"{entry.title}, {100 * target:g} %, seed {seed}"):
             model = self._model(seed)
@@ -295,9 +376,11 @@ class _Grid:
                 if entry.one_shot
                 else self._train(entry, model, target, seed)
             )
-        record |= {"title": entry.title, "target": target, "seed": seed, "seconds": time.perf_counter() - start}
-        record |= {"sparsity": sparsity(model).overall, "recipe": _what_counts(entry.recipe)}
-        write_atomically(path, lambda name: Path(name).write_text(json.dumps(record)))
+        # Epochs of a process that was stopped count, too.
+        seconds = max(time.perf_counter() - start, sum(epoch["seconds"] for epoch in record.get("history", ())))
+        record |= {"title": entry.title, "target": target, "seed": seed, "seconds": seconds}
+        record |= {"threads": torch.get_num_threads(), "sparsity": sparsity(model).overall}
+        _write_json(path, record | {"recipe": _what_counts(entry.recipe)})
         self._partial(entry, target, seed).unlink(missing_ok=True)
         self.console.print(
             f"{entry.title} at {100 * record['sparsity']:.1f} %, seed {seed}: {100 * record['accuracy']:.2f} % "
@@ -323,36 +406,45 @@ class _Grid:
     def _trained(self, model: nn.Module, seed: int) -> float:
         """Give ``model`` the weights that methods from a trained model begin with; their accuracy."""
         path, epochs = self.folder / f"trained-{seed}.safetensors", max(self.budget.epochs // 2, 1)
-        if not path.exists():
-            trained = self._model(seed)
-            settings = self._settings(self.budget.lr, seed)
-            result = train(trained, self.task, epochs=epochs, description="trained", **settings)
-            save_checkpoint(path, trained, extra={"accuracy": result.accuracy})
+        with self._lock(path.stem, wait=True):
+            if not path.exists():
+                trained = self._model(seed)
+                settings = self._settings(self.budget.lr, seed)
+                result = train(trained, self.task, epochs=epochs, description="trained", **settings)
+                save_checkpoint(path, trained, extra={"accuracy": result.accuracy})
         return load_checkpoint(path, model).extra["accuracy"]
 
     def _train(self, entry: Entry, model: nn.Module, target: float, seed: int) -> dict:
-        budget, recipe, epochs, pruned_accuracy = self.budget, entry.recipe, self.budget.epochs, None
-        if entry.from_dense:
-            pruned_accuracy = self._trained(model, seed)
-            epochs = max(epochs - epochs // 2, 1)
-        attach: Callable | None = None
-        if recipe is not None:
-            # STR has no target, and lottery tickets that of whole rounds.
-            recipe = recipe if recipe.sparsity is None or recipe.method == "LTH" else recipe.at(target)
-
-            def attach(model, optimizer, steps):
-                return recipe.attach(model, optimizer, steps, epochs, self._gradient_batches(), F.cross_entropy)
-
-        lr = budget.lr_from_dense if entry.from_dense else budget.lr
-        result = train(
-            model, self.task, epochs=epochs, pruner=attach, description=f"{entry.title}, seed {seed}",
-            checkpoint=self._partial(entry, target, seed),
-            **self._settings(lr, seed),
-        )  # fmt: skip
+        pruned_accuracy = self._trained(model, seed) if entry.from_dense else None
+        attach = None if entry.recipe is None else self._attach(entry, target)
+        result = self._run(entry, model, seed, attach, self._partial(entry, target, seed))
         record = {"accuracy": result.accuracy, "history": result.history, "pruned_accuracy": pruned_accuracy}
         if seed == 0:
             save_checkpoint(self.model_path(entry, target), model)
         return record
+
+    def _epochs(self, entry: Entry) -> int:
+        epochs = self.budget.epochs
+        return max(epochs - epochs // 2, 1) if entry.from_dense else epochs
+
+    def _attach(self, entry: Entry, target: float) -> Attach:
+        """What makes the pruner of a row."""
+        recipe = entry.recipe
+        # STR has no target, and lottery tickets that of whole rounds.
+        recipe = recipe if recipe.sparsity is None or recipe.method == "LTH" else recipe.at(target)
+
+        def attach(model, optimizer, steps):
+            batches = self._gradient_batches()
+            return recipe.attach(model, optimizer, steps, self._epochs(entry), batches, F.cross_entropy)
+
+        return attach
+
+    def _run(self, entry: Entry, model: nn.Module, seed: int, attach: Attach | None, checkpoint: Path | None) -> Result:
+        lr = self.budget.lr_from_dense if entry.from_dense else self.budget.lr
+        return train(
+            model, self.task, epochs=self._epochs(entry), pruner=attach, description=f"{entry.title}, seed {seed}",
+            checkpoint=checkpoint, **self._settings(lr, seed),
+        )  # fmt: skip
 
     def _one_shot(self, entry: Entry, model: nn.Module, target: float, seed: int) -> dict:
         pruned_accuracy = self._trained(model, seed)
@@ -384,22 +476,67 @@ class _Grid:
         """The trained model of the first seed."""
         return self.folder / "models" / f"{entry.name}-{100 * target:g}.safetensors"
 
-    def step_seconds(self, entry: Entry, target: float) -> dict[str, float]:
-        """A training step with the final masks: as it runs, and on masked dense layers."""
-        model = self._model(0)
-        load_checkpoint(self.model_path(entry, target), model)
-        images, labels = next(
-            batches(self.task, 28, self.task.train_images.shape[1], self.budget.batch_size, True, 0, 0)
-        )
-        layers = [module for module in model.modules() if isinstance(module, SparseModule)]
+    def epoch_seconds(self, entry: Entry) -> dict[str, float]:
+        """Mean seconds of an epoch of a training at :data:`TIMED`: as it runs, on masked dense layers, and what the pruner
+        itself takes beside either."""
+        model, attach, timed = self._model(0), self._attach(entry, TIMED), []
 
-        def step(backend):
-            for layer in layers:
-                layer.backend = backend
-            F.cross_entropy(model(images), labels).backward()
+        def attach_timed(*args):
+            timed.append(_Turns(attach(*args)))
+            return timed[0]
 
-        model.train()
-        return seconds_in_turns({"sparse": lambda: step("auto"), "masked dense": lambda: step("dense")}, runs=15)
+        if (steps := self.budget.images // self.budget.batch_size * self._epochs(entry)) < 4 * _Turns.TURN:
+            raise ValueError(f"budget must have at least {4 * _Turns.TURN} optimizer steps to time, got {steps}")
+        if entry.from_dense:
+            self._trained(model, 0)
+        self._run(entry, model, 0, attach_timed, None)
+        steps = len(timed[0].own) // self._epochs(entry)
+        found = {kind: steps * seconds for kind, seconds in timed[0].means().items()}
+        self.console.print(f"{entry.title}: " + ", ".join(f"{kind} {found[kind]:.1f} s" for kind in found))
+        return found
+
+
+class _Turns:
+    """A pruner whose layers run as they choose for some optimizer steps, on masked dense ones for as many, and so on.
+
+    Attributes:
+        seconds: of all steps of either kind: data, forward, backward and optimizer.
+        own: seconds of the pruner after every step, in which layers run as they choose.
+    """
+
+    TURN = 8  # steps
+
+    def __init__(self, pruner: pruning.Pruner):
+        self.pruner, self.own = pruner, list[float]()
+        self.seconds = {"sparse": list[float](), "masked dense": list[float]()}
+        self._begin()
+
+    def __getattr__(self, name: str):
+        return getattr(self.pruner, name)
+
+    def step(self) -> bool:
+        end = time.perf_counter()
+        self.seconds[self._kind].append(end - self._start)
+        self._use("auto")
+        end = time.perf_counter()
+        is_update = self.pruner.step()
+        self.own.append(time.perf_counter() - end)
+        self._begin()
+        return is_update
+
+    def _begin(self) -> None:
+        self._kind = ("sparse", "masked dense")[len(self.own) // self.TURN % 2]
+        self._use("dense" if self._kind == "masked dense" else "auto")
+        self._start = time.perf_counter()
+
+    def _use(self, backend: str) -> None:
+        for layer in self.pruner.layers.values():
+            layer.backend = backend
+
+    def means(self) -> dict[str, float]:
+        """Seconds of a step, less the first turn, in which things are made that stay, and of the pruner after one."""
+        found = {kind: statistics.mean(seconds[self.TURN :]) for kind, seconds in self.seconds.items()}
+        return found | {"pruner": statistics.mean(self.own)}
 
 
 def _what_counts(recipe: pruning.Recipe | None) -> dict | None:
@@ -420,7 +557,13 @@ def _rows(cells: Mapping[str, dict], times: Mapping[str, dict], budget: Budget) 
     rows = []
     for entry in _entries(budget):
         for target in entry.sparsities:
-            here = [cell for cell in cells.values() if (cell["title"], cell["target"]) == (entry.title, target)]
+            recipe = _what_counts(entry.recipe)
+            here = [
+                cell
+                for cell in cells.values()
+                if (cell["title"], cell["target"], cell.get("recipe")) == (entry.title, target, recipe)
+            ]
+            timed = times.get(entry.name, {}) if target == TIMED else {}
             if not here:
                 continue
             found = [cell["accuracy"] for cell in here]
@@ -434,7 +577,7 @@ def _rows(cells: Mapping[str, dict], times: Mapping[str, dict], budget: Budget) 
                 "std": statistics.stdev(found) if len(found) > 1 else None,
                 "pruned_accuracy": _mean(cell["pruned_accuracy"] for cell in here),
             }
-            row["step_seconds"] = times.get(f"{entry.name}-{100 * target:g}")
+            row["epoch_seconds"] = timed if timed.get("recipe", ()) == recipe else None
             rows.append(row)
     return rows
 
@@ -447,6 +590,7 @@ def document(results: dict) -> str:
     )
     dense = next((row["accuracy"] for row in rows if row["title"] == "dense"), None)
     hours = sum(cell["seconds"] for cell in results["cells"].values()) / 3600
+    threads = sorted({cell.get("threads", 1) for cell in results["cells"].values()})
     lines = [
         "# Every pruning method, upstream",
         "",
@@ -455,22 +599,25 @@ def document(results: dict) -> str:
         "*from dense*, second-order methods and LTH-T have half of them, after the model they prune had the other half; "
         "one-shot methods and LTH-T end with weights of that model, and are compared with it. "
         "Authors' schedules, scaled to these epochs; all layers are pruned and counted, shared out by ERK where a paper does "
-        "not rank them together (it leaves the first and the last layer dense). Mean ± standard deviation over seeds. "
+        "not rank them together. Mean ± standard deviation over seeds. "
         f"Torch {results['torch']}. `sparsekit study upstream` makes this page; one after the other, its cells take "
-        f"{hours:.1f} hours of a core. *Epoch* is the time of its steps (forward "
-        f"and backward) on the final masks, {timed}: on the sparse kernels where a layer gains by them, and on dense layers "
-        "with masked weights; methods that train dense weights have none. Small grey images: what carries over to ImageNet "
-        "is the procedure, not the numbers.",
+        f"{hours:.1f} hours with {' or '.join(map(str, threads))} thread(s) each, and `--workers` share them. *Epoch* is the "
+        f"mean over a whole training of the first seed, {timed}: data, forward, backward and optimizer, on the sparse "
+        f"kernels where a layer gains by them, and on masked dense layers, which take turns of {_Turns.TURN} steps; + what "
+        "the pruner itself takes: scores, gradients for them, masks and their structures. STR and CrAM+ change masks within "
+        "steps: both pay for their structures. DNW trains dense weights, and so does the first of CrAM+'s two passes. Small "
+        "grey images: what carries over to ImageNet is the procedure, not the numbers.",
         "",
-        "| method | sparsity | accuracy | against dense | seeds | epoch, sparse / masked dense | |",
+        "| method | sparsity | accuracy | against dense | seeds | epoch, sparse / masked dense + pruner | |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:
         std = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
         base = row["pruned_accuracy"] if row["keeps_weights"] else dense
         against = "" if base is None or row["title"] == "dense" else f"{100 * (row['accuracy'] - base):+.2f}"
-        step, steps = row["step_seconds"], budget["images"] // budget["batch_size"]
-        epoch = "" if step is None else f"{steps * step['sparse']:.1f} / {steps * step['masked dense']:.1f} s"
+        seconds = row["epoch_seconds"]
+        parts = None if seconds is None else [f"{seconds[kind]:.1f}" for kind in ("sparse", "masked dense", "pruner")]
+        epoch = "" if parts is None else "{} / {} + {} s".format(*parts)
         lines.append(
             f"| {row['title']} | {100 * row['sparsity']:.1f} % | {100 * row['accuracy']:.2f}{std} | {against} | "
             f"{row['seeds']} | {epoch} | {row['note']} |"
