@@ -3,13 +3,15 @@
 A whole step (forward, backward, SGD with momentum) of ResNet-50 at 224 x 224 with its parts; other batches,
 distributions and models; what a change of all masks costs; the memory of a step, each way in a process of its own; an
 epoch of linear finetuning with a frozen backbone, augmentation left out and included. Two threads, float32. Figures go to
-benchmarks/results/training.json, the table between the marks in README, the picture to docs/training.png.
+benchmarks/results/training, a file for every CPU; the tables of all of them between the marks in README, the picture to
+docs/training.png.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from sparsekit.transfer.models import MobileNetV1, replace_head_
 from sparsekit.transfer.report import png, pyplot
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "training.json"
+RESULTS = ROOT / "benchmarks" / "results" / "training"
 MAIN = "ResNet-50, batch 16"
 MODELS = {
     "ResNet-50": torchvision.models.resnet50,
@@ -186,7 +188,7 @@ def linear_epoch(sparsity: float = 0.95, batch: int = 16, batches: int = 16) -> 
 
 
 def measure(results: dict, save: Callable[[], None]) -> None:
-    """Fill ``results`` with what is missing in it; start anew if nothing is, or if it is another machine's."""
+    """Fill ``results`` with what is missing in it; start anew if nothing is, or if it is of other code."""
     parts: dict[str, Callable] = {name: lambda case=case: in_own_process(steps, *case) for name, case in CASES.items()}
     parts["autocast"] = autocast
     parts["mask updates"] = mask_updates
@@ -195,7 +197,7 @@ def measure(results: dict, save: Callable[[], None]) -> None:
         for way, s in (("dense", 0.95), *((w, s) for s in (0.8, 0.95) for w in ("sparse", "compressed")))
     }
     parts["linear epoch"] = linear_epoch
-    here = {"cpu": cpu_name(), "torch": torch.__version__}
+    here = {"cpu": cpu_name(), "torch": torch.__version__, "commit": commit()}
     if any(results.get(key) != value for key, value in here.items()) or parts.keys() <= results.keys():
         results.clear()
         results.update(here)
@@ -206,16 +208,22 @@ def measure(results: dict, save: Callable[[], None]) -> None:
             print(name, json.dumps(results[name]), flush=True)
 
 
+def commit() -> str:
+    """The commit that is checked out."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def table(results: dict) -> str:
-    """The figures in Markdown."""
+    """A machine's figures in Markdown."""
     main = results[MAIN]
     dense, names = main["dense"], list(main["sparse"])
     fastest = dense["fastest"]
     lines = [
         f"A training step at 224 × 224 (forward, backward, SGD with momentum), float32, {main['threads']} threads of an "
-        f"{results['cpu']} ({main['isa']}), torch {results['torch']}. Speed-up over the fastest dense way, ± half the "
-        "distance between the quartiles; conv1, fc and depthwise layers are dense. `python -m benchmarks.training` makes "
-        "this table and the picture.",
+        f"{results['cpu']} ({main['isa']}), torch {results['torch']}, at commit {results['commit']}. Speed-up over the "
+        "fastest dense way, ± half the distance between the quartiles; conv1, fc and depthwise layers are dense. "
+        "`python -m benchmarks.training` makes the tables and the picture.",
         "",
         "| | dense | " + " | ".join(names) + " |",
         "| --- |" + " ---: |" * (len(names) + 1),
@@ -252,33 +260,39 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(main: dict) -> bytes:
-    """A PNG: milliseconds of the parts of a step, dense and sparse."""
+def plot(machines: list[dict]) -> bytes:
+    """A PNG: milliseconds of the parts of a step, dense and sparse, on every machine."""
     plt = pyplot()
-    bars = {f"dense\n{main['dense']['fastest']}": main["dense"]["parts"]}
-    for name in main["sparse"]:
-        for way in ("sparse", "compressed", "compiled"):
-            bars[f"{name}\n{way}"] = main[way][name]["parts"]
-    figure, axes = plt.subplots(figsize=(10, 4))
-    bottom = [0.0] * len(bars)
-    for part in bench.PARTS:
-        heights = [parts[part] for parts in bars.values()]
-        axes.bar(list(bars), heights, bottom=bottom, label=part)
-        bottom = [b + h for b, h in zip(bottom, heights)]
-    axes.set(ylabel="ms a step", title=f"{MAIN}, {main['threads']} threads, float32")
-    axes.tick_params(axis="x", labelsize=7)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, rows = plt.subplots(len(machines), 1, figsize=(10, 4 * len(machines)), squeeze=False)
+    for axes, results in zip(rows[:, 0], machines):
+        main = results[MAIN]
+        bars = {f"dense\n{main['dense']['fastest']}": main["dense"]["parts"]}
+        for name in main["sparse"]:
+            for way in ("sparse", "compressed", "compiled"):
+                bars[f"{name}\n{way}"] = main[way][name]["parts"]
+        bottom = [0.0] * len(bars)
+        for part in bench.PARTS:
+            heights = [parts[part] for parts in bars.values()]
+            axes.bar(list(bars), heights, bottom=bottom, label=part)
+            bottom = [b + h for b, h in zip(bottom, heights)]
+        axes.set(ylabel="ms a step", title=f"{MAIN}, {main['threads']} threads of an {results['cpu']}, float32")
+        axes.tick_params(axis="x", labelsize=7)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
     return png(plt, figure)
 
 
 def main() -> None:
     torch.set_num_threads(2)
     keep_freed_memory()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    measure(results, lambda: RESULTS.write_text(json.dumps(results, indent=1) + "\n"))
-    fill("training", table(results))
-    (ROOT / "docs" / "training.png").write_bytes(plot(results[MAIN]))
+    name = re.sub("[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", cpu_name().lower())).strip("-")
+    path = RESULTS / f"{name}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    measure(results, lambda: path.write_text(json.dumps(results, indent=1) + "\n"))
+    machines = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    fill("training", "\n\n".join(map(table, machines)))
+    (ROOT / "docs" / "training.png").write_bytes(plot(machines))
 
 
 if __name__ == "__main__":
