@@ -367,7 +367,7 @@ def study_upstream(
         Path | None, typer.Option(help="where upstream.md, upstream.json and upstream.png go; default: the same folder")
     ] = None,
     speed: Annotated[
-        bool, typer.Option("--speed", help="time epochs: train every row again, while nothing else runs, ~25 min")
+        bool, typer.Option("--speed", help="time epochs: train every row again, while nothing else runs, ~40 min")
     ] = False,
     workers: Annotated[int, typer.Option(min=1, help="processes that share the cells, each with one thread")] = 1,
     threads: Threads = 0,
