@@ -265,7 +265,7 @@ class Pruner:
             "method": type(self).__name__,
             "schedule": {"kind": type(self.schedule).__name__, **asdict(self.schedule)},
             "distribution": _name(self.distribution),
-            "state_policy": _name(self.optimizer_state),
+            "optimizer_state": _name(self.optimizer_state),
             "layers": list(self.layers),
         }
 

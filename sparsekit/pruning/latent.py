@@ -78,14 +78,14 @@ class _Latent(Pruner):
             for name, state in states.items()
         }
         latent = {name: weight.clone() for name, weight in self.latent.items()}
-        return {**super().state_dict(), "latent": latent, "optimizer_state": dense}
+        return {**super().state_dict(), "latent": latent, "hidden_state": dense}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping) -> None:
         super().load_state_dict(state)
         for name, layer in self.layers.items():
             self.latent[name].copy_(state["latent"][name])
-            for key, value in state["optimizer_state"][name].items():
+            for key, value in state["hidden_state"][name].items():
                 self.optimizer.state[layer.weight][key].copy_(value)
 
 

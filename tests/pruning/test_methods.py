@@ -514,7 +514,7 @@ def test_methods_whose_masks_change_take_every_state_policy(make, policy):
         assert state is None or not state[~layer.weight_mask].any()
         assert not layer.weight[~layer.weight_mask].any()
     name = "forget_by_hand" if policy is forget_by_hand else policy
-    assert pruner.state_dict()["state_policy"] == name
+    assert pruner.state_dict()["optimizer_state"] == name
 
 
 def test_acdc_takes_a_state_policy_for_its_dense_phases():
@@ -530,11 +530,13 @@ def test_acdc_takes_a_state_policy_for_its_dense_phases():
     times = {"warmup": 1, "sparse": 1, "dense": 1, "last_dense": 1, "final": 7}
     recipe = pruning.Recipe("ACDC", 0.8, 8, {**times, "optimizer_state": "forget"})
     model = convnet()
-    assert recipe.attach(model, sgd(model), 10).state_dict()["state_policy"] == "forget"
+    assert recipe.attach(model, sgd(model), 10).state_dict()["optimizer_state"] == "forget"
+    with pytest.raises(ValueError, match="a pruner with optimizer_state = 'follow', got 'forget'"):
+        pruner.load_state_dict({**pruner.state_dict(), "optimizer_state": "forget"})
     # What has no name of its own is called by its type, as files hold text.
     model = convnet()
     pruner = pruning.ACDC(model, sgd(model), phases, optimizer_state=functools.partial(forget_by_hand))
-    assert pruner.state_dict()["state_policy"] == "partial"
+    assert pruner.state_dict()["optimizer_state"] == "partial"
 
 
 # --- second order ---------------------------------------------------------------------------------------------------
