@@ -140,22 +140,30 @@ BatchNorm norm_of(const Tensor& input, const std::optional<Tensor>& weight, cons
           relu};
 }
 
-void batch_norm_op(Tensor out, Tensor mean, Tensor var, Tensor input, std::optional<Tensor> weight,
-                   std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu, double eps) {
+uint8_t* bits(const std::optional<Tensor>& t, const char* name, const BatchNorm& norm) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == torch::headeronly::ScalarType::Byte && t->is_contiguous() &&
+                      t->numel() == norm.batch * norm.channels * bit_bytes(norm),
+                  name, " must be uint8, contiguous, and of a size that fits");
+  return static_cast<uint8_t*>(t->data_ptr());
+}
+
+void batch_norm_op(Tensor out, Tensor mean, Tensor var, std::optional<Tensor> positive, Tensor input,
+                   std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> residual, bool relu,
+                   double eps) {
   const BatchNorm norm = norm_of(input, weight, bias, mean, var, relu, eps);
   const ImageSize size = image_size(input, "input");
   batch_norm(norm, planes(input, "input", size), residual ? planes(*residual, "residual", size) : nullptr,
-             planes(out, "out", size));
+             planes(out, "out", size), bits(positive, "positive", norm));
 }
 
 void batch_norm_grad_op(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, std::optional<Tensor> grad_residual,
-                        Tensor grad_output, Tensor input, std::optional<Tensor> out, std::optional<Tensor> weight,
+                        Tensor grad_output, Tensor input, std::optional<Tensor> positive, std::optional<Tensor> weight,
                         std::optional<Tensor> bias, Tensor mean, Tensor var, bool relu, double eps) {
   const BatchNorm norm = norm_of(input, weight, bias, mean, var, relu, eps);
   const ImageSize size = image_size(input, "input");
-  STD_TORCH_CHECK(grad_residual.has_value() == out.has_value(), "out is needed for the gradient of a residual only");
   batch_norm_grad(norm, planes(grad_output, "grad_output", size), planes(input, "input", size),
-                  out ? planes(*out, "out", size) : nullptr, planes(grad_input, "grad_input", size),
+                  bits(positive, "positive", norm), planes(grad_input, "grad_input", size),
                   channel_data(grad_weight, "grad_weight", norm.channels),
                   channel_data(grad_bias, "grad_bias", norm.channels),
                   grad_residual ? planes(*grad_residual, "grad_residual", size) : nullptr);
@@ -274,13 +282,12 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
       "max_pool2d_grad(Tensor(a!) grad_input, Tensor grad_output, Tensor input, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation) -> ()");
   m.def(
-      "batch_norm(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var, Tensor input, Tensor? weight, Tensor? bias, "
-      "Tensor? residual, bool relu, float eps) -> ()");
+      "batch_norm(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var, Tensor(d!)? positive, Tensor input, Tensor? weight, "
+      "Tensor? bias, Tensor? residual, bool relu, float eps) -> ()");
   m.def(
       "batch_norm_grad(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor(c!) grad_bias, Tensor(d!)? grad_residual, "
-      "Tensor grad_output, Tensor input, Tensor? out, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool "
-      "relu, "
-      "float eps) -> ()");
+      "Tensor grad_output, Tensor input, Tensor? positive, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+      "bool relu, float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {

@@ -378,50 +378,54 @@ _define(
 
 
 # batch_norm: input [n, channels, h, w] -> normalised by its own statistics, times weight, plus bias and residual, then
-# ReLU if asked for; and the statistics, mean and biased variance, [channels], which have no gradient.
+# ReLU if asked for; the statistics, mean and biased variance, [channels]; and with a residual and ReLU bits that tell
+# where the result is more than 0, [n, channels, bytes], else empty. Only the first has a gradient.
 def _batch_norm(input, weight, bias, residual, relu, eps):
     others = [t for t in (weight, bias, residual) if t is not None]
     if not _runs_native(input, *others):
         return reference.batch_norm(input, weight, bias, residual, relu, eps)
-    out, mean, var = _batch_norm_fake(input, weight, bias, residual, relu, eps)
-    residual = residual if residual is None else residual.contiguous()
-    torch.ops.sparsekit_cpu.batch_norm(out, mean, var, input.contiguous(), weight, bias, residual, relu, eps)
-    return out, mean, var
+    out, mean, var, positive = _batch_norm_fake(input, weight, bias, residual, relu, eps)
+    has_bits, residual = positive.dim() == 3, residual if residual is None else residual.contiguous()
+    torch.ops.sparsekit_cpu.batch_norm(
+        out, mean, var, positive if has_bits else None, input.contiguous(), weight, bias, residual, relu, eps
+    )
+    return out, mean, var, positive
 
 
 def _batch_norm_fake(input, weight, bias, residual, relu, eps):
-    return input.new_empty(input.shape), input.new_empty(input.shape[1]), input.new_empty(input.shape[1])
+    n, channels, h, w = input.shape
+    size = (n, channels, (h * w + 15) // 16 * 2) if residual is not None and relu else 0
+    positive = input.new_empty(size, dtype=torch.uint8)
+    return input.new_empty(input.shape), input.new_empty(channels), input.new_empty(channels), positive
 
 
 _define(
     "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, float eps) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _batch_norm,
     _batch_norm_fake,
 )
 
 
 # batch_norm_grad: grad_output [n, channels, h, w] -> the gradients of input, weight, bias and residual. The last is empty
-# if ``out`` is None: without ReLU it is grad_output.
-def _batch_norm_grad(grad_output, input, out, weight, bias, mean, var, relu, eps):
+# if ``positive`` is None: without ReLU it is grad_output.
+def _batch_norm_grad(grad_output, input, positive, weight, bias, mean, var, relu, eps):
     if not _runs_native(grad_output, input):
-        return reference.batch_norm_grad(grad_output, input, out, weight, bias, mean, var, relu, eps)
-    grads = _batch_norm_grad_fake(grad_output, input, out, weight, bias, mean, var, relu, eps)
-    of_residual = None if out is None else grads[3]
-    out = out if out is None else out.contiguous()
-    torch.ops.sparsekit_cpu.batch_norm_grad(
-        *grads[:3], of_residual, grad_output.contiguous(), input.contiguous(), out, weight, bias, mean, var, relu, eps
-    )
+        return reference.batch_norm_grad(grad_output, input, positive, weight, bias, mean, var, relu, eps)
+    grads = _batch_norm_grad_fake(grad_output, input, positive, weight, bias, mean, var, relu, eps)
+    of_residual = None if positive is None else grads[3]
+    args = grad_output.contiguous(), input.contiguous(), positive, weight, bias, mean, var, relu, eps
+    torch.ops.sparsekit_cpu.batch_norm_grad(*grads[:3], of_residual, *args)
     return grads
 
 
-def _batch_norm_grad_fake(grad_output, input, out, weight, bias, mean, var, relu, eps):
-    of_residual = input.new_empty(0 if out is None else input.shape)
+def _batch_norm_grad_fake(grad_output, input, positive, weight, bias, mean, var, relu, eps):
+    of_residual = input.new_empty(0 if positive is None else input.shape)
     return input.new_empty(input.shape), input.new_empty(mean.shape), input.new_empty(mean.shape), of_residual
 
 
 _define(
-    "batch_norm_grad(Tensor grad_output, Tensor input, Tensor? out, Tensor? weight, Tensor? bias, Tensor mean, "
+    "batch_norm_grad(Tensor grad_output, Tensor input, Tensor? positive, Tensor? weight, Tensor? bias, Tensor mean, "
     "Tensor var, bool relu, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     _batch_norm_grad,
     _batch_norm_grad_fake,
@@ -668,19 +672,19 @@ _register_autograd("linear", _product_backward("linear"), _save_product)
 
 
 def _save_batch_norm(ctx, inputs, output):
-    input, weight, bias, residual, ctx.relu, ctx.eps = inputs
-    out, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
+    input, weight, bias, _residual, ctx.relu, ctx.eps = inputs
+    _out, mean, var, positive = output
+    ctx.mark_non_differentiable(mean, var, positive)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, out if residual is not None and ctx.relu else None, weight, bias, mean, var)
+    ctx.save_for_backward(input, positive if positive.dim() == 3 else None, weight, bias, mean, var)
 
 
 def _batch_norm_backward(ctx, grad, *_):
     grads = [None] * 6
     if grad is not None:
-        input, out, *rest = ctx.saved_tensors
-        found = torch.ops.sparsekit.batch_norm_grad(grad, input, out, *rest, ctx.relu, ctx.eps)
-        grads[:4] = (*found[:3], grad if out is None else found[3])
+        input, positive, *rest = ctx.saved_tensors
+        found = torch.ops.sparsekit.batch_norm_grad(grad, input, positive, *rest, ctx.relu, ctx.eps)
+        grads[:4] = (*found[:3], grad if positive is None else found[3])
     return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad))
 
 

@@ -134,29 +134,43 @@ def _channels(t: Tensor | None) -> Tensor | None:
     return None if t is None else t[:, None, None]
 
 
+def to_bits(positive):
+    """bool ``[n, channels, h, w]`` as uint8 ``[n, channels, bytes]``, whole pairs of bytes, the lowest bit first."""
+    lanes = positive.flatten(2)
+    lanes = F.pad(lanes, (0, -lanes.shape[2] % 16)).unflatten(2, (-1, 8))
+    return (lanes.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(3, dtype=torch.uint8)
+
+
+def from_bits(bits, shape):
+    lanes = bits.unsqueeze(3) >> torch.arange(8, dtype=torch.uint8) & 1
+    return lanes.flatten(2)[..., : shape[2] * shape[3]].view(shape).bool()
+
+
 def batch_norm(input, weight, bias, residual, relu, eps):
     var, mean = torch.var_mean(input, (0, 2, 3), correction=0)
     out = (input - _channels(mean)) * _channels((var + eps).rsqrt())
     out = out if weight is None else out * _channels(weight)
     out = out if bias is None else out + _channels(bias)
     out = out if residual is None else out + residual
-    return (out.relu() if relu else out).contiguous(), mean, var
+    positive = to_bits(~(out <= 0)) if residual is not None and relu else input.new_empty(0, dtype=torch.uint8)
+    return (out.relu() if relu else out).contiguous(), mean, var, positive
 
 
-def batch_norm_grad(grad_output, input, out, weight, bias, mean, var, relu, eps):
+def batch_norm_grad(grad_output, input, positive, weight, bias, mean, var, relu, eps):
     inverse = (var + eps).rsqrt()
     scaled = (input - _channels(mean)) * _channels(inverse)
-    if relu:
-        value = out
-        if value is None:
-            value = scaled if weight is None else scaled * _channels(weight)
-            value = value if bias is None else value + _channels(bias)
+    if positive is not None:
+        grad_output = grad_output * from_bits(positive, input.shape)
+    elif relu:
+        value = scaled if weight is None else scaled * _channels(weight)
+        value = value if bias is None else value + _channels(bias)
         grad_output = grad_output.masked_fill(value <= 0, 0)
     grad_bias, grad_weight = grad_output.sum((0, 2, 3)), (grad_output * scaled).sum((0, 2, 3))
     count = input.numel() / max(input.shape[1], 1)
     grad = grad_output - _channels(grad_bias / count) - scaled * _channels(grad_weight / count)
     grad = grad * _channels(inverse if weight is None else inverse * weight)
-    return grad.contiguous(), grad_weight, grad_bias, input.new_empty(0) if out is None else grad_output.contiguous()
+    of_residual = input.new_empty(0) if positive is None else grad_output.contiguous()
+    return grad.contiguous(), grad_weight, grad_bias, of_residual
 
 
 def max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode):

@@ -49,11 +49,17 @@ bool streams(const BatchNorm& norm, const float* to) {
          reinterpret_cast<uintptr_t>(to) % (kLine * sizeof(float)) == 0;
 }
 
+// The bits of the plane that begins `at` floats into a tensor.
+template <class Bits>
+Bits* bits_of(const BatchNorm& norm, Bits* positive, int64_t at) {
+  return positive ? positive + at / std::max<int64_t>(1, norm.pixels) * bit_bytes(norm) : nullptr;
+}
+
 using Sums = std::vector<std::array<double, 2>>;
 
 }  // namespace
 
-void batch_norm(const BatchNorm& norm, const float* x, const float* residual, float* y) {
+void batch_norm(const BatchNorm& norm, const float* x, const float* residual, float* y, uint8_t* positive) {
   use_huge_pages(y, norm.batch * norm.channels * norm.pixels);
   const Kernels& k = kernels();
   const double pixels = norm.batch * norm.pixels;
@@ -87,18 +93,18 @@ void batch_norm(const BatchNorm& norm, const float* x, const float* residual, fl
     }
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
       k.normalize(y + at, x + at, residual ? residual + at : nullptr, norm.pixels, scale[c], shift[c], norm.relu,
-                  stream);
+                  stream, bits_of(norm, positive, at));
     });
   });
 }
 
-void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const float* y, float* dx, float* d_weight,
-                     float* d_bias, float* d_residual) {
+void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const uint8_t* positive, float* dx,
+                     float* d_weight, float* d_bias, float* d_residual) {
   use_huge_pages(dx, norm.batch * norm.channels * norm.pixels);
   if (d_residual) use_huge_pages(d_residual, norm.batch * norm.channels * norm.pixels);
   const Kernels& k = kernels();
   const double pixels = norm.batch * norm.pixels;
-  const bool stream = streams(norm, dx);
+  const bool stream = streams(norm, dx) && (!d_residual || streams(norm, d_residual));
   each_block(norm, [&](int64_t first, int64_t count) {
     Sums sums(count);
     std::vector<NormGrad> grads(count);
@@ -108,8 +114,7 @@ void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, con
       grads[c] = {mean, scale, (norm.bias ? norm.bias[first + c] : 0) - mean * scale, norm.relu};
     }
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
-      k.norm_sums(grads[c], dy + at, x + at, d_residual ? y + at : nullptr, d_residual ? d_residual + at : nullptr,
-                  norm.pixels, sums[c].data());
+      k.norm_sums(grads[c], dy + at, x + at, bits_of(norm, positive, at), norm.pixels, sums[c].data());
     });
     for (int64_t c = 0; c < count; ++c) {
       const double inverse = 1 / std::sqrt(norm.var[first + c] + norm.eps), a = grads[c].scale;
@@ -117,12 +122,10 @@ void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, con
       d_weight[first + c] = static_cast<float>(sums[c][1] * inverse);
       grads[c].of_x = static_cast<float>(-a * inverse * inverse * sums[c][1] / pixels);
       grads[c].constant = static_cast<float>(-a * sums[c][0] / pixels);
-      // What came through ReLU is the residual's gradient, if there is one.
-      grads[c].relu = norm.relu && !d_residual;
     }
-    const float* const from = d_residual ? d_residual : dy;
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
-      k.norm_input_grad(grads[c], from + at, x + at, norm.pixels, dx + at, stream);
+      k.norm_input_grad(grads[c], dy + at, x + at, bits_of(norm, positive, at), norm.pixels, dx + at,
+                        d_residual ? d_residual + at : nullptr, stream);
     });
   });
 }

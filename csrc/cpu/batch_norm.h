@@ -15,12 +15,16 @@ struct BatchNorm {
   bool relu;
 };
 
-// y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual); residual may be null.
-void batch_norm(const BatchNorm& norm, const float* x, const float* residual, float* y);
+// A tensor's bits, one for every float: a plane's begin at a byte of their own, and are filled up to whole registers.
+inline int64_t bit_bytes(const BatchNorm& norm) { return (norm.pixels + 15) / 16 * 2; }  // of a plane
 
-// Given the gradient dy of y: those of x, weight, bias and, if d_residual is not null, of the residual; y is read with
-// a residual only.
-void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const float* y, float* dx, float* d_weight,
-                     float* d_bias, float* d_residual);
+// y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual); residual may be null, and positive, the bits that
+// tell where y is more than 0.
+void batch_norm(const BatchNorm& norm, const float* x, const float* residual, float* y, uint8_t* positive);
+
+// Given the gradient dy of y: those of x, weight, bias and, if d_residual is not null, of the residual. `positive` is
+// needed where there was a residual before ReLU, else it may be null.
+void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const uint8_t* positive, float* dx,
+                     float* d_weight, float* d_bias, float* d_residual);
 
 }  // namespace sparsekit

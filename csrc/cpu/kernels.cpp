@@ -814,38 +814,42 @@ void moments(const float* x, int64_t n, float mean, double* sums) {
 }
 
 void normalize(float* y, const float* x, const float* other, int64_t n, float scale, float shift, bool relu,
-               bool stream) {
+               bool stream, uint8_t* positive) {
   const Vec factor = broadcast(scale), summand = broadcast(shift), low = broadcast(relu ? 0 : kLowest);
   each_register(y, n, stream, [=](int64_t i, int64_t lanes) {
     Vec v = fma(some(x + i, lanes), factor, summand);
     if (other) v = add(v, some(other + i, lanes));
+    if (positive) put_positive(positive, i, v);
     return max(low, v);
   });
 }
 
-void norm_sums(const NormGrad& grad, const float* dy, const float* x, const float* y, float* g, int64_t n,
+// A register of NormGrad's g.
+inline Vec through_relu(Vec dy, Vec x, const NormGrad& grad, const uint8_t* positive, int64_t i) {
+  if (positive) return where_positive(dy, positive, i);
+  return grad.relu ? where_positive(dy, fma(x, broadcast(grad.scale), broadcast(grad.shift))) : dy;
+}
+
+void norm_sums(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
                double* sums) {
-  const Vec minus = broadcast(-grad.mean), factor = broadcast(grad.scale), summand = broadcast(grad.shift);
-  const bool relu = grad.relu;
+  const NormGrad norm = grad;
+  const Vec minus = broadcast(-grad.mean);
   add_up(n, sums, [=](int64_t i, int64_t lanes, Vec& a, Vec& b) {
-    const Vec value = some(x + i, lanes);
-    Vec d = some(dy + i, lanes);
-    if (relu) d = where_positive(d, y ? some(y + i, lanes) : fma(value, factor, summand));
-    if (g) put(g + i, d, lanes);
-    a = add(a, d);
-    b = fma(d, only(add(value, minus), lanes), b);
+    const Vec value = some(x + i, lanes), g = through_relu(some(dy + i, lanes), value, norm, positive, i);
+    a = add(a, g);
+    b = fma(g, only(add(value, minus), lanes), b);
   });
 }
 
-void norm_input_grad(const NormGrad& grad, const float* dy, const float* x, int64_t n, float* dx, bool stream) {
-  const Vec minus = broadcast(-grad.mean), factor = broadcast(grad.scale), summand = broadcast(grad.shift);
-  const Vec of_x = broadcast(grad.of_x), constant = broadcast(grad.constant);
-  const bool relu = grad.relu;
+void norm_input_grad(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
+                     float* dx, float* g, bool stream) {
+  const NormGrad norm = grad;
+  const Vec minus = broadcast(-grad.mean), factor = broadcast(grad.scale), of_x = broadcast(grad.of_x);
+  const Vec constant = broadcast(grad.constant);
   each_register(dx, n, stream, [=](int64_t i, int64_t lanes) {
-    const Vec value = some(x + i, lanes);
-    Vec d = some(dy + i, lanes);
-    if (relu) d = where_positive(d, fma(value, factor, summand));
-    return fma(factor, d, fma(of_x, add(value, minus), constant));
+    const Vec value = some(x + i, lanes), of_y = through_relu(some(dy + i, lanes), value, norm, positive, i);
+    if (g) stream && lanes == kLanes ? stream_store(g + i, of_y) : put(g + i, of_y, lanes);
+    return fma(factor, of_y, fma(of_x, add(value, minus), constant));
   });
 }
 

@@ -76,7 +76,8 @@ struct Pointwise {
   Activation activation;
 };
 
-// A channel of BatchNorm's gradient. g is dy, with relu where x * scale + shift was positive, else 0.
+// A channel of BatchNorm's gradient. g is dy, with relu only where the result was positive, else 0: the bits of
+// `positive` say where, or, if there are none, x * scale + shift.
 struct NormGrad {
   float mean, scale, shift;
   bool relu;
@@ -128,14 +129,17 @@ struct Kernels {
   // sums[0] += sum of x - mean, sums[1] += sum of (x - mean)^2, over n floats.
   void (*moments)(const float* x, int64_t n, float mean, double* sums);
 
-  // y = x * scale + shift + other, at least 0 with relu; NaN stays NaN. other may be null. stream: as of Results.
+  // y = x * scale + shift + other, at least 0 with relu; NaN stays NaN. other may be null, and positive, which gets a
+  // bit for every y: 0 where it is 0 or less. stream: as of Results.
   void (*normalize)(float* y, const float* x, const float* other, int64_t n, float scale, float shift, bool relu,
-                    bool stream);
+                    bool stream, uint8_t* positive);
 
-  // sums[0] += sum of g, sums[1] += sum of g * (x - mean). With y, that tells what was positive, and g is written.
-  void (*norm_sums)(const NormGrad& grad, const float* dy, const float* x, const float* y, float* g, int64_t n,
+  // sums[0] += sum of g, sums[1] += sum of g * (x - mean).
+  void (*norm_sums)(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
                     double* sums);
-  void (*norm_input_grad)(const NormGrad& grad, const float* dy, const float* x, int64_t n, float* dx, bool stream);
+  // Writes g too, if it is not null.
+  void (*norm_input_grad)(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
+                          float* dx, float* g, bool stream);
 
   // to[c * to_row + r] = from[r * from_row + c]
   void (*transpose)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols);

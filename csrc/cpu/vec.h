@@ -52,6 +52,17 @@ inline Vec keep(Vec v, Mask mask) { return _mm512_maskz_mov_ps(mask, v); }
 inline Vec where_positive(Vec v, Vec x) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
 }
+// A bit for every float, beginning with lane i of all, a multiple of kLanes: 0 where x <= 0.
+inline void put_positive(uint8_t* bits, int64_t i, Vec x) {
+  const __mmask16 positive = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ);
+  __builtin_memcpy(bits + i / 8, &positive, sizeof(positive));
+}
+// v, 0 where that bit is.
+inline Vec where_positive(Vec v, const uint8_t* bits, int64_t i) {
+  __mmask16 positive;
+  __builtin_memcpy(&positive, bits + i / 8, sizeof(positive));
+  return _mm512_maskz_mov_ps(positive, v);
+}
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 inline Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -105,6 +116,14 @@ inline Vec keep(Vec v, Mask mask) {
   return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_loadu_si256((const __m256i*)mask)));
 }
 inline Vec where_positive(Vec v, Vec x) { return _mm256_and_ps(_mm256_cmp_ps(x, zero(), _CMP_NLE_UQ), v); }
+inline void put_positive(uint8_t* bits, int64_t i, Vec x) {
+  bits[i / 8] = (uint8_t)_mm256_movemask_ps(_mm256_cmp_ps(x, zero(), _CMP_NLE_UQ));
+}
+inline Vec where_positive(Vec v, const uint8_t* bits, int64_t i) {
+  const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i positive = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[i / 8]), lanes), lanes);
+  return _mm256_and_ps(_mm256_castsi256_ps(positive), v);
+}
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
@@ -152,6 +171,15 @@ inline Vec keep(Vec v, Mask mask) {
   return v;
 }
 inline Vec where_positive(Vec v, Vec x) { return x <= zero() ? zero() : v; }
+inline void put_positive(uint8_t* bits, int64_t i, Vec x) {
+  unsigned positive = i % 8 ? bits[i / 8] : 0;
+  for (int k = 0; k < kLanes; ++k) positive |= (x[k] <= 0 ? 0u : 1u) << (i % 8 + k);
+  bits[i / 8] = (uint8_t)positive;
+}
+inline Vec where_positive(Vec v, const uint8_t* bits, int64_t i) {
+  for (int k = 0; k < kLanes; ++k) v[k] = bits[i / 8] >> (i % 8 + k) & 1 ? v[k] : 0;
+  return v;
+}
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec round(Vec v) {

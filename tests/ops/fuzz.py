@@ -157,16 +157,20 @@ def check_others(seed: int) -> None:
     x, weight, bias = draw(*size), draw(size[1], there=affine), draw(size[1], there=affine)
     residual = draw(*size, there=r.random() < 0.5)
     expected = reference.batch_norm(x, weight, bias, residual, relu, 1e-2)
-    found = [torch.full_like(t, NAN) for t in expected]
-    native.batch_norm(*found, x, weight, bias, residual, relu, 1e-2)
-    _alike("batch_norm", context, found, expected)
+    found = [torch.full_like(t, NAN) for t in expected[:3]]
+    *statistics, positive = expected[1:]
     # Without a residual the sign of what ReLU saw is computed again.
-    out, dy = None if residual is None else expected[0], draw(*size)
-    args = dy, x, out, weight, bias, *expected[1:], relu, 1e-2
+    positive = positive if residual is not None and relu else None
+    bits = None if positive is None else torch.empty_like(positive)
+    native.batch_norm(*found, bits, x, weight, bias, residual, relu, 1e-2)
+    _alike("batch_norm", context, found, expected[:3])
+    if bits is not None:
+        assert torch.equal(reference.from_bits(bits, size), found[0] > 0), f"batch_norm: {context}"
+    args = draw(*size), x, positive, weight, bias, *statistics, relu, 1e-2
     expected = reference.batch_norm_grad(*args)
     found = [torch.full_like(t, NAN) for t in expected]
-    native.batch_norm_grad(*found[:3], None if out is None else found[3], *args)
-    _alike("batch_norm_grad", context, found if out is not None else found[:3], expected)
+    native.batch_norm_grad(*found[:3], None if positive is None else found[3], *args)
+    _alike("batch_norm_grad", context, found if positive is not None else found[:3], expected)
 
 
 def _alike(name: str, context: str, found, expected) -> None:

@@ -58,7 +58,7 @@ def test_statistics(isa):
     x[:, 1] = 3.7
     x[1, 2, 0, 0], x[:, 3, 0, 0] = float("inf"), float("nan")
     with sk.use_isa(isa):
-        out, mean, var = torch.ops.sparsekit.batch_norm(x, None, None, None, True, 1e-5)
+        out, mean, var, _ = torch.ops.sparsekit.batch_norm(x, None, None, None, True, 1e-5)
     for c in (0, 1, 4):
         torch.testing.assert_close(mean[c].double(), x[:, c].double().mean())
         torch.testing.assert_close(var[c].double(), x[:, c].double().var(correction=0), atol=1e-9, rtol=1e-5)
@@ -73,8 +73,8 @@ def test_opcheck(dtype, residual):
         torch.ops.sparsekit.batch_norm.default, (x, weight, bias, other, True, 1e-5), test_utils=OPCHECKS
     )
     x, weight, bias = (t.detach() for t in (x, weight, bias))
-    out, mean, var = torch.ops.sparsekit.batch_norm(x, weight, bias, other, True, 1e-5)
-    args = (torch.randn_like(x), x, out.detach() if residual else None, weight, bias, mean, var, True, 1e-5)
+    _, mean, var, positive = torch.ops.sparsekit.batch_norm(x, weight, bias, other, True, 1e-5)
+    args = (torch.randn_like(x), x, positive if residual else None, weight, bias, mean, var, True, 1e-5)
     torch.library.opcheck(torch.ops.sparsekit.batch_norm_grad.default, args, test_utils=OPCHECKS)
 
 
