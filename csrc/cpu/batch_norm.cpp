@@ -30,6 +30,7 @@ void each_block(const BatchNorm& norm, const F& f) {
       const int64_t first = worker.task() * block;
       f(first, std::min(block, norm.channels - first));
     }
+    kernels().finish_streams();
   });
 }
 
@@ -42,11 +43,10 @@ void each_plane(const BatchNorm& norm, int64_t first, int64_t count, const F& f)
 
 constexpr double kNear = 16;  // times the variance: square of the distance to the mean that costs no digits
 
-// Whether results are too large for the caches, and lie so that they can be written past them.
-bool streams(const BatchNorm& norm, const float* to) {
-  constexpr int64_t kLine = 16;
-  return norm.batch * norm.channels * norm.pixels >= kStreamFloats && norm.pixels % kLine == 0 &&
-         reinterpret_cast<uintptr_t>(to) % (kLine * sizeof(float)) == 0;
+// Whether results are too large for the caches, and their planes large enough to be written past them.
+bool streams(const BatchNorm& norm) {
+  constexpr int64_t kPlane = 128;
+  return norm.batch * norm.channels * norm.pixels >= kStreamFloats && norm.pixels >= kPlane;
 }
 
 // The bits of the plane that begins `at` floats into a tensor.
@@ -63,7 +63,7 @@ void batch_norm(const BatchNorm& norm, const float* x, const float* residual, fl
   use_huge_pages(y, norm.batch * norm.channels * norm.pixels);
   const Kernels& k = kernels();
   const double pixels = norm.batch * norm.pixels;
-  const bool stream = streams(norm, y);
+  const bool stream = streams(norm);
   each_block(norm, [&](int64_t first, int64_t count) {
     float* const mean = norm.mean + first;
     float* const var = norm.var + first;
@@ -104,7 +104,7 @@ void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, con
   if (d_residual) use_huge_pages(d_residual, norm.batch * norm.channels * norm.pixels);
   const Kernels& k = kernels();
   const double pixels = norm.batch * norm.pixels;
-  const bool stream = streams(norm, dx) && (!d_residual || streams(norm, d_residual));
+  const bool stream = streams(norm);
   each_block(norm, [&](int64_t first, int64_t count) {
     Sums sums(count);
     std::vector<NormGrad> grads(count);

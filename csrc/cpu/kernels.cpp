@@ -62,7 +62,8 @@ enum Does : unsigned {
   kFinishes = 4,  // clamps or masks
   kHasPairs = 8,
   kAhead = 16,     // prefetches what is wanted soon
-  kAnything = 32,  // asks at run time; streams and has a short last register where others cannot
+  kStreams = 32,   // with kStarts and kAhead only
+  kAnything = 64,  // asks at run time; has a short last register where others cannot
 };
 
 // A strip of N registers, `tail` lanes in the last. All lanes are neighbours, or those of kRun registers if that is not
@@ -90,7 +91,8 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   const bool has_bias = kAsks ? bias != nullptr : (kDoes & kHasBias) != 0;
   const bool capped = results.high < kInfinity;
   const bool finishes = kAsks ? mask || capped || results.low > -kInfinity : (kDoes & kFinishes) != 0;
-  const bool whole = !kAsks || tail == kLanes, stream = kAsks && results.stream && whole;
+  const bool whole = !kAsks || tail == kLanes;
+  const bool stream = kAsks ? results.stream && whole : (kDoes & kStreams) != 0;
   const Vec low = broadcast(results.low), high = broadcast(results.high);
   Mask kept[N];
   for (int v = 0; v < N; ++v) kept[v] = mask_of(mask ? mask + v * kLanes : nullptr);
@@ -102,7 +104,7 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   for (int64_t r = 0; r < count; ++r) {
     const int64_t row = order[r], soon = order[r + Rows::kAhead];
     if (kAsks || kDoes & kAhead) ahead.step();
-    if (!kAsks || !results.stream)
+    if (kAsks ? !results.stream : !(kDoes & kStreams))
       for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + in_row(v), 1);
     if (read_elsewhere)
       for (int v = 0; v < N; ++v) __builtin_prefetch(start + soon * start_stride + in_row(v));
@@ -194,12 +196,29 @@ SpmmStrip strip_that(unsigned does) {
   }
 }
 
+template <int N, int kRun>
+SpmmStrip strip_that_streams(unsigned does) {
+  constexpr unsigned kBoth = kStarts | kAhead;
+  switch (does & kBoth) {
+    case 0:
+      return spmm_strip<N, kRun, kStreams>;
+    case kStarts:
+      return spmm_strip<N, kRun, kStreams | kStarts>;
+    case kAhead:
+      return spmm_strip<N, kRun, kStreams | kAhead>;
+    default:
+      return spmm_strip<N, kRun, kStreams | kBoth>;
+  }
+}
+
 // Of `vectors` registers in runs of `run`, for some runs only (see runs_at_once).
 template <int N = kMostStrip, int kRun = 0>
 SpmmStrip strip_of(int64_t vectors, int64_t run, unsigned does) {
   constexpr int kNext = kRun ? 2 * kRun : kLineFloats / kLanes;
   if (vectors == N && (kRun ? run == kRun : run >= N))
-    return does & kAnything ? spmm_strip<N, kRun, kAnything> : strip_that<N, kRun>(does);
+    return does & kAnything  ? spmm_strip<N, kRun, kAnything>
+           : does & kStreams ? strip_that_streams<N, kRun>(does)
+                             : strip_that<N, kRun>(does);
   if constexpr (kNext < N && N % kNext == 0) {
     if (vectors == N) return strip_of<N, kNext>(vectors, run, does);
   }
@@ -216,9 +235,10 @@ int64_t runs_at_once(int64_t run) {
 
 void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t lanes) {
   const bool clamps = results.low > -__builtin_inff() || results.high < __builtin_inff();
-  const unsigned does = (results.start ? kStarts : 0) | (results.bias ? kHasBias : 0) |
-                        (results.mask || clamps ? kFinishes : 0) | (rows.pairs ? kHasPairs : 0) |
-                        (tile.soon.data ? kAhead : 0) | (results.stream ? kAnything : 0);
+  unsigned does = (results.start ? kStarts : 0) | (results.bias ? kHasBias : 0) |
+                  (results.mask || clamps ? kFinishes : 0) | (rows.pairs ? kHasPairs : 0) |
+                  (tile.soon.data ? kAhead : 0);
+  if (results.stream) does |= does & (kHasBias | kFinishes | kHasPairs) ? kAnything : kStreams;
   if (tile.run < lanes) {
     const int64_t runs = lanes / tile.run, vectors = tile.run / kLanes, most = runs_at_once(vectors);
     const int64_t strips = (runs + most - 1) / most;
@@ -692,6 +712,112 @@ void pool_row_nchw(const Pool2dGeometry& g, const Images& in, const Images& out,
   }
 }
 
+// A row of `cols` floats from those at even and odd places.
+inline void join(float* to, const float* even, const float* odd, int64_t cols, bool stream) {
+#if defined(__AVX512F__)
+  if (stream) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    for (int64_t c = 0; c < cols; c += 2 * kLanes) {
+      const Vec a = load(even + c / 2), b = load(odd + c / 2);
+      stream_store(to + c, _mm512_permutex2var_ps(a, low, b));
+      if (c + kLanes < cols) stream_store(to + c + kLanes, _mm512_permutex2var_ps(a, high, b));
+    }
+    return;
+  }
+#endif
+  interleave(to, 0, even, odd, 0, 0, 1, cols);
+}
+
+// Where the taps of a row of a kernel are, one after the other: column i of the windows' row reads column i + shift of
+// the part of the residue.
+struct TapPlace {
+  int64_t stride, step, shift, residue;
+  explicit TapPlace(const Pool2dGeometry& g)
+      : stride(g.stride_w),
+        step(g.dilation_w),
+        shift(-((g.pad_left + stride - 1) / stride)),
+        residue(-g.pad_left - shift * stride) {}
+  void next() {
+    for (residue += step; residue >= stride; residue -= stride) ++shift;
+  }
+};
+
+// Rows are split into their columns' residues of the stride, so that what a tap reads, and what it gives, are
+// neighbours: residue r of row y begins at (y * stride + r) * split.row, column 0 of it `margin` floats later.
+void max_pool_grad_plane(const Pool2dGeometry& g, const PoolSplit& split, const float* dy, const float* x, float* dx,
+                         float* scratch, bool stream) {
+  const int64_t stride = g.stride_w, row_floats = split.row, margin = split.margin, rows = g.in_h * stride;
+  const TapPlace start(g);
+  float* const from = scratch;
+  float* const to = from + rows * row_floats;
+  // Of a row of windows: the first column of taps that lies in the image, the tap whose pixel is the largest, and dy.
+  float* const first = to + rows * row_floats;
+  float* const taps = first + row_floats + margin;
+  float* const grads = taps + row_floats + margin;
+  for (int64_t i = 0; i < rows * row_floats; i += kLanes) store(from + i, broadcast(kLowest)), store(to + i, zero());
+  for (int64_t i = -margin; i < row_floats; ++i) taps[i] = -1, grads[i] = 0;
+  for (int64_t i = 0, left = -g.pad_left; i < row_floats; ++i, left += stride) {
+    first[i] = left < g.in_w ? 0 : -1;
+    if (left >= 0) continue;
+    const Taps across(left, g.kernel_w, g.dilation_w, g.in_w);
+    first[i] = across.first < across.last ? across.first : -1;
+  }
+  for (int64_t y = 0; y < g.in_h; ++y)
+    for (int64_t r = 0; r < stride; ++r) {
+      float* const part = from + (y * stride + r) * row_floats + margin;
+      const int64_t cols = (g.in_w - r + stride - 1) / stride;
+      const float* const row = x + y * g.in_w + r;
+      for (int64_t c = 0; c < cols; c += kLanes) {
+        const int64_t n = cols - c < kLanes ? cols - c : kLanes;
+        put(part + c, every(row + c * stride, stride, n), n);
+      }
+    }
+  for (int64_t y = 0; y < g.out_h; ++y) {
+    const int64_t top = y * g.stride_h - g.pad_top;
+    const Taps down(top, g.kernel_h, g.dilation_h, g.in_h);
+    if (down.first >= down.last) continue;
+    const Vec above = broadcast(down.first * g.kernel_w), none = broadcast(-1);
+    for (int64_t i = 0; i < g.out_w; i += kLanes) {
+      const int64_t n = g.out_w - i < kLanes ? g.out_w - i : kLanes;
+      const Vec across = load(first + i);
+      Vec largest = broadcast(kLowest), tap = where_more(across, none, add(across, above), none);
+      for (int64_t ky = down.first; ky < down.last; ++ky) {
+        const float* const row = from + (top + ky * g.dilation_h) * stride * row_floats + margin + i;
+        TapPlace at = start;
+        for (int64_t kx = 0; kx < g.kernel_w; ++kx, at.next()) {
+          const Vec v = load(row + at.residue * row_floats + at.shift);
+          tap = where_more(v, largest, broadcast(ky * g.kernel_w + kx), tap);
+          largest = where_more(v, largest, v, largest);
+        }
+      }
+      store(taps + i, tap);
+      store(grads + i, some(dy + y * g.out_w + i, n));
+    }
+    for (int64_t ky = down.first; ky < down.last; ++ky) {
+      TapPlace at = start;
+      for (int64_t kx = 0; kx < g.kernel_w; ++kx, at.next()) {
+        float* const part = to + ((top + ky * g.dilation_h) * stride + at.residue) * row_floats + margin;
+        const Vec tap = broadcast(ky * g.kernel_w + kx);
+        for (int64_t c = 0; c * stride + at.residue < g.in_w; c += kLanes) {
+          const int64_t window = c - at.shift;
+          store(part + c, add(load(part + c), where_equal(load(taps + window), tap, load(grads + window))));
+        }
+      }
+    }
+  }
+  for (int64_t y = 0; y < g.in_h; ++y) {
+    const float* const part = to + y * stride * row_floats + margin;
+    float* const row = dx + y * g.in_w;
+    if (stride == 2) {
+      join(row, part, part + row_floats, g.in_w, stream);
+    } else {
+      for (int64_t c = 0; c < g.in_w; ++c) row[c] = part[c % stride * row_floats + c / stride];
+    }
+  }
+  if (stream) stream_fence();
+}
+
 void max_pool_row(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch) {
   if (in.channel == 1) return max_pool_row_channels_last(g, in, out, y);
   pool_row_nchw<Largest>(g, in, out, y, scratch, [](float*) {});
@@ -763,16 +889,64 @@ void pointwise(const Pointwise& p, float* to, const float* from, int64_t lanes) 
   }
 }
 
-// to[i] = f(i, lanes) for registers of n floats; past the caches, if asked to.
+// Writes registers that follow each other to memory, past the caches if asked to. What does not begin with a cache line
+// is shifted until it does; where registers cannot be, it is stored as usual.
+class Writer {
+ public:
+  Writer(float* to, bool stream) : to_(to), stream_(stream) {
+    before_ = -(int64_t)((uintptr_t)to / sizeof(float)) & (kLanes - 1);
+    if (before_ == 0) return;
+#if defined(__AVX512F__)
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    lanes_ = _mm512_add_epi32(lanes, _mm512_set1_epi32((int)before_));
+#else
+    stream_ = false;
+#endif
+  }
+
+  // Lanes [0, lanes) of v are floats [i, i + lanes), fewer than a register in the last only; i goes up by registers.
+  inline void put(int64_t i, Vec v, int64_t lanes) {
+    if (!stream_) return lanes == kLanes ? store(to_ + i, v) : store(to_ + i, v, lanes);
+    if (before_ == 0) return lanes == kLanes ? stream_store(to_ + i, v) : store(to_ + i, v, lanes);
+#if defined(__AVX512F__)
+    if (i == 0) {
+      store(to_, v, lanes < before_ ? lanes : before_);
+    } else {
+      const int64_t known = kLanes - before_ + lanes;
+      float* const line = to_ + i - kLanes + before_;
+      const Vec joined = _mm512_permutex2var_ps(last_, lanes_, v);
+      known >= kLanes ? stream_store(line, joined) : store(line, joined, known);
+    }
+    last_ = v;
+    at_ = i, left_ = lanes - before_;
+#endif
+  }
+
+  void finish() {
+#if defined(__AVX512F__)
+    if (left_ > 0) store(to_ + at_ + before_, _mm512_permutex2var_ps(last_, lanes_, zero()), left_);
+#endif
+  }
+
+ private:
+  float* const to_;
+  bool stream_;
+  int64_t before_;  // floats before the first cache line, or register
+#if defined(__AVX512F__)
+  __m512i lanes_;
+  Vec last_ = zero();
+  int64_t at_ = 0, left_ = 0;  // floats of the last register that are not written yet
+#endif
+};
+
+// to[i] = f(i, lanes) for registers of n floats.
 template <class F>
 inline void each_register(float* to, int64_t n, bool stream, const F& f) {
+  Writer writer(to, stream);
   int64_t i = 0;
-  if (stream) {
-    for (; i + kLanes <= n; i += kLanes) stream_store(to + i, f(i, kLanes));
-    stream_fence();
-  }
-  for (; i + kLanes <= n; i += kLanes) store(to + i, f(i, kLanes));
-  if (i < n) store(to + i, f(i, n - i), n - i);
+  for (; i + kLanes <= n; i += kLanes) writer.put(i, f(i, kLanes), kLanes);
+  if (i < n) writer.put(i, f(i, n - i), n - i);
+  writer.finish();
 }
 
 // The first `lanes` lanes of v, 0 in the others.
@@ -846,11 +1020,13 @@ void norm_input_grad(const NormGrad& grad, const float* dy, const float* x, cons
   const NormGrad norm = grad;
   const Vec minus = broadcast(-grad.mean), factor = broadcast(grad.scale), of_x = broadcast(grad.of_x);
   const Vec constant = broadcast(grad.constant);
-  each_register(dx, n, stream, [=](int64_t i, int64_t lanes) {
+  Writer through(g, stream);
+  each_register(dx, n, stream, [&](int64_t i, int64_t lanes) {
     const Vec value = some(x + i, lanes), of_y = through_relu(some(dy + i, lanes), value, norm, positive, i);
-    if (g) stream && lanes == kLanes ? stream_store(g + i, of_y) : put(g + i, of_y, lanes);
+    if (g) through.put(i, of_y, lanes);
     return fma(factor, of_y, fma(of_x, add(value, minus), constant));
   });
+  through.finish();
 }
 
 #define SPARSEKIT_STRING_(x) #x
@@ -867,12 +1043,14 @@ extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 interleave,
                                 split,
                                 max_pool_row,
+                                max_pool_grad_plane,
                                 avg_pool_row,
                                 pointwise,
                                 moments,
                                 normalize,
                                 norm_sums,
                                 norm_input_grad,
+                                stream_fence,
                                 transpose};
 
 }  // namespace sparsekit::SPARSEKIT_ISA

@@ -84,6 +84,12 @@ struct NormGrad {
   float of_x = 0, constant = 0;  // dx = scale * g + of_x * (x - mean) + constant
 };
 
+// How max_pool_grad_plane splits the rows of a plane by their columns' residues of the stride.
+struct PoolSplit {
+  int64_t row, margin;  // floats of a part, and of them those before the first column
+  int64_t floats;       // in all
+};
+
 struct Kernels {
   const char* name;
 
@@ -119,6 +125,11 @@ struct Kernels {
   // layouts are NCHW and channels_last; NCHW to channels_last is not there. scratch: pool_scratch(g) floats.
   void (*max_pool_row)(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch);
 
+  // The gradient of max pooling for one plane, NCHW: see max_pool2d_grad. scratch: split.floats floats. stream: as of
+  // Results, for stride_w = 2 and rows of whole lines.
+  void (*max_pool_grad_plane)(const Pool2dGeometry& g, const PoolSplit& split, const float* dy, const float* x,
+                              float* dx, float* scratch, bool stream);
+
   // The same for average pooling, NCHW only. count_padding: the zeros around an image count as its pixels.
   void (*avg_pool_row)(const Pool2dGeometry& g, bool count_padding, const Images& in, const Images& out, int64_t y,
                        float* scratch);
@@ -140,6 +151,9 @@ struct Kernels {
   // Writes g too, if it is not null.
   void (*norm_input_grad)(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
                           float* dx, float* g, bool stream);
+
+  // What normalize and norm_input_grad streamed is there for other threads.
+  void (*finish_streams)();
 
   // to[c * to_row + r] = from[r * from_row + c]
   void (*transpose)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols);

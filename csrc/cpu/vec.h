@@ -42,6 +42,13 @@ inline Vec shift_in_last(Vec a, Vec b) {
 inline Vec shift_in_first(Vec a, Vec b) {
   return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b), _mm512_castps_si512(a), 1));
 }
+// `yes` where a is more than b or NaN, else `no`.
+inline Vec where_more(Vec a, Vec b, Vec yes, Vec no) {
+  const __mmask16 more = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+  return _mm512_mask_mov_ps(no, more, yes);
+}
+// v where a is b, else 0.
+inline Vec where_equal(Vec a, Vec b, Vec v) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), v); }
 // v where mask is -1, 0 where it is 0; nullptr keeps all.
 using Mask = __mmask16;
 inline Mask mask_of(const int32_t* mask) {
@@ -109,6 +116,10 @@ inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec max_or_nan(Vec a, Vec b) {
   return _mm256_blendv_ps(b, a, _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
 }
+inline Vec where_more(Vec a, Vec b, Vec yes, Vec no) {
+  return _mm256_blendv_ps(no, yes, _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
+}
+inline Vec where_equal(Vec a, Vec b, Vec v) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ), v); }
 using Mask = const int32_t*;
 inline Mask mask_of(const int32_t* mask) { return mask; }
 inline Vec keep(Vec v, Mask mask) {
@@ -164,6 +175,8 @@ inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max_or_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+inline Vec where_more(Vec a, Vec b, Vec yes, Vec no) { return (a > b) | (a != a) ? yes : no; }
+inline Vec where_equal(Vec a, Vec b, Vec v) { return a == b ? v : zero(); }
 using Mask = const int32_t*;
 inline Mask mask_of(const int32_t* mask) { return mask; }
 inline Vec keep(Vec v, Mask mask) {

@@ -40,6 +40,16 @@ def test_is_pytorchs(size, kernel, stride, dilation, padded, ceil, ties, isa):
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("isa", sk.available_backends()[1:])
+def test_a_gradient_that_is_written_past_the_caches(isa):
+    x, geometry = torch.randn(4, 64, 113, 112), ([3, 3], [2, 2], [1, 1], [1, 1], False)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with sk.use_isa(isa):
+        torch.ops.sparsekit.max_pool2d(ours, *geometry).square().sum().backward()
+    F.max_pool2d(theirs, *geometry).square().sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def hits_a_pixel(size, padding, dilation):
     return all(-start % dilation < size for start in range(-padding, 0))
 
