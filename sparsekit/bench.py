@@ -48,7 +48,7 @@ def keep_freed_memory() -> None:
         return
     m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
     libc.mallopt(m_mmap_threshold, 1 << 30)
-    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+    libc.mallopt(m_trim_threshold, -1)  # never
     libc.mallopt(m_arena_max, 1)
 
 
