@@ -25,18 +25,29 @@ void run_forward(const Conv2dGeometry& g, const Tensor& out, const Images& x, co
   if (!empty(out)) conv2d(g, weight, b, x, y);
 }
 
-void run_input_grad(const Conv2dGeometry& g, const Tensor& out, const Images& dy, const Images& dx,
-                    const Tensor& values, const Tensor& t_crow, const Tensor& t_col, const Tensor& t_permutation) {
+Csr weight_of(const Conv2dGeometry& g, const Tensor& crow, const Tensor& col) {
+  const Csr weight = csr(crow, col, nullptr, g.in_channels / g.groups * g.kernel_h * g.kernel_w, nullptr);
+  STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
+  return weight;
+}
+
+Csr transposed_weight_of(const Conv2dGeometry& g, const Tensor& values, const Tensor& t_crow, const Tensor& t_col,
+                         const Tensor& t_permutation) {
   const Csr weight_t = csr(t_crow, t_col, vector_data(values, "values", t_col.size(0)),
                            g.out_channels / g.groups * g.kernel_h * g.kernel_w, &t_permutation);
   STD_TORCH_CHECK(weight_t.rows == g.in_channels, "t_crow_indices must have in_channels + 1 elements");
+  return weight_t;
+}
+
+void run_input_grad(const Conv2dGeometry& g, const Tensor& out, const Images& dy, const Images& dx,
+                    const Tensor& values, const Tensor& t_crow, const Tensor& t_col, const Tensor& t_permutation) {
+  const Csr weight_t = transposed_weight_of(g, values, t_crow, t_col, t_permutation);
   if (!empty(out)) conv2d_input_grad(g, weight_t, dy, dx);
 }
 
 void run_values_grad(const Conv2dGeometry& g, Tensor& out, const Images& dy, const Images& x, const Tensor& crow,
                      const Tensor& col) {
-  const Csr weight = csr(crow, col, nullptr, g.in_channels / g.groups * g.kernel_h * g.kernel_w, nullptr);
-  STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
+  const Csr weight = weight_of(g, crow, col);
   vector_data(out, "out", weight.nnz);
   if (g.batch * g.out_h * g.out_w == 0)
     torch::stable::zero_(out);
@@ -60,6 +71,28 @@ void conv2d_values_grad_op(Tensor out, Tensor grad_output, Tensor input, Tensor 
                            Ints stride, Ints padding, Ints dilation, int64_t groups) {
   const Conv2dGeometry g = geometry(input, grad_output, kernel, stride, padding, dilation, groups);
   run_values_grad(g, out, images(grad_output, "grad_output"), images(input, "input"), crow, col);
+}
+
+void conv2d_grads_op(Tensor grad_input, Tensor grad_values, Tensor grad_output, Tensor input, Tensor values,
+                     Tensor crow, Tensor col, Tensor t_crow, Tensor t_col, Tensor t_permutation,
+                     std::optional<Tensor> other, Ints kernel, Ints stride, Ints padding, Ints dilation,
+                     int64_t groups) {
+  const Conv2dGeometry g = geometry(input, grad_output, kernel, stride, padding, dilation, groups);
+  const Csr weight = weight_of(g, crow, col);
+  const Csr weight_t = transposed_weight_of(g, values, t_crow, t_col, t_permutation);
+  float* const grad = const_cast<float*>(vector_data(grad_values, "grad_values", weight.nnz));
+  const Images x = images(input, "input"), dx = images(grad_input, "grad_input");
+  const Images dy = images(grad_output, "grad_output");
+  for (const Tensor* t : {&grad_input, other ? &*other : nullptr})
+    STD_TORCH_CHECK(!t || image_size(*t, "grad_input") == image_size(input, "input"),
+                    "grad_input and other must have the size of input");
+  const Images added = other ? images(*other, "other") : dx;
+  STD_TORCH_CHECK(added.image == dx.image && added.channel == dx.channel && added.row == dx.row && added.col == dx.col,
+                  "other must have the strides of grad_input");
+  if (empty(grad_input) || empty(grad_output))
+    torch::stable::zero_(grad_values);
+  else
+    conv2d_grads(g, weight, weight_t, other ? added.data : nullptr, dy, x, dx, grad);
 }
 
 void linear_op(Tensor out, Tensor input, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias) {
@@ -267,6 +300,10 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
       "conv2d_values_grad(Tensor(a!) out, Tensor grad_output, Tensor input, Tensor crow_indices, "
       "Tensor col_indices, " GEOMETRY ") -> ()");
   m.def(
+      "conv2d_grads(Tensor(a!) grad_input, Tensor(b!) grad_values, Tensor grad_output, Tensor input, Tensor values, "
+      "Tensor crow_indices, Tensor col_indices, Tensor t_crow_indices, Tensor t_col_indices, Tensor t_permutation, "
+      "Tensor? other, " GEOMETRY ") -> ()");
+  m.def(
       "linear(Tensor(a!) out, Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias) "
       "-> ()");
   m.def(
@@ -303,6 +340,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&sparsekit::conv2d_op));
   m.impl("conv2d_input_grad", TORCH_BOX(&sparsekit::conv2d_input_grad_op));
   m.impl("conv2d_values_grad", TORCH_BOX(&sparsekit::conv2d_values_grad_op));
+  m.impl("conv2d_grads", TORCH_BOX(&sparsekit::conv2d_grads_op));
   m.impl("linear", TORCH_BOX(&sparsekit::linear_op));
   m.impl("linear_input_grad", TORCH_BOX(&sparsekit::linear_input_grad_op));
   m.impl("linear_values_grad", TORCH_BOX(&sparsekit::linear_values_grad_op));

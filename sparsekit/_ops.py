@@ -17,6 +17,7 @@ import functools
 import hashlib
 import math
 import os
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -160,12 +161,54 @@ def _without_autocast(function, device: str):
     return run
 
 
+class _Call:
+    """``torch.ops.sparsekit.<name>``, past PyTorch's dispatcher where nobody but autograd listens to it.
+
+    Dispatcher and torch.library take a tenth of a millisecond for an op with a gradient, as long as some layers.
+    """
+
+    def __init__(self, name: str, functions: dict):
+        self.name, self.functions = name, functions
+        self.autograd: type[torch.autograd.Function] | None = None
+
+    def __call__(self, *args):
+        if not self.is_eager(*args):
+            return getattr(torch.ops.sparsekit, self.name)(*args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return self.autograd.apply(*args)
+        return self.run(*args)
+
+    def run(self, *args):
+        return self.functions["cpu" if args[0].is_cpu else "cuda"](*args)
+
+    def is_eager(self, *args) -> bool:
+        """Whether a kernel may be called on these tensors right away."""
+        return (
+            self.autograd is not None
+            and not torch.compiler.is_compiling()
+            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._functorch.peek_interpreter_stack() is None
+            and torch._C._get_tracing_state() is None
+            and all(_is_plain(a) for a in args if isinstance(a, Tensor))
+        )
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda) and not t.is_neg()
+
+
+# What the rest of the package calls: an attribute for every op.
+call = types.SimpleNamespace()
+
+
 def _define(schema: str, function, fake) -> None:
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    for device in ("cpu", "cuda"):
-        torch.library.impl(f"sparsekit::{name}", device.upper(), _without_autocast(function, device), lib=_LIBRARY)
+    functions = {device: _without_autocast(function, device) for device in ("cpu", "cuda")}
+    for device, run in functions.items():
+        torch.library.impl(f"sparsekit::{name}", device.upper(), run, lib=_LIBRARY)
     torch.library.register_fake(f"sparsekit::{name}", fake, lib=_LIBRARY)
+    setattr(call, name, _Call(name, functions))
 
 
 _PATTERN = "Tensor crow_indices, Tensor col_indices, Tensor t_crow_indices, Tensor t_col_indices, Tensor t_permutation"
@@ -290,6 +333,30 @@ _define(
     f"conv2d_values_grad(Tensor grad_output, Tensor input, Tensor crow_indices, Tensor col_indices, {_GEOMETRY}) -> Tensor",
     _conv2d_values_grad,
     lambda grad_output, input, crow, col, *geometry: input.new_empty(col.shape),
+)
+
+
+# conv2d_grads: conv2d_input_grad + other, which may be None, and conv2d_values_grad, for one look at grad_output.
+def _conv2d_grads(grad_output, input, values, crow, col, t_crow, t_col, t_permutation, other, *geometry):
+    if not _runs_native(grad_output, input, values):
+        grad = _conv2d_input_grad(grad_output, values, t_crow, t_col, t_permutation, input.shape, *geometry)
+        grad = grad if other is None else grad.add_(other)
+        return grad, _conv2d_values_grad(grad_output, input, crow, col, *geometry)
+    grad_output, input = _dense_layout(grad_output), _dense_layout(input)
+    grad, of_values = _empty(grad_output, input.shape), values.new_empty(values.shape)
+    other = other if other is None or other.stride() == grad.stride() else torch.empty_like(grad).copy_(other)
+    patterns = crow, col, t_crow, t_col, t_permutation
+    torch.ops.sparsekit_cpu.conv2d_grads(
+        grad, of_values, grad_output, input, values.contiguous(), *patterns, other, *geometry
+    )
+    return grad, of_values
+
+
+_define(
+    f"conv2d_grads(Tensor grad_output, Tensor input, Tensor values, {_PATTERN}, Tensor? other, {_GEOMETRY}) "
+    "-> (Tensor, Tensor)",
+    _conv2d_grads,
+    lambda grad_output, input, values, *_: (_empty(grad_output, input.shape), values.new_empty(values.shape)),
 )
 
 
@@ -610,6 +677,19 @@ def run_program(outputs: Sequence[Tensor], inputs: Sequence[Tensor], program: in
 # --- autograd -------------------------------------------------------------------------------------------------------
 
 
+def _register_autograd(name, backward, setup_context):
+    torch.library.register_autograd(f"sparsekit::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    own = getattr(call, name)
+
+    def forward(ctx, *inputs):  # with setup_context as a method, PyTorch would inspect signatures in every call
+        output = own.run(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    own.autograd = type(name, (torch.autograd.Function,), methods)
+
+
 def _save_compress(ctx, inputs, output):
     weight, crow, col = inputs
     ctx.save_for_backward(crow, col)
@@ -618,7 +698,7 @@ def _save_compress(ctx, inputs, output):
 
 def _compress_backward(ctx, grad):
     crow, col = ctx.saved_tensors
-    return torch.ops.sparsekit.decompress(grad, crow, col, ctx.size, ctx.channels_last), None, None
+    return call.decompress(grad, crow, col, ctx.size, ctx.channels_last), None, None
 
 
 def _save_decompress(ctx, inputs, output):
@@ -626,49 +706,71 @@ def _save_decompress(ctx, inputs, output):
 
 
 def _decompress_backward(ctx, grad):
-    return torch.ops.sparsekit.compress(grad, *ctx.saved_tensors), None, None, None, None
+    return call.compress(grad, *ctx.saved_tensors), None, None, None, None
 
 
 def _save_product(ctx, inputs, output):
     """Keep only what the gradients that are asked for will read."""
     input, values, crow, col, t_crow, t_col, t_permutation, _bias, *geometry = inputs
     needs_input, needs_values = ctx.needs_input_grad[:2]
-    ctx.input_size, ctx.geometry = input.shape, geometry
+    ctx.geometry = geometry
+    ctx.input_size = (input.shape,) if geometry else ()
     saved = [None] * 7
     if needs_input:
-        saved[:4] = values, t_crow, t_col, t_permutation
+        saved[:1], saved[4:] = [values], [t_crow, t_col, t_permutation]
     if needs_values:
-        saved[4:] = input, crow, col
+        saved[1:4] = input, crow, col
     ctx.save_for_backward(*saved)
 
 
-def _product_backward(op):
-    input_grad = getattr(torch.ops.sparsekit, f"{op}_input_grad")
-    values_grad = getattr(torch.ops.sparsekit, f"{op}_values_grad")
+def _conv2d_backward(ctx, grad, other=None):
+    """``other`` is added to the gradient of the input."""
+    values, input, crow, col, *transposed = ctx.saved_tensors
+    grads = [None] * len(ctx.needs_input_grad)
+    needs_input, needs_values = ctx.needs_input_grad[:2]
+    if needs_input and needs_values:
+        patterns = crow, col, *transposed
+        grads[:2] = call.conv2d_grads(grad, input, values, *patterns, other, *ctx.geometry)
+    elif needs_input:
+        found = call.conv2d_input_grad(grad, values, *transposed, *ctx.input_size, *ctx.geometry)
+        grads[0] = found if other is None else found + other
+    elif needs_values:
+        grads[1] = call.conv2d_values_grad(grad, input, crow, col, *ctx.geometry)
+    if ctx.needs_input_grad[7]:
+        grads[7] = call.bias_grad(grad)
+    return tuple(grads)
 
-    def backward(ctx, grad):
-        values, t_crow, t_col, t_permutation, input, crow, col = ctx.saved_tensors
-        grads = [None] * len(ctx.needs_input_grad)
-        if ctx.needs_input_grad[0]:
-            size = (ctx.input_size,) if op == "conv2d" else ()
-            grads[0] = input_grad(grad, values, t_crow, t_col, t_permutation, *size, *ctx.geometry)
-        if ctx.needs_input_grad[1]:
-            grads[1] = values_grad(grad, input, crow, col, *ctx.geometry)
-        if ctx.needs_input_grad[7]:
-            grads[7] = torch.ops.sparsekit.bias_grad(grad)
-        return tuple(grads)
 
-    return backward
+def _linear_backward(ctx, grad):
+    values, input, crow, col, *transposed = ctx.saved_tensors
+    needs_input, needs_values = ctx.needs_input_grad[:2]
+    of_input = call.linear_input_grad(grad, values, *transposed) if needs_input else None
+    of_values = call.linear_values_grad(grad, input, crow, col) if needs_values else None
+    of_bias = call.bias_grad(grad) if ctx.needs_input_grad[7] else None
+    return of_input, of_values, *[None] * 5, of_bias
 
 
-def _register_autograd(name, backward, setup_context):
-    torch.library.register_autograd(f"sparsekit::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+class _ForkedConv2d(torch.autograd.Function):
+    """conv2d, and its input once more, for whoever else wants it: the gradients of both are added in the kernel."""
+
+    @staticmethod
+    def forward(ctx, input, *rest):
+        out = call.conv2d.run(input, *rest)
+        _save_product(ctx, (input, *rest), out)
+        ctx.set_materialize_grads(False)
+        return out, input
+
+    @staticmethod
+    def backward(ctx, grad, other):
+        if grad is None:
+            return other, *[None] * (len(ctx.needs_input_grad) - 1)
+        return _conv2d_backward(ctx, grad, other)
 
 
 _register_autograd("compress", _compress_backward, _save_compress)
 _register_autograd("decompress", _decompress_backward, _save_decompress)
-_register_autograd("conv2d", _product_backward("conv2d"), _save_product)
-_register_autograd("linear", _product_backward("linear"), _save_product)
+_register_autograd("conv2d", _conv2d_backward, _save_product)
+_register_autograd("linear", _linear_backward, _save_product)
 
 
 def _save_batch_norm(ctx, inputs, output):
@@ -683,7 +785,7 @@ def _batch_norm_backward(ctx, grad, *_):
     grads = [None] * 6
     if grad is not None:
         input, positive, *rest = ctx.saved_tensors
-        found = torch.ops.sparsekit.batch_norm_grad(grad, input, positive, *rest, ctx.relu, ctx.eps)
+        found = call.batch_norm_grad(grad, input, positive, *rest, ctx.relu, ctx.eps)
         grads[:4] = (*found[:3], grad if positive is None else found[3])
     return tuple(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad))
 
@@ -698,7 +800,7 @@ def _save_max_pool2d(ctx, inputs, output):
 
 def _max_pool2d_backward(ctx, grad):
     (input,) = ctx.saved_tensors
-    return torch.ops.sparsekit.max_pool2d_grad(grad, input, *ctx.geometry), *[None] * len(ctx.geometry)
+    return call.max_pool2d_grad(grad, input, *ctx.geometry), *[None] * len(ctx.geometry)
 
 
 _register_autograd("max_pool2d", _max_pool2d_backward, _save_max_pool2d)
@@ -714,6 +816,7 @@ def _no_double_backward(name):
 for _name in (
     "conv2d_input_grad",
     "conv2d_values_grad",
+    "conv2d_grads",
     "conv2d_weight_grad",
     "linear_input_grad",
     "linear_values_grad",
@@ -729,12 +832,12 @@ for _name in (
 
 def compress(weight: Tensor, pattern: Pattern) -> Tensor:
     """The kept entries of ``weight`` (``[out_channels, in_channels / groups, kh, kw]`` or 2-D) as ``[nnz]``."""
-    return torch.ops.sparsekit.compress(weight, pattern.crow_indices, pattern.col_indices)
+    return call.compress(weight, pattern.crow_indices, pattern.col_indices)
 
 
 def decompress(values: Tensor, pattern: Pattern, size: Sequence[int], channels_last: bool = False) -> Tensor:
     """``values`` ``[nnz]`` as a dense weight of shape ``size``, zero where the pattern is not."""
-    return torch.ops.sparsekit.decompress(values, pattern.crow_indices, pattern.col_indices, size, channels_last)
+    return call.decompress(values, pattern.crow_indices, pattern.col_indices, size, channels_last)
 
 
 def _check_device(input: Tensor, values: Tensor, bias: Tensor | None) -> None:
@@ -774,7 +877,8 @@ def conv2d(
     padding: Sequence[int] = (0, 0, 0, 0),
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-) -> Tensor:
+    fork: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Convolution with an unstructured sparse weight.
 
     Args:
@@ -785,9 +889,10 @@ def conv2d(
         kernel_size, stride, dilation: pairs (vertical, horizontal).
         padding: zeros added at (top, bottom, left, right).
         groups: as in ``nn.Conv2d``.
+        fork: return the input too, for whoever else needs it: where both have gradients, they are added in the kernel.
 
     Returns:
-        ``[n, out_channels, oh, ow]`` (or 3-D), in the input's memory format and dtype.
+        ``[n, out_channels, oh, ow]`` (or 3-D), in the input's memory format and dtype; with ``fork`` that and the input.
 
     Raises:
         ValueError: shapes that do not fit; the message names the argument.
@@ -806,10 +911,11 @@ def conv2d(
     """
     out_channels, in_channels = pattern.crow_indices.shape[0] - 1, pattern.t_crow_indices.shape[0] - 1
     if input.dim() == 3:
-        return conv2d(
+        out = conv2d(
             input.unsqueeze(0), values, pattern, bias,
             kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups,
         ).squeeze(0)  # fmt: skip
+        return (out, input) if fork else out
     if input.dim() != 4 or input.shape[1] != in_channels:
         raise ValueError(f"input must be [n, {in_channels}, h, w] or [{in_channels}, h, w], got {tuple(input.shape)}")
     _check_operands(input, values, pattern, bias, out_channels)
@@ -820,7 +926,12 @@ def conv2d(
             f"{tuple(kernel_size)} with dilation {tuple(dilation)} and padding {tuple(padding)}"
         )
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
-    return _run(torch.ops.sparsekit.conv2d, input, values, pattern, bias, *geometry)
+    if fork and _runs_native(input, values) and not torch.is_autocast_enabled("cpu"):
+        args = (input, values, *pattern, bias, *geometry)
+        if torch.is_grad_enabled() and input.requires_grad and call.conv2d.is_eager(*args):
+            return _ForkedConv2d.apply(*args)
+    out = _run(call.conv2d, input, values, pattern, bias, *geometry)
+    return (out, input) if fork else out
 
 
 def linear(input: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Tensor:
@@ -851,7 +962,7 @@ def linear(input: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None 
     if input.dim() < 1 or input.shape[-1] != in_features:
         raise ValueError(f"input must be [..., {in_features}], got {tuple(input.shape)}")
     _check_operands(input, values, pattern, bias, out_features)
-    out = _run(torch.ops.sparsekit.linear, input.reshape(-1, in_features), values, pattern, bias)
+    out = _run(call.linear, input.reshape(-1, in_features), values, pattern, bias)
     return out.view(*input.shape[:-1], out_features)
 
 

@@ -26,9 +26,20 @@ namespace {
 constexpr int64_t kTileLanes = 256;          // at most, in a tile
 constexpr int64_t kDirectLanes = 512;        // the same, where the source is not packed
 constexpr int64_t kTileFloats = 128 * 1024;  // of packed source that stay in the second-level cache
+constexpr int64_t kTileSides = 192 * 1024;   // the same, of source and target together, where neither is packed
 constexpr int64_t kStreamFloats = 3 << 20;   // of a target that is too large for the caches
+constexpr int64_t kChunks = 8;               // of tiles, at most, with partial sums of a gradient
 
-thread_local Scratch tile_scratch, result_scratch;
+// A thread's packed tile, and results or gradients beside it.
+struct TileScratch {
+  Scratch source, target;
+};
+thread_local TileScratch product_scratch, values_scratch;
+
+int64_t direct_lanes(const Walk& walk) {
+  const int64_t fits = kTileSides / std::max<int64_t>(1, walk.source_channels + walk.rows);
+  return std::clamp(fits / kStripLanes * kStripLanes, kStripLanes, kDirectLanes);
+}
 
 }  // namespace
 
@@ -39,7 +50,7 @@ class PreparedWalk {
     const int64_t channels = std::max<int64_t>(1, walk_.source_channels);
     const int64_t fits = kTileFloats / channels / kStripLanes * kStripLanes;
     merge_rows(walk_);
-    choose_tile(walk_, walk_.direct ? kDirectLanes : std::clamp(fits, kStripLanes, kTileLanes), 16, true);
+    choose_tile(walk_, walk_.direct ? direct_lanes(walk_) : std::clamp(fits, kStripLanes, kTileLanes), 16, true);
     // Few tiles: cut the rows too, so that every thread has work; the price is that every thread packs the tile.
     const int64_t wanted = 2 * torch::stable::get_num_threads();
     splits_ =
@@ -56,76 +67,101 @@ class PreparedWalk {
   }
 
   void run(float* source, float* target, const Epilogue& epilogue) const {
-    Walk walk = walk_;
-    walk.source.data = source;
-    walk.target.data = target;
-    Walk residual = walk;  // the same pixels of another tensor
-    residual.target.data = const_cast<float*>(epilogue.residual);
-    const int64_t groups = walk.groups, rows = walk.rows, stride = walk.result_stride();
-    const bool in_place = writes_in_place(walk);
-    // A large target would evict everything on its way to memory, and each line would be read before it is written.
-    const int64_t floats = walk.images * walk.groups * rows * walk.target_h * walk.target_w;
-    const bool streamed = floats >= kStreamFloats && in_place && blocks_ == 1;
-    auto tile_of = [&](int64_t task) { return tile_at(walk, task / splits_ / groups); };
-    auto group_of = [&](int64_t task) { return task / splits_ % groups; };
-    Queue(walk.tiles() * groups * splits_).run([&](Queue::Worker& worker) {
-      // Where a tile serves several splits of the rows, all of its blocks stay packed until they are done.
-      const int64_t block_floats = block_ * walk.channel_stride, packed_blocks = splits_ > 1 ? blocks_ : 1;
-      const int64_t source_floats = walk.direct ? 0 : packed_blocks * block_floats;
-      float* scratch = tile_scratch.get(source_floats);
-      std::fill_n(scratch, source_floats, 0.0f);
-      int64_t packed = -1;
-      float* result = nullptr;
-      std::vector<Lanes> lanes;
-      if (!in_place) {
-        result = result_scratch.get(results_);
-        std::fill_n(result, stride, 0.0f);
-        for (int64_t at : results_at_) lanes.push_back({result + at, at ? stride : 0});
-      }
-      for (; !worker.done(); worker.advance()) {
-        const int64_t split = worker.task() % splits_, group = group_of(worker.task());
-        const TileAt tile = tile_of(worker.task());
-        const int64_t first = rows * split / splits_, count = rows * (split + 1) / splits_ - first;
-        const int64_t channel = group * rows + first;
-        if (epilogue.residual && !in_place) pack_target(residual, tile, channel, count, result + stride, stride);
-        for (int64_t b = 0; b < blocks_; ++b) {
-          float* const at = scratch + (splits_ > 1 && !walk.direct ? b * block_floats : 0);
-          const bool again = splits_ > 1 && !walk.direct && packed == worker.task() / splits_;
-          Tile source{again ? at : block_at(walk, tile, channels_of(walk, group, b, block_), at)};
-          if (b + 1 < blocks_) {
-            source.soon = source_of(walk, tile, channels_of(walk, group, b + 1, block_));
-          } else if (!worker.last()) {
-            source.soon =
-                source_of(walk, tile_of(worker.next()), channels_of(walk, group_of(worker.next()), 0, block_));
-          }
-          size_t w = 0;
-          for (size_t p = 0; p < walk.parts.size(); ++p) {
-            if (walk.parts[p].empty) continue;
-            Results out{in_place ? target_at(walk, tile, channel) : result + results_at_[p],
-                        in_place ? walk.target.channel : stride};
-            if (b == 0 && epilogue.bias) out.bias = epilogue.bias + channel;
-            if (b > 0 || epilogue.residual) {
-              out.start = b == 0 && in_place ? target_at(residual, tile, channel) : out.data;
-              out.start_stride = out.stride;
-            }
-            out.stream = streamed && aligned(out.data, out.stride);
-            const bool finish = b + 1 == blocks_;
-            out.low = finish ? epilogue.low : -kInfinity;
-            out.high = finish ? epilogue.high : kInfinity;
-            int64_t lanes = tile.lanes(walk);
-            if (walk.shifting && !in_place) {
-              lanes = tile.h * walk.pitch;
-              source.run = source.jump = out.jump = walk.pitch;
-            }
-            kernels().spmm(source, weights_[w++].rows(group, b, split), out, lanes);
-            source.soon = {};
-          }
-        }
-        packed = worker.task() / splits_;
-        if (!in_place) write_target(walk, tile, channel, count, lanes);
-      }
+    Queue(tasks()).run([&](Queue::Worker& worker) {
+      Runner runner(*this, source, target, epilogue);
+      for (; !worker.done(); worker.advance()) runner.run(worker.task(), worker.next());
     });
   }
+
+  // Whether the epilogue may have a residual.
+  bool takes_residual() const { return walk_.parts.size() == 1 && !walk_.parts[0].empty; }
+
+  // Tasks are independent of each other; neighbours are near in memory.
+  int64_t tasks() const { return walk_.tiles() * walk_.groups * splits_; }
+
+  // A thread that runs tasks.
+  class Runner {
+   public:
+    Runner(const PreparedWalk& prepared, float* source, float* target, const Epilogue& epilogue)
+        : prepared_(prepared), walk_(prepared.walk_), epilogue_(epilogue) {
+      walk_.source.data = source;
+      walk_.target.data = target;
+      residual_ = walk_;  // the same pixels of another tensor
+      residual_.target.data = const_cast<float*>(epilogue.residual);
+      in_place_ = writes_in_place(walk_);
+      // A large target would evict everything on its way to memory, and each line would be read before it is written.
+      const int64_t floats = walk_.images * walk_.groups * walk_.rows * walk_.target_h * walk_.target_w;
+      streamed_ = floats >= kStreamFloats && in_place_ && prepared_.blocks_ == 1;
+      // Where a tile serves several splits of the rows, all of its blocks stay packed until they are done.
+      block_floats_ = prepared_.block_ * walk_.channel_stride;
+      const int64_t packed_blocks = prepared_.splits_ > 1 ? prepared_.blocks_ : 1;
+      const int64_t source_floats = walk_.direct ? 0 : packed_blocks * block_floats_;
+      scratch_ = product_scratch.source.get(source_floats);
+      std::fill_n(scratch_, source_floats, 0.0f);
+      if (in_place_) return;
+      const int64_t stride = walk_.result_stride();
+      result_ = product_scratch.target.get(prepared_.results_);
+      std::fill_n(result_, stride, 0.0f);
+      for (int64_t at : prepared_.results_at_) lanes_.push_back({result_ + at, at ? stride : 0});
+    }
+
+    // next: the task that will follow, whose source is prefetched; negative if there is none.
+    void run(int64_t task, int64_t next) {
+      const int64_t splits = prepared_.splits_, blocks = prepared_.blocks_, block = prepared_.block_;
+      const int64_t rows = walk_.rows, stride = walk_.result_stride();
+      const int64_t split = task % splits, group = group_of(task);
+      const TileAt tile = tile_of(task);
+      const int64_t first = rows * split / splits, count = rows * (split + 1) / splits - first;
+      const int64_t channel = group * rows + first;
+      if (epilogue_.residual && !in_place_) pack_target(residual_, tile, channel, count, result_ + stride, stride);
+      for (int64_t b = 0; b < blocks; ++b) {
+        float* const at = scratch_ + (splits > 1 && !walk_.direct ? b * block_floats_ : 0);
+        const bool again = splits > 1 && !walk_.direct && packed_ == task / splits;
+        Tile source{again ? at : block_at(walk_, tile, channels_of(walk_, group, b, block), at)};
+        if (b + 1 < blocks) {
+          source.soon = source_of(walk_, tile, channels_of(walk_, group, b + 1, block));
+        } else if (next >= 0) {
+          source.soon = source_of(walk_, tile_of(next), channels_of(walk_, group_of(next), 0, block));
+        }
+        size_t w = 0;
+        for (size_t p = 0; p < walk_.parts.size(); ++p) {
+          if (walk_.parts[p].empty) continue;
+          Results out{in_place_ ? target_at(walk_, tile, channel) : result_ + prepared_.results_at_[p],
+                      in_place_ ? walk_.target.channel : stride};
+          if (b == 0 && epilogue_.bias) out.bias = epilogue_.bias + channel;
+          if (b > 0 || epilogue_.residual) {
+            out.start = b == 0 && in_place_ ? target_at(residual_, tile, channel) : out.data;
+            out.start_stride = out.stride;
+          }
+          out.stream = streamed_ && aligned(out.data, out.stride);
+          const bool finish = b + 1 == blocks;
+          out.low = finish ? epilogue_.low : -kInfinity;
+          out.high = finish ? epilogue_.high : kInfinity;
+          int64_t lanes = tile.lanes(walk_);
+          if (walk_.shifting && !in_place_) {
+            lanes = tile.h * walk_.pitch;
+            source.run = source.jump = out.jump = walk_.pitch;
+          }
+          kernels().spmm(source, prepared_.weights_[w++].rows(group, b, split), out, lanes);
+          source.soon = {};
+        }
+      }
+      packed_ = task / splits;
+      if (!in_place_) write_target(walk_, tile, channel, count, lanes_);
+    }
+
+   private:
+    TileAt tile_of(int64_t task) const { return tile_at(walk_, task / prepared_.splits_ / walk_.groups); }
+    int64_t group_of(int64_t task) const { return task / prepared_.splits_ % walk_.groups; }
+
+    const PreparedWalk& prepared_;
+    Walk walk_, residual_;
+    const Epilogue epilogue_;
+    bool in_place_, streamed_;
+    int64_t block_floats_, packed_ = -1;
+    float *scratch_, *result_ = nullptr;
+    std::vector<Lanes> lanes_;
+  };
 
  private:
   Walk walk_;
@@ -191,70 +227,170 @@ void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Image
   PreparedWalk(input_grad_walk(g, dy, dx), weight_t).run(dy.data, dx.data, {});
 }
 
-void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad) {
-  if (is_depthwise(g, x, dy)) return depthwise_values_grad(g, weight, dy, x, grad);
-  Walk walk = forward_walk(g, x, dy);
-  merge_rows(walk);
-  choose_tile(walk, walk.direct ? kDirectLanes : kTileLanes, 48);
-  const int64_t block = block_channels(walk, weight, 2 * kStripLanes, 16);
-  const int64_t tiles = walk.tiles();
-  // Partial sums over a fixed number of chunks of tiles, whatever the number of threads, then added in order.
-  constexpr int64_t kChunks = 8;
-  const int64_t chunks = std::min(tiles, kChunks), threads = torch::stable::get_num_threads();
-  const int64_t splits = std::clamp<int64_t>(ceil_div(threads, chunks * walk.groups), 1, ceil_div(walk.rows, 16));
-  const PackedWeight packed(walk, walk.parts[0], weight, block, splits, false);
-  const int64_t size = packed.size();
-  std::unique_ptr<float[]> partial(new float[(chunks + 1) * size]);
-  parallel(chunks,
-           [&](int64_t begin, int64_t end) { std::fill_n(partial.get() + begin * size, (end - begin) * size, 0.0f); });
-  const int64_t stride = walk.result_stride();
-  Queue(chunks * walk.groups * splits).run([&](Queue::Worker& worker) {
-    const int64_t source_floats = walk.direct ? 0 : block * walk.channel_stride;
-    float* scratch = tile_scratch.get(source_floats);
-    std::fill_n(scratch, source_floats, 0.0f);
-    float* copy = nullptr;
-    if (!writes_in_place(walk)) {
-      const int64_t copied = ceil_div(walk.rows, splits) * stride;
-      copy = result_scratch.get(copied);
-      std::fill_n(copy, copied, 0.0f);
+// The weight gradient: partial sums over a fixed number of chunks of tiles, whatever the number of threads, that are
+// then added in order.
+class ValuesGrad {
+ public:
+  ValuesGrad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x)
+      : walk_(tiled(g, dy, x)),
+        block_(block_channels(walk_, weight, 2 * kStripLanes, 16)),
+        chunks_(std::min(walk_.tiles(), kChunks)),
+        splits_(std::clamp<int64_t>(ceil_div(torch::stable::get_num_threads(), chunks_ * walk_.groups), 1,
+                                    ceil_div(walk_.rows, 16))),
+        weight_(weight),
+        packed_(walk_, walk_.parts[0], weight, block_, splits_, false),
+        partial_(new float[(chunks_ + 1) * packed_.size()]) {
+    parallel(chunks_, [&](int64_t begin, int64_t end) {
+      std::fill_n(partial_.get() + begin * packed_.size(), (end - begin) * packed_.size(), 0.0f);
+    });
+  }
+
+  int64_t tiles() const { return walk_.tiles(); }
+  int64_t tasks() const { return chunks_ * walk_.groups * splits_; }
+  bool chunks_are_tasks() const { return walk_.groups * splits_ == 1; }
+
+  void run() const {
+    Queue(tasks()).run([&](Queue::Worker& worker) {
+      Runner runner(*this);
+      for (; !worker.done(); worker.advance()) runner.run(worker.task(), [](int64_t) {});
+    });
+  }
+
+  // A thread that runs tasks.
+  class Runner {
+   public:
+    explicit Runner(const ValuesGrad& values)
+        : values_(values), walk_(values.walk_), splits_(values.splits_), stride_(walk_.result_stride()) {
+      const int64_t source_floats = walk_.direct ? 0 : values.block_ * walk_.channel_stride;
+      scratch_ = values_scratch.source.get(source_floats);
+      std::fill_n(scratch_, source_floats, 0.0f);
+      if (writes_in_place(walk_)) return;
+      const int64_t copied = ceil_div(walk_.rows, splits_) * stride_;
+      copy_ = values_scratch.target.get(copied);
+      std::fill_n(copy_, copied, 0.0f);
     }
-    for (; !worker.done(); worker.advance()) {
-      const int64_t task = worker.task();
-      const int64_t split = task % splits, group = task / splits % walk.groups, chunk = task / splits / walk.groups;
+
+    // before(tile) is called before every tile of the task.
+    template <class F>
+    void run(int64_t task, const F& before) {
+      const PackedWeight& packed = values_.packed_;
+      const int64_t chunks = values_.chunks_, block = values_.block_, tiles = walk_.tiles();
+      const int64_t split = task % splits_, group = task / splits_ % walk_.groups;
+      const int64_t chunk = task / splits_ / walk_.groups;
       const int64_t first = packed.first_row(split), count = packed.first_row(split + 1) - first;
-      const int64_t channel = group * walk.rows + first, end = tiles * (chunk + 1) / chunks;
+      const int64_t channel = group * walk_.rows + first, end = tiles * (chunk + 1) / chunks;
       for (int64_t index = tiles * chunk / chunks; index < end; ++index) {
-        const TileAt tile = tile_at(walk, index);
-        const float* lanes = target_at(walk, tile, channel);
-        int64_t lanes_stride = walk.target.channel;
-        if (copy) {
-          pack_target(walk, tile, channel, count, copy, stride);
-          lanes = copy;
-          lanes_stride = stride;
+        before(index);
+        const TileAt tile = tile_at(walk_, index);
+        const float* lanes = target_at(walk_, tile, channel);
+        int64_t lanes_stride = walk_.target.channel;
+        if (copy_) {
+          pack_target(walk_, tile, channel, count, copy_, stride_);
+          lanes = copy_;
+          lanes_stride = stride_;
         }
         for (int64_t b = 0; b < packed.blocks(); ++b) {
-          Tile source{block_at(walk, tile, channels_of(walk, group, b, block), scratch)};
+          Tile source{block_at(walk_, tile, channels_of(walk_, group, b, block), scratch_)};
           if (b + 1 < packed.blocks()) {
-            source.soon = source_of(walk, tile, channels_of(walk, group, b + 1, block));
+            source.soon = source_of(walk_, tile, channels_of(walk_, group, b + 1, block));
           } else if (index + 1 < end) {
-            source.soon = source_of(walk, tile_at(walk, index + 1), channels_of(walk, group, 0, block));
+            source.soon = source_of(walk_, tile_at(walk_, index + 1), channels_of(walk_, group, 0, block));
           }
-          kernels().sddmm(source, packed.rows(group, b, split), lanes, lanes_stride, tile.lanes(walk),
-                          partial.get() + chunk * size);
+          kernels().sddmm(source, packed.rows(group, b, split), lanes, lanes_stride, tile.lanes(walk_),
+                          values_.partial_.get() + chunk * packed.size());
         }
       }
     }
+
+   private:
+    const ValuesGrad& values_;
+    const Walk& walk_;
+    const int64_t splits_, stride_;
+    float *scratch_, *copy_ = nullptr;
+  };
+
+  // After all tasks.
+  void finish(float* grad) const {
+    const int64_t size = packed_.size();
+    float* const sum = partial_.get() + chunks_ * size;
+    if (size > 0)
+      torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) {
+          float total = 0;
+          for (int64_t chunk = 0; chunk < chunks_; ++chunk) total += partial_[chunk * size + j];
+          sum[j] = total;
+        }
+      });
+    packed_.unpack(weight_, sum, grad);
+  }
+
+ private:
+  static Walk tiled(const Conv2dGeometry& g, const Images& dy, const Images& x) {
+    Walk walk = forward_walk(g, x, dy);
+    merge_rows(walk);
+    choose_tile(walk, walk.direct ? direct_lanes(walk) : kTileLanes, 48);
+    return walk;
+  }
+
+  const Walk walk_;
+  const int64_t block_, chunks_, splits_;
+  const Csr weight_;
+  const PackedWeight packed_;
+  const std::unique_ptr<float[]> partial_;
+};
+
+void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad) {
+  if (is_depthwise(g, x, dy)) return depthwise_values_grad(g, weight, dy, x, grad);
+  const ValuesGrad values(g, weight, dy, x);
+  values.run();
+  values.finish(grad);
+}
+
+namespace {
+
+void add_to(const Images& to, const float* from, int64_t floats) {
+  constexpr int64_t kFloats = 1 << 16;
+  parallel(ceil_div(floats, kFloats), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * kFloats; i < std::min(floats, end * kFloats); ++i) to.data[i] += from[i];
   });
-  float* sum = partial.get() + chunks * size;
-  if (size > 0)
-    torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        float total = 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) total += partial[chunk * size + j];
-        sum[j] = total;
-      }
+}
+
+}  // namespace
+
+void conv2d_grads(const Conv2dGeometry& g, const Csr& weight, const Csr& weight_t, const float* other, const Images& dy,
+                  const Images& x, const Images& dx, float* grad) {
+  const int64_t floats = g.batch * g.in_channels * g.in_h * g.in_w;
+  if (is_depthwise(g, x, dy) || weight.nnz == 0) {
+    conv2d_input_grad(g, weight_t, dy, dx);
+    if (weight.nnz > 0) conv2d_values_grad(g, weight, dy, x, grad);
+    if (other) add_to(dx, other, floats);
+    return;
+  }
+  use_huge_pages(dx.data, floats);
+  const PreparedWalk input(input_grad_walk(g, dy, dx), weight_t);
+  const bool starts = other && input.takes_residual();
+  Epilogue epilogue;
+  if (starts) epilogue.residual = other;
+  const ValuesGrad values(g, weight, dy, x);
+  if (values.chunks_are_tasks()) {
+    // dy is read from memory once: next to a tile of the one gradient comes that of the other.
+    const int64_t tiles = values.tiles(), tasks = input.tasks();
+    Queue(values.tasks(), 1).run([&](Queue::Worker& worker) {
+      PreparedWalk::Runner products(input, dy.data, dx.data, epilogue);
+      ValuesGrad::Runner sums(values);
+      for (; !worker.done(); worker.advance())
+        sums.run(worker.task(), [&](int64_t tile) {
+          const int64_t end = tasks * (tile + 1) / tiles;
+          for (int64_t task = tasks * tile / tiles; task < end; ++task)
+            products.run(task, task + 1 < tasks ? task + 1 : -1);
+        });
     });
-  packed.unpack(weight, sum, grad);
+  } else {
+    input.run(dy.data, dx.data, epilogue);
+    values.run();
+  }
+  values.finish(grad);
+  if (other && !starts) add_to(dx, other, floats);
 }
 
 void bias_grad(const Conv2dGeometry& g, const Images& dy, float* grad) {

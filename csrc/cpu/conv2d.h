@@ -52,6 +52,10 @@ void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Image
 // grad[j] = the gradient of non-zero j of weight, whose values are not read.
 void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad);
 
+// Both, in one go over dy; dx = the gradient of conv + other, of dx's size and strides, which may be null.
+void conv2d_grads(const Conv2dGeometry& g, const Csr& weight, const Csr& weight_t, const float* other, const Images& dy,
+                  const Images& x, const Images& dx, float* grad);
+
 // grad[channel] = sum of dy over images and pixels.
 void bias_grad(const Conv2dGeometry& g, const Images& dy, float* grad);
 

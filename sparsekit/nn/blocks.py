@@ -11,6 +11,7 @@ from torchvision.models import resnet
 from torchvision.ops import misc
 
 from .norm import BatchNorm2d, Sequential, is_plain_relu, is_watched
+from .sparse import SparseConv2d
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -19,8 +20,9 @@ class BasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         if not _can_fuse(self):
             return super().forward(x)
+        out, x = _forked(self.conv1, x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.bn1(self.conv1(x), relu=True)
+        out = self.bn1(out, relu=True)
         return self.bn2(self.conv2(out), shortcut, relu=True)
 
 
@@ -30,8 +32,9 @@ class Bottleneck(resnet.Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         if not _can_fuse(self):
             return super().forward(x)
+        out, x = _forked(self.conv1, x)
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.bn1(self.conv1(x), relu=True)
+        out = self.bn1(out, relu=True)
         out = self.bn2(self.conv2(out), relu=True)
         return self.bn3(self.conv3(out), shortcut, relu=True)
 
@@ -59,6 +62,11 @@ FUSED = {
     resnet.Bottleneck: Bottleneck,
     resnet.ResNet: ResNet,
 }
+
+
+def _forked(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``conv(x), x``"""
+    return conv.forked(x) if isinstance(conv, SparseConv2d) and not is_watched(conv) else (conv(x), x)
 
 
 def _can_fuse(block: nn.Module) -> bool:

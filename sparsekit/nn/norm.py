@@ -43,7 +43,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             out = super().forward(input)
             out = out if residual is None else out + residual
             return F.relu(out) if relu else out
-        out, mean, var, _ = torch.ops.sparsekit.batch_norm(input, self.weight, self.bias, residual, relu, self.eps)
+        out, mean, var, _ = _ops.call.batch_norm(input, self.weight, self.bias, residual, relu, self.eps)
         if self.running_mean is not None:
             self._update(mean, var, input.numel() // input.shape[1])
         return out

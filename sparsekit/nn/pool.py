@@ -37,7 +37,7 @@ class MaxPool2d(nn.MaxPool2d):
             and all(2 * p <= k <= s for p, k, s in zip(pairs[2], pairs[0], input.shape[2:]))
             and pairs[3] == [1, 1]
         )
-        return torch.ops.sparsekit.max_pool2d(input, *pairs, self.ceil_mode) if is_fast else super().forward(input)
+        return _ops.call.max_pool2d(input, *pairs, self.ceil_mode) if is_fast else super().forward(input)
 
     def _geometry(self) -> tuple:
         return self.kernel_size, self.stride, self.padding, self.dilation

@@ -293,7 +293,25 @@ class SparseConv2d(SparseModule, nn.Conv2d):
         )  # fmt: skip
         return _copy_parameters(dense, self)
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forked(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """``self(input), input``, for a block with a shortcut: the gradients of both are added in the kernel.
+
+        Shape:
+            - input: ``[n, in_channels, h, w]`` or ``[in_channels, h, w]``
+            - returns: the output, as of the module, and the input
+
+        Example:
+            >>> import torch, sparsekit as sk
+            >>> conv = sk.nn.SparseConv2d(8, 8, 3, padding=1)
+            >>> out, shortcut = conv.forked(torch.randn(2, 8, 6, 6))
+            >>> (out + shortcut).shape
+            torch.Size([2, 8, 6, 6])
+        """
+        if not self.runs_sparse(input) or self.padding_mode != "zeros":
+            return self.forward(input), input
+        return self._conv_forward(input, None, self.bias, fork=True)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, fork: bool = False):
         if not self.runs_sparse(input):
             return super()._conv_forward(input, self.masked_weight(), bias)
         input, padding = self._padded(input)
@@ -307,6 +325,7 @@ class SparseConv2d(SparseModule, nn.Conv2d):
             padding=padding,
             dilation=self.dilation,
             groups=self.groups,
+            fork=fork,
         )
 
     def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:

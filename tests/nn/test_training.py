@@ -102,7 +102,7 @@ def test_frozen_layers_get_no_gradient_and_cost_none(form, monkeypatch):
     for name, parameter in sparse.named_parameters():
         parameter.requires_grad_(name.startswith(("4.conv2", "7")))
     calls = []
-    for op in ("conv2d_input_grad", "conv2d_values_grad"):
+    for op in ("conv2d_input_grad", "conv2d_values_grad", "conv2d_grads"):
         original = getattr(torch.ops.sparsekit_cpu, op)
         monkeypatch.setattr(
             torch.ops.sparsekit_cpu, op, lambda *a, op=op, original=original: (calls.append(op), original(*a))

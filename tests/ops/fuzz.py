@@ -116,6 +116,14 @@ def check(case: Case) -> float:
     expected = reference.conv2d_values_grad(dy, x, *pattern[:2], *geometry)
     _close("conv2d_values_grad", case, dw, expected, size[0] * size[2] * size[3])
 
+    other = _draw(case, g, *x.shape).contiguous(memory_format=layout)
+    for added in (None, other):
+        both = torch.full_like(dx, NAN), torch.full_like(dw, NAN)
+        native.conv2d_grads(*both, dy, x, values, *pattern, added, *geometry)
+        start = 0 if added is None else added
+        _close("conv2d_grads", case, both[0] - start, dx, pattern.nnz / case.in_channels + 1)
+        assert torch.equal(both[1], dw), f"conv2d_grads: {case}"
+
     db = torch.full((case.out_channels,), NAN)
     native.bias_grad(db, dy)
     _close("bias_grad", case, db, reference.bias_grad(dy), size[0] * size[2] * size[3])

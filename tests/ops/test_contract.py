@@ -33,6 +33,7 @@ def test_opcheck_conv2d(layout, dtype):
         "conv2d": (grads[0], grads[1], *pattern, grads[2], *geometry),
         "conv2d_input_grad": (dy, values, *pattern[2:], list(x.shape), *geometry),
         "conv2d_values_grad": (dy, x, *pattern[:2], *geometry),
+        "conv2d_grads": (dy, x, values, *pattern, torch.randn_like(x) if dtype == torch.float32 else None, *geometry),
         "conv2d_weight_grad": (dy, x, *geometry),
         "bias_grad": (dy,),
     }
@@ -112,6 +113,65 @@ def test_the_dense_weight_gradient_is_pytorchs():
     grad = torch.ops.sparsekit.conv2d_weight_grad(torch.ones_like(y), x, *geometry)
     kept = torch.ops.sparsekit.conv2d_values_grad(torch.ones_like(y), x, *pattern[:2], *geometry)
     torch.testing.assert_close(_ops.compress(grad, pattern), kept, rtol=1e-5, atol=1e-5)
+
+
+def leaves_of(x, values, bias):
+    return [t.detach().clone().requires_grad_() for t in (x, values, bias)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_calls_past_the_dispatcher_are_the_ops(layout):
+    x, values, pattern, bias, geometry = conv_case()
+    x = x.contiguous(memory_format=layout)
+    results = []
+    for op in (_ops.call.conv2d, torch.ops.sparsekit.conv2d):
+        leaves = leaves_of(x, values, bias)
+        y = op(leaves[0], leaves[1], *pattern, leaves[2], *geometry)
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*results))
+    with pytest.raises(NotImplementedError, match="double backward"):
+        y = _ops.call.conv2d(leaves[0], leaves[1], *pattern, leaves[2], *geometry)
+        torch.autograd.grad(y.sum(), leaves[0], create_graph=True)[0].sum().backward()
+
+
+def test_calls_are_seen_by_whoever_traces_them():
+    x, values, pattern, bias, geometry = conv_case()
+    expected = torch.ops.sparsekit.conv2d(x, values, *pattern, bias, *geometry)
+
+    def call(x, values, bias):
+        return _ops.call.conv2d(x, values, *pattern, bias, *geometry)
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(call)(x, values, bias)
+    assert torch.ops.sparsekit.conv2d.default in {node.target for node in graph.graph.nodes}
+    mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        fake = call(mode.from_tensor(x), values, bias)
+    assert isinstance(fake, torch._subclasses.FakeTensor) and fake.shape == expected.shape
+    # A view that is stored with the opposite sign.
+    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(call(negative, values, bias), expected)
+
+
+@pytest.mark.parametrize("used", ["both", "output", "input"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_fork_adds_the_gradients(used, frozen):
+    for stride, layout in ((1, torch.contiguous_format), (1, torch.channels_last), (2, torch.contiguous_format)):
+        x, values, pattern, _, _ = conv_case()
+        results = []
+        for fork in (False, True):
+            x_leaf = x.contiguous(memory_format=layout).detach().requires_grad_()
+            leaf = values.detach().clone().requires_grad_(not frozen)
+            outs = _ops.conv2d(
+                x_leaf * 1, leaf, pattern, kernel_size=(3, 3), stride=(stride,) * 2, padding=(1,) * 4, fork=fork
+            )
+            y, again = outs if fork else (outs, x_leaf)
+            losses = {"output": y.square().sum(), "input": again.sin().sum()}
+            loss = losses.get(used, sum(losses.values()))
+            wanted = [x_leaf] if frozen or used == "input" else [x_leaf, leaf]
+            results.append(torch.autograd.grad(loss, wanted))
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b)
 
 
 def test_compiles_without_graph_breaks():
