@@ -713,8 +713,7 @@ def _save_product(ctx, inputs, output):
     """Keep only what the gradients that are asked for will read."""
     input, values, crow, col, t_crow, t_col, t_permutation, _bias, *geometry = inputs
     needs_input, needs_values = ctx.needs_input_grad[:2]
-    ctx.geometry = geometry
-    ctx.input_size = (input.shape,) if geometry else ()
+    ctx.input_size, ctx.geometry = input.shape, geometry
     saved = [None] * 7
     if needs_input:
         saved[:1], saved[4:] = [values], [t_crow, t_col, t_permutation]
@@ -732,7 +731,7 @@ def _conv2d_backward(ctx, grad, other=None):
         patterns = crow, col, *transposed
         grads[:2] = call.conv2d_grads(grad, input, values, *patterns, other, *ctx.geometry)
     elif needs_input:
-        found = call.conv2d_input_grad(grad, values, *transposed, *ctx.input_size, *ctx.geometry)
+        found = call.conv2d_input_grad(grad, values, *transposed, ctx.input_size, *ctx.geometry)
         grads[0] = found if other is None else found + other
     elif needs_values:
         grads[1] = call.conv2d_values_grad(grad, input, crow, col, *ctx.geometry)

@@ -17,7 +17,6 @@ namespace {
 
 constexpr int64_t kRunFloats = 4096;         // of a tensor that are read at a stretch, at least, if a block allows it
 constexpr int64_t kBlockFloats = 64 * 1024;  // of a tensor in a block of channels, at most, unless one has more
-constexpr int64_t kStreamFloats = 3 << 20;   // of a tensor that is too large for the caches
 
 // f(first, count) for blocks of channels.
 template <class F>

@@ -27,7 +27,6 @@ constexpr int64_t kTileLanes = 256;          // at most, in a tile
 constexpr int64_t kDirectLanes = 512;        // the same, where the source is not packed
 constexpr int64_t kTileFloats = 128 * 1024;  // of packed source that stay in the second-level cache
 constexpr int64_t kTileSides = 192 * 1024;   // the same, of source and target together, where neither is packed
-constexpr int64_t kStreamFloats = 3 << 20;   // of a target that is too large for the caches
 constexpr int64_t kChunks = 8;               // of tiles, at most, with partial sums of a gradient
 
 // A thread's packed tile, and results or gradients beside it.

@@ -47,7 +47,6 @@ class Queue {
       advance();
     }
     bool done() const { return task_ < 0; }
-    bool last() const { return next_ < 0; }
     int64_t task() const { return task_; }
     int64_t next() const { return next_; }
     void advance() {
@@ -101,6 +100,7 @@ class Queue {
   std::vector<Share> shares_;
 };
 
+constexpr int64_t kStreamFloats = 3 << 20;  // of a tensor that is too large for the caches
 constexpr uintptr_t kHugePage = 2 << 20;
 
 // Fresh memory comes page by page, and a fault costs more than filling the page: ask for huge ones.

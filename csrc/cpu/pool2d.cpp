@@ -1,7 +1,5 @@
 #include "cpu/pool2d.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -42,7 +40,6 @@ PoolSplit split_of(const Pool2dGeometry& g) {
 }  // namespace
 
 void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const float* x, float* dx) {
-  constexpr int64_t kStreamFloats = 3 << 20;  // of a tensor that is too large for the caches
   const int64_t plane = g.in_h * g.in_w, planes = g.batch * g.channels;
   use_huge_pages(dx, planes * plane);
   const bool stream = g.stride_w == 2 && g.in_w % 16 == 0 && planes * plane >= kStreamFloats &&
