@@ -23,17 +23,12 @@ namespace {
 
 // Chosen by measurement (benchmarks/layers.py) for 32 KB of first-level and 1 MB of second-level cache; 48 KB and 2 MB
 // would gain nothing by other sizes.
-constexpr int64_t kTileLanes = 256;          // at most, in a tile
-constexpr int64_t kDirectLanes = 512;        // the same, where the source is not packed
-constexpr int64_t kTileFloats = 128 * 1024;  // of packed source that stay in the second-level cache
-constexpr int64_t kTileSides = 192 * 1024;   // the same, of source and target together, where neither is packed
-constexpr int64_t kChunks = 8;               // of tiles, at most, with partial sums of a gradient
-
-// A thread's packed tile, and results or gradients beside it.
-struct TileScratch {
-  Scratch source, target;
-};
-thread_local TileScratch product_scratch, values_scratch;
+constexpr int64_t kTileLanes = 256;           // at most, in a tile
+constexpr int64_t kDirectLanes = 512;         // the same, where the source is not packed
+constexpr int64_t kTileFloats = 128 * 1024;   // of packed source that stay in the second-level cache
+constexpr int64_t kTileSides = 192 * 1024;    // the same, of source and target together, where neither is packed
+constexpr int64_t kChunks = 8;                // of tiles, at most, with partial sums of a gradient
+constexpr int64_t kManyWeights = 128 * 1024;  // of which kChunks sums would take too much memory: half as many
 
 int64_t direct_lanes(const Walk& walk) {
   const int64_t fits = kTileSides / std::max<int64_t>(1, walk.source_channels + walk.rows);
@@ -95,11 +90,11 @@ class PreparedWalk {
       block_floats_ = prepared_.block_ * walk_.channel_stride;
       const int64_t packed_blocks = prepared_.splits_ > 1 ? prepared_.blocks_ : 1;
       const int64_t source_floats = walk_.direct ? 0 : packed_blocks * block_floats_;
-      scratch_ = product_scratch.source.get(source_floats);
-      std::fill_n(scratch_, source_floats, 0.0f);
+      packed_ = scratch_.get(source_floats);
+      std::fill_n(packed_, source_floats, 0.0f);
       if (in_place_) return;
       const int64_t stride = walk_.result_stride();
-      result_ = product_scratch.target.get(prepared_.results_);
+      result_ = scratch_.get(prepared_.results_);
       std::fill_n(result_, stride, 0.0f);
       for (int64_t at : prepared_.results_at_) lanes_.push_back({result_ + at, at ? stride : 0});
     }
@@ -114,8 +109,8 @@ class PreparedWalk {
       const int64_t channel = group * rows + first;
       if (epilogue_.residual && !in_place_) pack_target(residual_, tile, channel, count, result_ + stride, stride);
       for (int64_t b = 0; b < blocks; ++b) {
-        float* const at = scratch_ + (splits > 1 && !walk_.direct ? b * block_floats_ : 0);
-        const bool again = splits > 1 && !walk_.direct && packed_ == task / splits;
+        float* const at = packed_ + (splits > 1 && !walk_.direct ? b * block_floats_ : 0);
+        const bool again = splits > 1 && !walk_.direct && packed_tile_ == task / splits;
         Tile source{again ? at : block_at(walk_, tile, channels_of(walk_, group, b, block), at)};
         if (b + 1 < blocks) {
           source.soon = source_of(walk_, tile, channels_of(walk_, group, b + 1, block));
@@ -145,7 +140,7 @@ class PreparedWalk {
           source.soon = {};
         }
       }
-      packed_ = task / splits;
+      packed_tile_ = task / splits;
       if (!in_place_) write_target(walk_, tile, channel, count, lanes_);
     }
 
@@ -157,8 +152,9 @@ class PreparedWalk {
     Walk walk_, residual_;
     const Epilogue epilogue_;
     bool in_place_, streamed_;
-    int64_t block_floats_, packed_ = -1;
-    float *scratch_, *result_ = nullptr;
+    int64_t block_floats_, packed_tile_ = -1;
+    Scratch scratch_;
+    float *packed_, *result_ = nullptr;
     std::vector<Lanes> lanes_;
   };
 
@@ -233,12 +229,12 @@ class ValuesGrad {
   ValuesGrad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x)
       : walk_(tiled(g, dy, x)),
         block_(block_channels(walk_, weight, 2 * kStripLanes, 16)),
-        chunks_(std::min(walk_.tiles(), kChunks)),
+        chunks_(std::min(walk_.tiles(), weight.nnz < kManyWeights ? kChunks : kChunks / 2)),
         splits_(std::clamp<int64_t>(ceil_div(torch::stable::get_num_threads(), chunks_ * walk_.groups), 1,
                                     ceil_div(walk_.rows, 16))),
         weight_(weight),
         packed_(walk_, walk_.parts[0], weight, block_, splits_, false),
-        partial_(new float[(chunks_ + 1) * packed_.size()]) {
+        partial_(new float[chunks_ * packed_.size()]) {
     parallel(chunks_, [&](int64_t begin, int64_t end) {
       std::fill_n(partial_.get() + begin * packed_.size(), (end - begin) * packed_.size(), 0.0f);
     });
@@ -261,11 +257,11 @@ class ValuesGrad {
     explicit Runner(const ValuesGrad& values)
         : values_(values), walk_(values.walk_), splits_(values.splits_), stride_(walk_.result_stride()) {
       const int64_t source_floats = walk_.direct ? 0 : values.block_ * walk_.channel_stride;
-      scratch_ = values_scratch.source.get(source_floats);
-      std::fill_n(scratch_, source_floats, 0.0f);
+      packed_ = scratch_.get(source_floats);
+      std::fill_n(packed_, source_floats, 0.0f);
       if (writes_in_place(walk_)) return;
       const int64_t copied = ceil_div(walk_.rows, splits_) * stride_;
-      copy_ = values_scratch.target.get(copied);
+      copy_ = scratch_.get(copied);
       std::fill_n(copy_, copied, 0.0f);
     }
 
@@ -289,7 +285,7 @@ class ValuesGrad {
           lanes_stride = stride_;
         }
         for (int64_t b = 0; b < packed.blocks(); ++b) {
-          Tile source{block_at(walk_, tile, channels_of(walk_, group, b, block), scratch_)};
+          Tile source{block_at(walk_, tile, channels_of(walk_, group, b, block), packed_)};
           if (b + 1 < packed.blocks()) {
             source.soon = source_of(walk_, tile, channels_of(walk_, group, b + 1, block));
           } else if (index + 1 < end) {
@@ -305,20 +301,18 @@ class ValuesGrad {
     const ValuesGrad& values_;
     const Walk& walk_;
     const int64_t splits_, stride_;
-    float *scratch_, *copy_ = nullptr;
+    Scratch scratch_;
+    float *packed_, *copy_ = nullptr;
   };
 
   // After all tasks.
   void finish(float* grad) const {
     const int64_t size = packed_.size();
-    float* const sum = partial_.get() + chunks_ * size;
+    float* const sum = partial_.get();
     if (size > 0)
       torch::stable::parallel_for(0, size, 4096, [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; j < end; ++j) {
-          float total = 0;
-          for (int64_t chunk = 0; chunk < chunks_; ++chunk) total += partial_[chunk * size + j];
-          sum[j] = total;
-        }
+        for (int64_t chunk = 1; chunk < chunks_; ++chunk)
+          for (int64_t j = begin; j < end; ++j) sum[j] += partial_[chunk * size + j];
       });
     packed_.unpack(weight_, sum, grad);
   }

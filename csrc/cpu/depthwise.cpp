@@ -19,8 +19,6 @@ namespace {
 
 constexpr int64_t kSlack = 64;  // floats that the microkernels may read behind a plane
 
-thread_local Scratch plane_scratch, result_scratch;
-
 // What a plane looks like between its margins.
 struct Frame {
   Frame(const Conv2dGeometry& g, int64_t rows, int64_t cols)
@@ -91,8 +89,9 @@ void each_output(const Conv2dGeometry& g, const Taps& taps, const Frame& frame, 
                  int64_t rows, int64_t cols, int64_t step_h, int64_t step_w, const F& fill) {
   use_huge_pages(y.data, g.batch * g.groups * rows * cols);
   Queue(g.batch * g.groups).run([&](Queue::Worker& worker) {
-    float* const source = frame.zeros(plane_scratch);
-    float* const result = result_scratch.get(frame.floats);
+    Scratch scratch;
+    float* const source = frame.zeros(scratch);
+    float* const result = scratch.get(frame.floats);
     constexpr float kInfinity = __builtin_inff();
     for (; !worker.done(); worker.advance()) {
       const int64_t image = worker.task() / g.groups, channel = worker.task() % g.groups;
@@ -138,8 +137,9 @@ void depthwise_values_grad(const Conv2dGeometry& g, const Csr& weight, const Ima
   const Frame frame(g, full_h(g), full_w(g));
   const Taps taps(g, weight, frame, false, 4);
   Queue(g.groups).run([&](Queue::Worker& worker) {
-    float* const source = frame.zeros(plane_scratch);
-    float* const lanes = frame.zeros(result_scratch);
+    Scratch scratch;
+    float* const source = frame.zeros(scratch);
+    float* const lanes = frame.zeros(scratch);
     std::vector<float> sums(taps.size());
     std::vector<double> totals;
     for (; !worker.done(); worker.advance()) {

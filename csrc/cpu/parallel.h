@@ -112,24 +112,62 @@ inline void use_huge_pages(float* data, int64_t floats) {
 #endif
 }
 
-// A thread's own memory, kept between calls.
-class Scratch {
+// Memory in huge pages, not set to anything.
+class HugeMemory {
  public:
-  float* get(int64_t floats) {
-    if (floats > size_) {
-      size_ = round_up(floats, kHugePage / sizeof(float));
-      memory_.reset(static_cast<float*>(std::aligned_alloc(kHugePage, size_ * sizeof(float))));
-      use_huge_pages(memory_.get(), size_);
-    }
-    return memory_.get();
+  explicit HugeMemory(int64_t floats)
+      : floats_(round_up(floats, kHugePage / sizeof(float))),
+        data_(static_cast<float*>(std::aligned_alloc(kHugePage, floats_ * sizeof(float)))) {
+    use_huge_pages(data_.get(), floats_);
   }
+
+  float* data() const { return data_.get(); }
+  int64_t floats() const { return floats_; }
 
  private:
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
+  int64_t floats_;
+  std::unique_ptr<float, Free> data_;
+};
+
+// What a thread needs while this object lives, out of memory that the thread keeps for whoever is next. Objects of a
+// thread end in the reverse order of their beginning.
+class Scratch {
+ public:
+  Scratch() : block_(mine().block), used_(mine().used) {}
+  ~Scratch() { mine().block = block_, mine().used = used_; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  // Begins with a cache line.
+  float* get(int64_t floats) {
+    Memory& memory = mine();
+    floats = round_up(floats, kLine) + kBehind;
+    for (; memory.block < memory.blocks.size(); ++memory.block, memory.used = 0)
+      if (memory.used + floats <= memory.blocks[memory.block].floats()) break;
+    if (memory.block == memory.blocks.size()) memory.blocks.emplace_back(floats);
+    memory.used += floats;
+    return memory.blocks[memory.block].data() + memory.used - floats;
+  }
+
+ private:
+  static constexpr int64_t kLine = 16, kBehind = 64;  // floats; so many may be read behind what is asked for
+
+  struct Memory {
+    std::vector<HugeMemory> blocks;
+    size_t block = 0;  // what comes before it is in use, as are floats [0, used) of it
+    int64_t used = 0;
+  };
+
+  static Memory& mine() {
+    thread_local Memory memory;
+    return memory;
+  }
+
+  const size_t block_;
+  const int64_t used_;
 };
 
 }  // namespace sparsekit

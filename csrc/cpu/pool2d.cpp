@@ -14,19 +14,18 @@ void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out) {
   Pool2dGeometry part = g;
   part.channels = g.channels / parts;
   parallel(g.batch * parts, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(pool_scratch(g));
+    Scratch memory;
+    float* const scratch = memory.get(pool_scratch(g));
     for (int64_t task = begin; task < end; ++task) {
       Images from = in, to = out;
       from.data += task / parts * in.image + task % parts * in.channel;
       to.data += task / parts * out.image + task % parts * out.channel;
-      for (int64_t y = 0; y < g.out_h; ++y) kernels().max_pool_row(part, from, to, y, scratch.data());
+      for (int64_t y = 0; y < g.out_h; ++y) kernels().max_pool_row(part, from, to, y, scratch);
     }
   });
 }
 
 namespace {
-
-thread_local Scratch plane_scratch;
 
 PoolSplit split_of(const Pool2dGeometry& g) {
   constexpr int64_t kLanes = 16;  // at most, that are read and written at once
@@ -46,7 +45,8 @@ void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const float* x, f
                       reinterpret_cast<uintptr_t>(dx) % 64 == 0;
   parallel(planes, [&](int64_t begin, int64_t end) {
     const PoolSplit split = split_of(g);
-    float* const scratch = plane_scratch.get(split.floats);
+    Scratch memory;
+    float* const scratch = memory.get(split.floats);
     for (int64_t i = begin; i < end; ++i)
       kernels().max_pool_grad_plane(g, split, dy + i * g.out_h * g.out_w, x + i * plane, dx + i * plane, scratch,
                                     stream);

@@ -71,12 +71,11 @@ struct Program::Conv {
 // What an image's tensors are in, one after another.
 class Program::Memory {
  public:
-  explicit Memory(int64_t floats) : data_(scratch_.get(floats)) { std::memset(data_, 0, floats * sizeof(float)); }
-  float* data() { return data_; }
+  explicit Memory(int64_t floats) : memory_(floats) { std::memset(data(), 0, floats * sizeof(float)); }
+  float* data() { return memory_.data(); }
 
  private:
-  Scratch scratch_;
-  float* const data_;
+  HugeMemory memory_;
 };
 
 Program::Program(std::vector<Size> tensors, std::vector<Size> inputs, std::vector<Size> outputs)
@@ -217,7 +216,7 @@ void Program::join_residuals() {
 void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
   auto add_steps = [=, this] {
     add_step(g.out_h, out, [=, this](const Frame& frame, int64_t first, int64_t last) {
-      thread_local Scratch scratch;
+      Scratch scratch;
       float* const row = scratch.get(pool_scratch(g));
       clear_beside(frame, out, first, last);
       for (int64_t y = first; y < last; ++y) kernels().max_pool_row(g, images(frame, in), images(frame, out), y, row);
@@ -229,7 +228,7 @@ void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
 void Program::add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out) {
   auto add_steps = [=, this] {
     add_step(g.out_h, out, [=, this](const Frame& frame, int64_t first, int64_t last) {
-      thread_local Scratch scratch;
+      Scratch scratch;
       float* const row = scratch.get(pool_scratch(g));
       clear_beside(frame, out, first, last);
       for (int64_t y = first; y < last; ++y)
