@@ -3,7 +3,9 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
+#include <cstdint>
 #include <vector>
 
 #include "checks.h"
@@ -28,6 +30,15 @@ inline Images matrix(const Tensor& t, const char* name) {
   return {static_cast<float*>(t.data_ptr()), t.size(0) * t.size(1), 1, t.size(0) * t.size(1), t.size(1)};
 }
 
+// Whether all of [0, count) are at least 0 and less than end. Without a branch, for the vector units.
+inline bool all_within(const int32_t* indices, int64_t count, int64_t end) {
+  if (end <= 0) return count == 0;
+  const int32_t last = static_cast<int32_t>(std::min<int64_t>(end - 1, INT32_MAX));
+  int32_t signs = 0;
+  for (int64_t i = 0; i < count; ++i) signs |= indices[i] | (last - indices[i]);
+  return signs >= 0;
+}
+
 // Indices are read as they come: a full check costs as much as a small layer, but a bad one must not crash.
 inline Csr csr(const Tensor& crow, const Tensor& col, const float* values, int64_t columns, const Tensor* permutation) {
   check_vector(crow, "crow_indices", kInt, -1);
@@ -40,17 +51,13 @@ inline Csr csr(const Tensor& crow, const Tensor& col, const float* values, int64
                    col.size(0)};
   STD_TORCH_CHECK(weight.rows >= 0 && weight.crow[0] == 0 && weight.crow[weight.rows] == weight.nnz,
                   "crow_indices must run from 0 to nnz = ", weight.nnz);
-  bool ordered = true, inside = true;
+  bool ordered = true;
   for (int64_t r = 0; r < weight.rows; ++r) ordered &= weight.crow[r] <= weight.crow[r + 1];
   STD_TORCH_CHECK(ordered, "crow_indices must not decrease");
-  for (int64_t j = 0; j < weight.nnz; ++j)
-    inside &= static_cast<uint64_t>(weight.col[j]) < static_cast<uint64_t>(columns);
-  STD_TORCH_CHECK(inside, "col_indices must lie in [0, ", columns, ")");
+  STD_TORCH_CHECK(all_within(weight.col, weight.nnz, columns), "col_indices must lie in [0, ", columns, ")");
   if (weight.permutation) {
     check_vector(*permutation, "t_permutation", kInt, weight.nnz);
-    for (int64_t j = 0; j < weight.nnz; ++j)
-      inside &= static_cast<uint64_t>(weight.permutation[j]) < static_cast<uint64_t>(weight.nnz);
-    STD_TORCH_CHECK(inside, "t_permutation must lie in [0, nnz)");
+    STD_TORCH_CHECK(all_within(weight.permutation, weight.nnz, weight.nnz), "t_permutation must lie in [0, nnz)");
   }
   return weight;
 }

@@ -202,6 +202,40 @@ void batch_norm_grad_op(Tensor grad_input, Tensor grad_weight, Tensor grad_bias,
                   grad_residual ? planes(*grad_residual, "grad_residual", size) : nullptr);
 }
 
+// Both layers in one call: what lies between two calls, Python and the dispatcher, finds its code and data gone from
+// the caches, and costs as much as a small layer.
+void conv2d_batch_norm_op(Tensor out, Tensor product, Tensor mean, Tensor var, std::optional<Tensor> positive,
+                          std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+                          std::optional<Tensor> batches, Tensor input, Tensor values, Tensor crow, Tensor col,
+                          std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+                          bool relu, double eps, double momentum, Ints kernel, Ints stride, Ints padding, Ints dilation,
+                          int64_t groups) {
+  conv2d_op(product, input, values, crow, col, std::nullopt, kernel, stride, padding, dilation, groups);
+  batch_norm_op(out, mean, var, positive, product, weight, bias, residual, relu, eps);
+  if (!running_mean && !running_var && !batches) return;
+  STD_TORCH_CHECK(running_mean && running_var && batches, "running_mean, running_var and batches go together");
+  STD_TORCH_CHECK(
+      batches->is_cpu() && batches->scalar_type() == torch::headeronly::ScalarType::Long && batches->numel() == 1,
+      "batches must be one int64 on the CPU");
+  const BatchNorm norm = norm_of(product, weight, bias, mean, var, relu, eps);
+  update({channel_data(*running_mean, "running_mean", norm.channels),
+          channel_data(*running_var, "running_var", norm.channels), static_cast<int64_t*>(batches->data_ptr())},
+         norm, momentum);
+}
+
+void conv2d_batch_norm_grads_op(Tensor grad_input, Tensor grad_values, Tensor grad_weight, Tensor grad_bias,
+                                std::optional<Tensor> grad_residual, Tensor grad_product, Tensor grad_output,
+                                Tensor product, std::optional<Tensor> positive, std::optional<Tensor> weight,
+                                std::optional<Tensor> bias, Tensor mean, Tensor var, Tensor input, Tensor values,
+                                Tensor crow, Tensor col, Tensor t_crow, Tensor t_col, Tensor t_permutation,
+                                std::optional<Tensor> other, bool relu, double eps, Ints kernel, Ints stride,
+                                Ints padding, Ints dilation, int64_t groups) {
+  batch_norm_grad_op(grad_product, grad_weight, grad_bias, grad_residual, grad_output, product, positive, weight, bias,
+                     mean, var, relu, eps);
+  conv2d_grads_op(grad_input, grad_values, grad_product, input, values, crow, col, t_crow, t_col, t_permutation, other,
+                  kernel, stride, padding, dilation, groups);
+}
+
 // Calls f(position in the dense weight, position in values) for every non-zero.
 template <class F>
 void each_nonzero(const Tensor& weight, const Tensor& crow, const Tensor& col, const F& f) {
@@ -325,6 +359,18 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
       "batch_norm_grad(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor(c!) grad_bias, Tensor(d!)? grad_residual, "
       "Tensor grad_output, Tensor input, Tensor? positive, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
       "bool relu, float eps) -> ()");
+  m.def(
+      "conv2d_batch_norm(Tensor(a!) out, Tensor(b!) product, Tensor(c!) mean, Tensor(d!) var, Tensor(e!)? positive, "
+      "Tensor(f!)? running_mean, Tensor(g!)? running_var, Tensor(h!)? batches, Tensor input, Tensor values, Tensor "
+      "crow_indices, "
+      "Tensor col_indices, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, float eps, float "
+      "momentum, " GEOMETRY ") -> ()");
+  m.def(
+      "conv2d_batch_norm_grads(Tensor(a!) grad_input, Tensor(b!) grad_values, Tensor(c!) grad_weight, "
+      "Tensor(d!) grad_bias, Tensor(e!)? grad_residual, Tensor(f!) grad_product, Tensor grad_output, Tensor product, "
+      "Tensor? positive, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor input, Tensor values, "
+      "Tensor crow_indices, Tensor col_indices, Tensor t_crow_indices, Tensor t_col_indices, Tensor t_permutation, "
+      "Tensor? other, bool relu, float eps, " GEOMETRY ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
@@ -349,4 +395,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("max_pool2d_grad", TORCH_BOX(&sparsekit::max_pool2d_grad_op));
   m.impl("batch_norm", TORCH_BOX(&sparsekit::batch_norm_op));
   m.impl("batch_norm_grad", TORCH_BOX(&sparsekit::batch_norm_grad_op));
+  m.impl("conv2d_batch_norm", TORCH_BOX(&sparsekit::conv2d_batch_norm_op));
+  m.impl("conv2d_batch_norm_grads", TORCH_BOX(&sparsekit::conv2d_batch_norm_grads_op));
 }

@@ -97,6 +97,17 @@ void batch_norm(const BatchNorm& norm, const float* x, const float* residual, fl
   });
 }
 
+void update(const Running& running, const BatchNorm& norm, double momentum) {
+  const double pixels = norm.batch * norm.pixels;
+  const float unbiased = pixels / (pixels - 1);
+  ++*running.batches;
+  const float part = momentum < 0 ? 1 / static_cast<double>(*running.batches) : momentum;
+  for (int64_t c = 0; c < norm.channels; ++c) {
+    running.mean[c] += part * (norm.mean[c] - running.mean[c]);
+    running.var[c] += part * (norm.var[c] * unbiased - running.var[c]);
+  }
+}
+
 void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const uint8_t* positive, float* dx,
                      float* d_weight, float* d_bias, float* d_residual) {
   use_huge_pages(dx, norm.batch * norm.channels * norm.pixels);

@@ -22,6 +22,15 @@ inline int64_t bit_bytes(const BatchNorm& norm) { return (norm.pixels + 15) / 16
 // tell where y is more than 0.
 void batch_norm(const BatchNorm& norm, const float* x, const float* residual, float* y, uint8_t* positive);
 
+// Statistics of all batches so far: mean and unbiased variance, [channels], and how many batches.
+struct Running {
+  float *mean, *var;
+  int64_t* batches;
+};
+
+// One batch more, with norm's mean and var. momentum: how far the statistics move to them; negative: to the average.
+void update(const Running& running, const BatchNorm& norm, double momentum);
+
 // Given the gradient dy of y: those of x, weight, bias and, if d_residual is not null, of the residual. `positive` is
 // needed where there was a residual before ReLU, else it may be null.
 void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const uint8_t* positive, float* dx,

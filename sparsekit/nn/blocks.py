@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import misc
 
-from .norm import BatchNorm2d, Sequential, is_plain_relu, is_watched
-from .sparse import SparseConv2d
+from .norm import BatchNorm2d, Sequential, is_plain_relu, is_watched, normed
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -20,10 +19,9 @@ class BasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         if not _can_fuse(self):
             return super().forward(x)
-        out, x = _forked(self.conv1, x)
+        out, x = normed(self.conv1, self.bn1, x, relu=True, fork=True)
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.bn1(out, relu=True)
-        return self.bn2(self.conv2(out), shortcut, relu=True)
+        return normed(self.conv2, self.bn2, out, shortcut, relu=True)
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -32,11 +30,10 @@ class Bottleneck(resnet.Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         if not _can_fuse(self):
             return super().forward(x)
-        out, x = _forked(self.conv1, x)
+        out, x = normed(self.conv1, self.bn1, x, relu=True, fork=True)
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.bn1(out, relu=True)
-        out = self.bn2(self.conv2(out), relu=True)
-        return self.bn3(self.conv3(out), shortcut, relu=True)
+        out = normed(self.conv2, self.bn2, out, relu=True)
+        return normed(self.conv3, self.bn3, out, shortcut, relu=True)
 
 
 class ResNet(resnet.ResNet):
@@ -62,11 +59,6 @@ FUSED = {
     resnet.Bottleneck: Bottleneck,
     resnet.ResNet: ResNet,
 }
-
-
-def _forked(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``conv(x), x``"""
-    return conv.forked(x) if isinstance(conv, SparseConv2d) and not is_watched(conv) else (conv(x), x)
 
 
 def _can_fuse(block: nn.Module) -> bool:

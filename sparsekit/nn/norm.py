@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _ops
+from .sparse import SparseConv2d
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -69,9 +70,47 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.running_mean.lerp_(mean, factor)
         self.running_var.lerp_(var * (count / (count - 1)), factor)
 
+    def _behind(self, conv: SparseConv2d, input: Tensor, residual: Tensor | None, relu: bool, fork: bool):
+        """``self(conv(input), residual, relu)`` at once, with ``fork`` also the input; None if that cannot be."""
+        if not self.training or self.num_features != conv.out_channels:
+            return None
+        running = self.running_mean, self.running_var, self.num_batches_tracked
+        how = {"relu": relu, "eps": self.eps, "running": running, "momentum": self.momentum, "fork": fork}
+        return conv._normed(input, self.weight, self.bias, residual, **how)
+
+
+def normed(
+    conv: nn.Module,
+    norm: BatchNorm2d,
+    input: Tensor,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    fork: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``relu(norm(conv(input)) + residual)``, and with ``fork`` the input too; in one go where that can be.
+
+    Args:
+        conv: any convolution; a sparse one goes along with its norm, unless somebody listens to it.
+        norm: to which nobody listens.
+        input: ``[n, c, h, w]``.
+        residual: as of :class:`BatchNorm2d`.
+        relu: as of :class:`BatchNorm2d`.
+        fork: as of :func:`sparsekit._ops.conv2d`, for a block with a shortcut.
+    """
+    if isinstance(conv, SparseConv2d) and not is_watched(conv):
+        found = norm._behind(conv, input, residual, relu, fork)
+        if found is not None:
+            return found
+        out, input = conv.forked(input) if fork else (conv(input), input)
+    else:
+        out = conv(input)
+    out = norm(out, residual, relu)
+    return (out, input) if fork else out
+
 
 class Sequential(nn.Sequential):
-    """``nn.Sequential`` that hands a BatchNorm2d of ours the ReLU behind it, unless somebody listens to either.
+    """``nn.Sequential`` that runs a BatchNorm2d of ours with the sparse convolution before it and the ReLU behind it, unless
+    somebody listens to them.
 
     Example:
         >>> import torch, sparsekit as sk
@@ -84,12 +123,20 @@ class Sequential(nn.Sequential):
         modules = list(self)
         while modules:
             module = modules.pop(0)
-            if modules and type(module) is BatchNorm2d and is_plain_relu(modules[0]) and not is_watched(module):
+            if modules and isinstance(module, SparseConv2d) and _is_plain_norm(modules[0]):
+                relu = len(modules) > 1 and is_plain_relu(modules[1])
+                input = normed(module, modules[0], input, relu=relu)
+                del modules[: 1 + relu]
+            elif modules and _is_plain_norm(module) and is_plain_relu(modules[0]):
                 input = module(input, relu=True)
                 del modules[0]
             else:
                 input = module(input)
         return input
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    return type(module) is BatchNorm2d and not is_watched(module)
 
 
 def is_plain_relu(module: nn.Module) -> bool:

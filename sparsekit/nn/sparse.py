@@ -316,17 +316,26 @@ class SparseConv2d(SparseModule, nn.Conv2d):
             return super()._conv_forward(input, self.masked_weight(), bias)
         input, padding = self._padded(input)
         return _ops.conv2d(
-            input,
-            self.compressed_weight(),
-            self.pattern,
-            bias,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            fork=fork,
+            input, self.compressed_weight(), self.pattern, bias, **self._geometry, padding=padding, fork=fork
         )
+
+    def _normed(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, **how):
+        """This layer and the BatchNorm behind it at once: see :func:`sparsekit._ops.conv2d_batch_norm`.
+
+        Returns:
+            What that returns; None also where this layer runs dense, has a bias, or pads with anything but zeros.
+        """
+        if self.bias is not None or self.padding_mode != "zeros" or input.dim() != 4 or not self.runs_sparse(input):
+            return None
+        input, padding = self._padded(input)
+        operands = input, self.compressed_weight(), self.pattern
+        return _ops.conv2d_batch_norm(*operands, weight, bias, residual, **self._geometry, padding=padding, **how)
+
+    @property
+    def _geometry(self) -> dict:
+        return {
+            "kernel_size": self.kernel_size, "stride": self.stride, "dilation": self.dilation, "groups": self.groups,
+        }  # fmt: skip
 
     def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
         """The input, padded already if not with zeros, and the zeros that remain to be added: top, bottom, left, right."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sparsekit as sk
+from sparsekit.nn.norm import normed
 
 torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
 from sparsekit.transfer.models import MobileNetV1
@@ -69,6 +70,101 @@ def test_nothing_is_differentiated_that_needs_no_gradient():
     ours(x).sum().backward()
     assert x.grad is not None and ours.weight.grad is None
     assert not ours(x.detach()).requires_grad
+
+
+def sparse_conv(groups=1, **arguments):
+    conv = nn.Conv2d(8, 6, 3, padding=1, groups=groups, bias=False, **arguments)
+    conv = sk.nn.SparseConv2d.from_dense(conv, torch.rand_like(conv.weight) > 0.7)
+    conv.backend = "sparse"
+    return conv
+
+
+@pytest.fixture
+def joint(monkeypatch):
+    """Counts the calls that do both layers at once, forward and backward."""
+    calls = []
+    for name in ("conv2d_batch_norm", "conv2d_batch_norm_grads"):
+        original = getattr(torch.ops.sparsekit_cpu, name)
+        monkeypatch.setattr(
+            torch.ops.sparsekit_cpu, name, lambda *a, original=original, name=name: (calls.append(name), original(*a))
+        )
+    return calls
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"eps": 0.1, "momentum": 0.4}],
+)
+@pytest.mark.parametrize(("residual", "relu", "fork"), [(True, True, True), (False, True, False), (True, False, True)])
+def test_with_its_convolution_it_is_its_parts(joint, arguments, residual, relu, fork):
+    both, _ = pair(**arguments)
+    conv = sparse_conv()
+    apart = copy.deepcopy((conv, both))
+    for step in range(2):
+        inputs = [torch.randn(3, 8, 5, 7), torch.randn(3, 6, 5, 7) if residual else None]
+        results = []
+        for c, n in ((conv, both), apart):
+            x, shortcut = (t if t is None else t.clone().requires_grad_() for t in inputs)
+            before = len(joint)
+            if c is conv:
+                out = normed(c, n, x, shortcut, relu=relu, fork=fork)
+                out, again = out if fork else (out, x)
+                assert len(joint) == before + 1
+            else:
+                out, again = n(c(x), shortcut, relu=relu), x
+            ((out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum() + (again * again).sum()).backward()
+            leaves = [x, *([shortcut] if residual else []), *c.parameters(), *n.parameters()]
+            results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+        assert joint.count("conv2d_batch_norm_grads") == step + 1
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        for key, value in apart[1].state_dict().items():
+            torch.testing.assert_close(both.state_dict()[key], value, rtol=1e-6, atol=1e-6)
+
+
+def test_with_its_convolution_only_where_that_can_be(joint):
+    norm, _ = pair()
+    x = torch.randn(3, 8, 5, 7, requires_grad=True)
+    conv = sparse_conv()
+    frozen, watched, dense, reflecting = (
+        sparse_conv(),
+        sparse_conv(),
+        sparse_conv(),
+        sparse_conv(padding_mode="reflect"),
+    )
+    frozen.requires_grad_(False)
+    watched.register_forward_hook(lambda *_: None)
+    dense.backend = "dense"
+    cases = [
+        (frozen, norm, x), (watched, norm, x), (dense, norm, x), (reflecting, norm, x), (conv, norm, x.detach()),
+        (conv, norm, x.to(memory_format=torch.channels_last)), (conv, copy.deepcopy(norm).eval(), x),
+        (copy.deepcopy(conv).double(), copy.deepcopy(norm).double(), x.double()),
+    ]  # fmt: skip
+    for c, n, images in cases:
+        expected = copy.deepcopy(n)(copy.deepcopy(c)(images), relu=True)
+        torch.testing.assert_close(normed(c, n, images, relu=True), expected)
+    with torch.no_grad():
+        normed(conv, norm, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        normed(conv, norm, x)
+    for bad, message in ((torch.randn(2, 5, 3, 3), "input must be"), (torch.randn(2, 8), "input must be")):
+        with pytest.raises(ValueError, match=message):
+            normed(conv, norm, bad.requires_grad_())
+    with pytest.raises(ValueError, match="residual must be"):
+        normed(conv, norm, x, torch.randn(1, 6, 5, 7))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        normed(conv, norm, torch.randn(1, 8, 1, 1, requires_grad=True))
+    assert not joint
+    normed(conv, norm, x)
+    assert joint
+
+
+def test_with_its_convolution_no_double_backward():
+    norm, _ = pair()
+    x = torch.randn(3, 8, 5, 7, requires_grad=True)
+    (grad,) = torch.autograd.grad(normed(sparse_conv(), norm, x, relu=True).square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        grad.sum().backward()
 
 
 @pytest.fixture(params=["resnet18", "resnet50"])

@@ -124,10 +124,52 @@ def check(case: Case) -> float:
         _close("conv2d_grads", case, both[0] - start, dx, pattern.nnz / case.in_channels + 1)
         assert torch.equal(both[1], dw), f"conv2d_grads: {case}"
 
+    if not case.channels_last and y.numel() > case.out_channels:
+        _check_normed(case, g, dy, x, values, pattern, geometry, other)
+
     db = torch.full((case.out_channels,), NAN)
     native.bias_grad(db, dy)
     _close("bias_grad", case, db, reference.bias_grad(dy), size[0] * size[2] * size[3])
     return float((y != 0).float().mean()) if y.numel() else 0.0
+
+
+def _check_normed(case: Case, generator, dy, x, values, pattern, geometry, other) -> None:
+    """conv2d_batch_norm and its gradients do what the two ops do one after the other, to the bit."""
+    native, context, how = torch.ops.sparsekit_cpu, f"conv2d_batch_norm: {case}", (case.bias, 1e-2)
+    weight, bias, shift = (torch.randn(case.out_channels, generator=generator) for _ in range(3))
+    residual = _draw(case, generator, *dy.shape) if case.integers else None
+    found, expected = ([torch.full_like(dy, NAN) for _ in range(2)] for _ in range(2))
+    bits = (*dy.shape[:2], (dy.shape[2] * dy.shape[3] + 15) // 16 * 2)
+    for tensors in (found, expected):
+        tensors += [torch.full_like(weight, NAN) for _ in range(2)]
+        tensors.append(torch.zeros(bits, dtype=torch.uint8) if residual is not None and case.bias else None)
+    running = shift.clone(), weight.abs(), torch.tensor(2)
+    tail = weight, bias, residual, *how
+    native.conv2d_batch_norm(*found, *running, x, values, *pattern[:2], *tail, -1.0, *geometry)
+    out, product, *rest = expected
+    native.conv2d(product, x, values, *pattern[:2], None, *geometry)
+    native.batch_norm(out, *rest, product, *tail)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(found, expected)), context
+    count = dy.numel() // case.out_channels
+    torch.testing.assert_close(running[0], shift + (rest[0] - shift) / 3, msg=context)
+    var = rest[1] * count / (count - 1)
+    torch.testing.assert_close(running[1], weight.abs() + (var - weight.abs()) / 3, msg=context)
+    assert running[2] == 3, context
+
+    mean, var, positive = rest
+    norm = product, positive, weight, bias, mean, var
+    sizes = x, values, weight, bias, product
+    grads, both = ([torch.full_like(t, NAN) for t in sizes] for _ in range(2))
+    of_product = torch.full_like(product, NAN)
+    of_residual = None if positive is None else grads.pop()
+    native.conv2d_batch_norm_grads(
+        *grads[:4], of_residual, of_product, dy, *norm, x, values, *pattern, other, *how, *geometry
+    )
+    expected_residual = None if positive is None else both.pop()
+    native.batch_norm_grad(of_product, *both[2:4], expected_residual, dy, *norm, *how)
+    native.conv2d_grads(*both[:2], of_product, x, values, *pattern, other, *geometry)
+    assert all(torch.equal(a, b) for a, b in zip(grads[:4], both[:4])), context
+    assert positive is None or torch.equal(of_residual, expected_residual), context
 
 
 def check_others(seed: int) -> None:
