@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._dynamo.comptime import comptime
+from torch.fx.experimental import symbolic_shapes
 
 from . import _ops, gpu
 
@@ -58,9 +60,9 @@ class Shape(NamedTuple):
 
 def shape_of(module, input: Tensor) -> Shape:
     """The :class:`Shape` of a sparse module on ``input``."""
+    size = _traced_size(input) if torch.compiler.is_dynamo_compiling() else input.shape
     if hasattr(module, "kernel_size"):
-        unbatched = input.dim() == 3
-        size = (1, *input.shape) if unbatched else tuple(input.shape)
+        size = (1, *size) if len(size) == 3 else tuple(size)
         left, right, top, bottom = module._reversed_padding_repeated_twice
         if len(size) != 4:
             size = (1, module.in_channels, 1, 1)
@@ -78,11 +80,30 @@ def shape_of(module, input: Tensor) -> Shape:
             size[2] * size[3],
             oh * ow,
         )
-    batch = input.numel() // max(module.in_features, 1)
+    batch = math.prod(size) // max(module.in_features, 1)
     return Shape("linear", module.in_features, module.out_features, 1, 1, 1, batch, 1, 1)
 
 
+def _traced_size(input: Tensor) -> tuple[int, ...]:
+    """The size that Dynamo traces with; unguarded, for its graph runs inputs of other sizes too."""
+    comptime(_remember_size)
+    return _remembered_size()
+
+
+_size: list[int] = []
+_hint = getattr(symbolic_shapes, "optimization_hint", None) or symbolic_shapes.size_hint  # its name up to torch 2.11
+
+
+def _remember_size(context) -> None:
+    _size[:] = (int(_hint(n)) for n in context.get_local("input").size())  # hints of torch 2.10 are SymPy's
+
+
 # Constants to Dynamo, which cannot trace the calls.
+@torch.compiler.assume_constant_result
+def _remembered_size() -> tuple[int, ...]:
+    return tuple(_size)
+
+
 @torch.compiler.assume_constant_result
 def _threads() -> int:
     return torch.get_num_threads()
@@ -276,7 +297,7 @@ def _gpu_lacks() -> str:
 
 
 def decide(module, input: Tensor) -> Decision:
-    """Which way ``module`` runs on ``input``, and why."""
+    """Which way ``module`` runs on ``input``, and why. A graph of ``torch.compile`` keeps to what it was traced with."""
     if module.backend == "sparse":
         return Decision("sparse", "forced by module.backend")
     if module.backend == "dense":

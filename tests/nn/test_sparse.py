@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import prune
 
 import sparsekit as sk
+from sparsekit.dispatch import shape_of, tuned_key
 
 CONVS = [
     {"kernel_size": 3, "padding": 1},
@@ -173,6 +175,27 @@ def test_compiles_whole():
     torch.testing.assert_close(compiled(x), F.relu(model[1](conv(x))), rtol=1e-4, atol=1e-4)
     compiled(x).sum().backward()
     assert not sparse.weight.grad[~sparse.weight_mask].any()
+
+
+@pytest.mark.parametrize("first, later", [("sparse", "dense"), ("dense", "sparse")])
+def test_a_graph_keeps_to_what_it_was_traced_with(first, later):
+    conv, _ = masked_pair(kernel_size=3, padding=1)
+    linear = sk.nn.SparseLinear.from_dense(nn.Linear(8, 4))
+    for module, sizes in ((conv, [(3, 8, 6, 7), (5, 8, 6, 7), (4, 8, 9, 10)]), (linear, [(3, 8), (5, 8), (7, 8)])):
+        module.backend = "auto"
+        inputs = [torch.randn(size) for size in sizes]
+        for x, fastest in zip(inputs, (first, later, later)):
+            module.tuned[tuned_key(shape_of(module, x), True, x)] = (1.0, 2.0) if fastest == "sparse" else (2.0, 1.0)
+        runs_sparse = [module.runs_sparse(x) for x in inputs]
+        if sk.backend() != "reference":
+            assert runs_sparse == [fastest == "sparse" for fastest in (first, later, later)]
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(module, dynamic=True, fullgraph=True, backend=counter)
+        for x in inputs:
+            torch.testing.assert_close(compiled(x), module(x), rtol=1e-4, atol=1e-5)
+        (graph,) = counter.graphs
+        assert any(str(node.target).startswith("sparsekit.") for node in graph.graph.nodes) == runs_sparse[0]
 
 
 def test_constructors_and_repr():

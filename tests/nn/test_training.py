@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint_sequential
 
 import sparsekit as sk
@@ -170,6 +171,29 @@ def test_a_compiled_step_is_the_eager_one(form):
             optimizer.step()
     for a, b in zip(eager.state_dict().values(), compiled.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_few_graphs_serve_every_size(form):
+    eager, _ = pair(form)
+    for module in eager.modules():
+        if isinstance(module, sk.nn.SparseModule):
+            module.backend = "auto"
+    compiled = copy.deepcopy(eager)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(compiled, fullgraph=True, backend=counter)
+    for n, h, w in ((6, 12, 12), (3, 12, 12), (7, 12, 12), (7, 16, 20), (4, 24, 12), (5, 32, 28)):
+        x, y = torch.randn(n, 3, h, w), torch.randint(5, (n,))
+        for model, forward in ((eager, eager), (compiled, run)):
+            model.zero_grad()
+            F.cross_entropy(forward(x), y).backward()
+        for a, b in zip(eager.parameters(), compiled.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+    for a, b in zip(eager.state_dict().values(), compiled.state_dict().values()):
+        torch.testing.assert_close(a, b)
+    # One for the first size, one for any batch, one for any image.
+    assert counter.frame_count == 3
 
 
 @pytest.mark.parametrize("form", FORMS)
