@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t kRunFloats = 4096;         // of a tensor that are read at a stretch, at least, if a block allows it
 constexpr int64_t kBlockFloats = 64 * 1024;  // of a tensor in a block of channels, at most, unless one has more
 
-// f(first, count) for blocks of channels.
+// f(first, count, soon) for blocks of channels; soon: floats from a block to the one that its thread has next, which is
+// prefetched while results are written: else memory would rest half of the time.
 template <class F>
 void each_block(const BatchNorm& norm, const F& f) {
   const int64_t channel = std::max<int64_t>(1, norm.batch * norm.pixels);
@@ -27,7 +28,8 @@ void each_block(const BatchNorm& norm, const F& f) {
   Queue(ceil_div(norm.channels, block)).run([&](Queue::Worker& worker) {
     for (; !worker.done(); worker.advance()) {
       const int64_t first = worker.task() * block;
-      f(first, std::min(block, norm.channels - first));
+      const int64_t blocks = worker.next() < 0 ? 0 : worker.next() - worker.task();
+      f(first, std::min(block, norm.channels - first), blocks * block * norm.pixels);
     }
     kernels().finish_streams();
   });
@@ -63,7 +65,7 @@ void batch_norm(const BatchNorm& norm, const float* x, const float* residual, fl
   const Kernels& k = kernels();
   const double pixels = norm.batch * norm.pixels;
   const bool stream = streams(norm);
-  each_block(norm, [&](int64_t first, int64_t count) {
+  each_block(norm, [&](int64_t first, int64_t count, int64_t soon) {
     float* const mean = norm.mean + first;
     float* const var = norm.var + first;
     // Sums of what is left of the first image's mean: that is near enough to all images', or they are summed again.
@@ -92,7 +94,7 @@ void batch_norm(const BatchNorm& norm, const float* x, const float* residual, fl
     }
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
       k.normalize(y + at, x + at, residual ? residual + at : nullptr, norm.pixels, scale[c], shift[c], norm.relu,
-                  stream, bits_of(norm, positive, at));
+                  stream, bits_of(norm, positive, at), soon);
     });
   });
 }
@@ -115,7 +117,7 @@ void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, con
   const Kernels& k = kernels();
   const double pixels = norm.batch * norm.pixels;
   const bool stream = streams(norm);
-  each_block(norm, [&](int64_t first, int64_t count) {
+  each_block(norm, [&](int64_t first, int64_t count, int64_t soon) {
     Sums sums(count);
     std::vector<NormGrad> grads(count);
     for (int64_t c = 0; c < count; ++c) {
@@ -135,7 +137,7 @@ void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, con
     }
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
       k.norm_input_grad(grads[c], dy + at, x + at, bits_of(norm, positive, at), norm.pixels, dx + at,
-                        d_residual ? d_residual + at : nullptr, stream);
+                        d_residual ? d_residual + at : nullptr, stream, soon);
     });
   });
 }

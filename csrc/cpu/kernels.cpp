@@ -992,9 +992,10 @@ void moments(const float* x, int64_t n, float mean, double* sums) {
 }
 
 void normalize(float* y, const float* x, const float* other, int64_t n, float scale, float shift, bool relu,
-               bool stream, uint8_t* positive) {
+               bool stream, uint8_t* positive, int64_t soon) {
   const Vec factor = broadcast(scale), summand = broadcast(shift), low = broadcast(relu ? 0 : kLowest);
   each_register(y, n, stream, [=](int64_t i, int64_t lanes) {
+    __builtin_prefetch(x + i + soon, 0, 2);
     Vec v = fma(some(x + i, lanes), factor, summand);
     if (other) prefetch_far(other + i), v = add(v, some(other + i, lanes));
     if (positive) put_positive(positive, i, v);
@@ -1021,12 +1022,13 @@ void norm_sums(const NormGrad& grad, const float* dy, const float* x, const uint
 }
 
 void norm_input_grad(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
-                     float* dx, float* g, bool stream) {
+                     float* dx, float* g, bool stream, int64_t soon) {
   const NormGrad norm = grad;
   const Vec minus = broadcast(-grad.mean), factor = broadcast(grad.scale), of_x = broadcast(grad.of_x);
   const Vec constant = broadcast(grad.constant);
   Writer through(g, stream);
   each_register(dx, n, stream, [&](int64_t i, int64_t lanes) {
+    __builtin_prefetch(x + i + soon, 0, 2), __builtin_prefetch(dy + i + soon, 0, 2);
     const Vec value = some(x + i, lanes), of_y = through_relu(some(dy + i, lanes), value, norm, positive, i);
     if (g) through.put(i, of_y, lanes);
     return fma(factor, of_y, fma(of_x, add(value, minus), constant));

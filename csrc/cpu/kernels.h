@@ -141,16 +141,16 @@ struct Kernels {
   void (*moments)(const float* x, int64_t n, float mean, double* sums);
 
   // y = x * scale + shift + other, at least 0 with relu; NaN stays NaN. other may be null, and positive, which gets a
-  // bit for every y: 0 where it is 0 or less. stream: as of Results.
+  // bit for every y: 0 where it is 0 or less. stream: as of Results. soon: floats from x to what will be read next.
   void (*normalize)(float* y, const float* x, const float* other, int64_t n, float scale, float shift, bool relu,
-                    bool stream, uint8_t* positive);
+                    bool stream, uint8_t* positive, int64_t soon);
 
   // sums[0] += sum of g, sums[1] += sum of g * (x - mean).
   void (*norm_sums)(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
                     double* sums);
-  // Writes g too, if it is not null.
+  // Writes g too, if it is not null. soon: as of normalize, from dy too.
   void (*norm_input_grad)(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
-                          float* dx, float* g, bool stream);
+                          float* dx, float* g, bool stream, int64_t soon);
 
   // What normalize and norm_input_grad streamed is there for other threads.
   void (*finish_streams)();
