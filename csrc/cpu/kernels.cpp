@@ -950,6 +950,10 @@ inline void each_register(float* to, int64_t n, bool stream, const F& f) {
   writer.finish();
 }
 
+void stream(float* to, const float* from, int64_t n) {
+  each_register(to, n, true, [=](int64_t i, int64_t lanes) { return some(from + i, lanes); });
+}
+
 // The first `lanes` lanes of v, 0 in the others.
 inline Vec only(Vec v, int64_t lanes) {
   if (lanes == kLanes) return v;
@@ -1057,6 +1061,7 @@ extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 normalize,
                                 norm_sums,
                                 norm_input_grad,
+                                stream,
                                 stream_fence,
                                 transpose};
 

@@ -152,7 +152,10 @@ struct Kernels {
   void (*norm_input_grad)(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
                           float* dx, float* g, bool stream, int64_t soon);
 
-  // What normalize and norm_input_grad streamed is there for other threads.
+  // to[i] = from[i], past the caches.
+  void (*stream)(float* to, const float* from, int64_t n);
+
+  // What normalize, norm_input_grad and stream wrote is there for other threads.
   void (*finish_streams)();
 
   // to[c * to_row + r] = from[r * from_row + c]

@@ -309,14 +309,19 @@ void write_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t
   }
   const bool pairs = step_w == 2 && t.col == 1 && walk.target_w > 1;
   const int64_t rows = std::min(walk.target_h - tile.y * step_h, tile.h * step_h), row_floats = tile.w * step_w * t.col;
+  // Rows that follow each other in a target that is too large for the caches are put together, and written past them.
+  const int64_t floats = walk.images * walk.groups * walk.rows * walk.target_h * walk.target_w;
+  const bool streams = pairs && walk.tile_w == walk.grid_w && t.row == walk.target_w && floats >= kStreamFloats;
+  Scratch scratch;
+  float* const together = streams ? scratch.get(rows * walk.target_w) : nullptr;
   for (int64_t c = 0; c < count; ++c) {
     const float* ahead = corner + (c + kWriteAhead) * t.channel;
-    if (c + kWriteAhead < count)
+    if (!streams && c + kWriteAhead < count)
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t f = 0; f < row_floats; f += kAlign) __builtin_prefetch(ahead + r * t.row + f, 1);
     for (size_t i = 0; i < pieces.size(); ++i) {
       const auto [at, h, w] = pieces[i];
-      float* to = corner + c * t.channel + at;
+      float* to = (streams ? together : corner + c * t.channel) + at;
       const float* from = lanes[i].data + c * lanes[i].stride;
       if (pairs) {
         ++i;
@@ -326,7 +331,9 @@ void write_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t
         k.scatter(to, step_h * t.row, step_w * t.col, from, walk.pitch, h, w);
       }
     }
+    if (streams) k.stream(corner + c * t.channel, together, rows * walk.target_w);
   }
+  if (streams) k.finish_streams();
 }
 
 void pack_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count, float* lanes, int64_t stride) {

@@ -66,6 +66,25 @@ def test_large_targets_match_the_reference(isa, size):
 
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride"), [((113, 112), 1, (2, 2)), ((112, 113), 3, (2, 2)), ((111, 115), 1, (3, 2))]
+)
+def test_large_gradients_of_strided_convolutions_match_the_reference(isa, size, kernel, stride):
+    """Their rows are put together, and written past the caches wherever they begin."""
+    g = torch.Generator().manual_seed(0)
+    pattern = pattern_from_mask(torch.rand(8, 64, kernel, kernel, generator=g) > 0.9)
+    values = torch.randint(-4, 5, (pattern.nnz,), generator=g).float()
+    geometry = ([kernel] * 2, list(stride), [kernel // 2] * 4, [1, 1], 1)
+    dx = torch.full((4, 64, *size), NAN)
+    assert dx.numel() > 3 << 20
+    dy = torch.randint(-4, 5, _ops.output_size(dx.shape, 8, *geometry[:4]), generator=g).float()
+    with sk.use_isa(isa):
+        torch.ops.sparsekit_cpu.conv2d_input_grad(dx, dy, values, *pattern[2:], *geometry)
+    assert torch.equal(dx, reference.conv2d_input_grad(dy, values, *pattern[2:], dx.shape, *geometry))
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
 def test_linear_matches_the_reference(isa):
     g = torch.Generator().manual_seed(0)
     with sk.use_isa(isa):
