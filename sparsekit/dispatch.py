@@ -314,7 +314,7 @@ def decide(module, input: Tensor) -> Decision:
         return Decision("dense", "installed without C++ kernels")
     shape = shape_of(module, input)
     train = torch.is_grad_enabled() and module.is_trained
-    measured = module.tuned.get(tuned_key(shape, train, input))
+    measured = module.tuned.get(tuned_key(shape, train, input)) if module.tuned else None
     if measured:
         sparse, dense = measured
     elif input.is_cuda:
