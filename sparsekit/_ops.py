@@ -977,6 +977,19 @@ def conv2d(
     return (out, input) if fork else out
 
 
+def takes_batch_norm(input: Tensor) -> bool:
+    """Whether :func:`conv2d_batch_norm` may take this input, as far as it alone tells."""
+    return (
+        torch.is_grad_enabled()
+        and input.requires_grad
+        and input.dim() == 4
+        and _runs_native(input)
+        and call.conv2d.is_eager(input)
+        and input.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
 def conv2d_batch_norm(
     input: Tensor,
     values: Tensor,
@@ -1026,21 +1039,21 @@ def conv2d_batch_norm(
         >>> values, x = _ops.compress(dense, pattern).requires_grad_(), torch.randn(2, 4, 6, 6, requires_grad=True)
         >>> geometry = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1,) * 4, "dilation": (1, 1), "groups": 1}
         >>> y = _ops.conv2d_batch_norm(x, values, pattern, None, None, None, relu=True, eps=1e-5, **geometry)
-        >>> y is None or y.shape
-        torch.Size([2, 8, 6, 6])
+        >>> y is None or y.shape == (2, 8, 6, 6)
+        True
     """
-    channels, in_channels = pattern.crow_indices.shape[0] - 1, pattern.t_crow_indices.shape[0] - 1
-    if not (torch.is_grad_enabled() and input.requires_grad and values.requires_grad) or input.dim() != 4:
+    if not takes_batch_norm(input):
         return None
+    channels, in_channels = pattern.crow_indices.shape[0] - 1, pattern.t_crow_indices.shape[0] - 1
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
     size = output_size(input.shape, channels, *geometry[:4])
-    images = (input,) if residual is None else (input, residual)
     vectors = [t for t in (weight, bias, *running[:2]) if t is not None]
+    others = [values, *vectors] if residual is None else [values, *vectors, residual]
     if (
-        not _runs_native(*images, values, *vectors)
-        or not call.conv2d.is_eager(*images, values, *vectors)
-        or torch.is_autocast_enabled("cpu")
-        or not all(t.is_contiguous() for t in (*images, values, *vectors))
+        not values.requires_grad
+        or not _runs_native(*others)
+        or not call.conv2d.is_eager(*others)
+        or not all(t.is_contiguous() for t in others)
         or any(t.shape != (channels,) for t in vectors)
         or len({t is None for t in running}) > 1
         or input.shape[1] != in_channels

@@ -70,14 +70,6 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.running_mean.lerp_(mean, factor)
         self.running_var.lerp_(var * (count / (count - 1)), factor)
 
-    def _behind(self, conv: SparseConv2d, input: Tensor, residual: Tensor | None, relu: bool, fork: bool):
-        """``self(conv(input), residual, relu)`` at once, with ``fork`` also the input; None if that cannot be."""
-        if not self.training or self.num_features != conv.out_channels:
-            return None
-        running = self.running_mean, self.running_var, self.num_batches_tracked
-        how = {"relu": relu, "eps": self.eps, "running": running, "momentum": self.momentum, "fork": fork}
-        return conv._normed(input, self.weight, self.bias, residual, **how)
-
 
 def normed(
     conv: nn.Module,
@@ -97,13 +89,14 @@ def normed(
         relu: as of :class:`BatchNorm2d`.
         fork: as of :func:`sparsekit._ops.conv2d`, for a block with a shortcut.
     """
-    if isinstance(conv, SparseConv2d) and not is_watched(conv):
-        found = norm._behind(conv, input, residual, relu, fork)
+    is_ours = isinstance(conv, SparseConv2d) and not is_watched(conv)
+    if is_ours and norm.training and norm.num_features == conv.out_channels:
+        running = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        how = {"relu": relu, "eps": norm.eps, "running": running, "momentum": norm.momentum, "fork": fork}
+        found = conv._normed(input, norm.weight, norm.bias, residual, **how)
         if found is not None:
             return found
-        out, input = conv.forked(input) if fork else (conv(input), input)
-    else:
-        out = conv(input)
+    out, input = conv.forked(input) if is_ours and fork else (conv(input), input)
     out = norm(out, residual, relu)
     return (out, input) if fork else out
 

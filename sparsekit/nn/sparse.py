@@ -325,7 +325,9 @@ class SparseConv2d(SparseModule, nn.Conv2d):
         Returns:
             What that returns; None also where this layer runs dense, has a bias, or pads with anything but zeros.
         """
-        if self.bias is not None or self.padding_mode != "zeros" or input.dim() != 4 or not self.runs_sparse(input):
+        if self.bias is not None or self.padding_mode != "zeros" or not _ops.takes_batch_norm(input):
+            return None
+        if not self.runs_sparse(input):
             return None
         input, padding = self._padded(input)
         operands = input, self.compressed_weight(), self.pattern
