@@ -365,8 +365,9 @@ void conv2d_grads(const Conv2dGeometry& g, const Csr& weight, const Csr& weight_
   Epilogue epilogue;
   if (starts) epilogue.residual = other;
   const ValuesGrad values(g, weight, dy, x);
-  if (values.chunks_are_tasks()) {
-    // dy is read from memory once: next to a tile of the one gradient comes that of the other.
+  if (values.chunks_are_tasks() && g.stride_h * g.stride_w == 1) {
+    // dy is read from memory once: next to a tile of the one gradient comes that of the other. With strides dy is the
+    // smallest of the three, and x and dx would only push each other out of the caches.
     const int64_t tiles = values.tiles(), tasks = input.tasks();
     Queue(values.tasks(), 1).run([&](Queue::Worker& worker) {
       PreparedWalk::Runner products(input, dy.data, dx.data, epilogue);

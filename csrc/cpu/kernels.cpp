@@ -107,8 +107,11 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
     if (kAsks || kDoes & kAhead) ahead.step();
     if (kAsks ? !results.stream : !(kDoes & kStreams))
       for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + in_row(v), 1);
-    if (read_elsewhere)
+    if (read_elsewhere) {
       for (int v = 0; v < N; ++v) __builtin_prefetch(start + soon * start_stride + in_row(v));
+      // What follows in the row is the next strip, or the next tile.
+      for (int v = 0; v < N; ++v) __builtin_prefetch(start + row * start_stride + in_row(v) + N * kLanes, 0, 2);
+    }
     for (int64_t i = 0, length = far ? begin[r + 1] - begin[r] : 0; i < length; i += kLineFloats) {
       __builtin_prefetch(offsets + kFarAhead + i, 0, 2);
       __builtin_prefetch(values + kFarAhead + i, 0, 2);
