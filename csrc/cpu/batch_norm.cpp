@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -50,13 +51,50 @@ bool streams(const BatchNorm& norm) {
   return norm.batch * norm.channels * norm.pixels >= kStreamFloats && norm.pixels >= kPlane;
 }
 
-// The bits of the plane that begins `at` floats into a tensor.
+// The bits of what begins `at` floats into a tensor, at a plane's first float or some registers after it.
 template <class Bits>
 Bits* bits_of(const BatchNorm& norm, Bits* positive, int64_t at) {
-  return positive ? positive + at / std::max<int64_t>(1, norm.pixels) * bit_bytes(norm) : nullptr;
+  if (!positive) return nullptr;
+  const int64_t pixels = std::max<int64_t>(1, norm.pixels);
+  return positive + at / pixels * bit_bytes(norm) + at % pixels / 8;
 }
 
-using Sums = std::vector<std::array<double, 2>>;
+using Sums = std::array<double, 2>;
+
+// Floats add up for a stretch, stretches in double, all of them lane by lane.
+struct LongSums {
+  SpreadSums stretch;
+  double a[16] = {}, b[16] = {};
+
+  void fold() {
+    for (int k = 0; k < 16; ++k) a[k] += stretch.a[k], b[k] += stretch.b[k];
+    stretch = {};
+  }
+  Sums total() const { return {std::accumulate(a, a + 16, 0.0), std::accumulate(b, b + 16, 0.0)}; }
+};
+
+// Two sums for every channel of a block: f(channel of the block, offset, floats, sums) adds what begins there.
+template <class F>
+std::vector<Sums> add_up(const BatchNorm& norm, int64_t first, int64_t count, const F& f) {
+  constexpr int64_t kStretch = 4096;
+  std::vector<LongSums> sums(count);
+  auto fold = [&] {
+    for (LongSums& s : sums) s.fold();
+  };
+  int64_t added = 0;
+  for (int64_t n = 0; n < norm.batch; ++n)
+    for (int64_t begin = 0; begin < norm.pixels; begin += kStretch) {
+      const int64_t floats = std::min(kStretch, norm.pixels - begin);
+      if (added + floats > kStretch) fold(), added = 0;
+      added += floats;
+      for (int64_t c = 0; c < count; ++c)
+        f(c, (n * norm.channels + first + c) * norm.pixels + begin, floats, sums[c].stretch);
+    }
+  fold();
+  std::vector<Sums> totals(count);
+  for (int64_t c = 0; c < count; ++c) totals[c] = sums[c].total();
+  return totals;
+}
 
 }  // namespace
 
@@ -70,14 +108,15 @@ void batch_norm(const BatchNorm& norm, const float* x, const float* residual, fl
     float* const var = norm.var + first;
     // Sums of what is left of the first image's mean: that is near enough to all images', or they are summed again.
     for (int64_t c = 0; c < count; ++c) {
-      double sums[2] = {};
-      k.moments(x + (first + c) * norm.pixels, norm.pixels, 0, sums);
-      mean[c] = static_cast<float>(sums[0] / norm.pixels);
+      LongSums sums;
+      k.moments(x + (first + c) * norm.pixels, norm.pixels, 0, sums.stretch);
+      sums.fold();
+      mean[c] = static_cast<float>(sums.total()[0] / norm.pixels);
     }
     for (int pass = 0, near = 0; pass < 2 && !near; ++pass) {
-      Sums sums(count);
-      each_plane(norm, first, count,
-                 [&](int64_t c, int64_t at) { k.moments(x + at, norm.pixels, mean[c], sums[c].data()); });
+      const auto sums = add_up(norm, first, count, [&](int64_t c, int64_t at, int64_t floats, SpreadSums& spread) {
+        k.moments(x + at, floats, mean[c], spread);
+      });
       near = 1;
       for (int64_t c = 0; c < count; ++c) {
         const double off = sums[c][0] / pixels, found = sums[c][1] / pixels - off * off;
@@ -118,15 +157,14 @@ void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, con
   const double pixels = norm.batch * norm.pixels;
   const bool stream = streams(norm);
   each_block(norm, [&](int64_t first, int64_t count, int64_t soon) {
-    Sums sums(count);
     std::vector<NormGrad> grads(count);
     for (int64_t c = 0; c < count; ++c) {
       const float mean = norm.mean[first + c], weight = norm.weight ? norm.weight[first + c] : 1;
       const float scale = weight / std::sqrt(norm.var[first + c] + norm.eps);
       grads[c] = {mean, scale, (norm.bias ? norm.bias[first + c] : 0) - mean * scale, norm.relu};
     }
-    each_plane(norm, first, count, [&](int64_t c, int64_t at) {
-      k.norm_sums(grads[c], dy + at, x + at, bits_of(norm, positive, at), norm.pixels, sums[c].data());
+    const auto sums = add_up(norm, first, count, [&](int64_t c, int64_t at, int64_t floats, SpreadSums& spread) {
+      k.norm_sums(grads[c], dy + at, x + at, bits_of(norm, positive, at), floats, spread);
     });
     for (int64_t c = 0; c < count; ++c) {
       const double inverse = 1 / std::sqrt(norm.var[first + c] + norm.eps), a = grads[c].scale;

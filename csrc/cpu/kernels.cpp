@@ -957,38 +957,24 @@ void stream(float* to, const float* from, int64_t n) {
   each_register(to, n, true, [=](int64_t i, int64_t lanes) { return some(from + i, lanes); });
 }
 
-// The first `lanes` lanes of v, 0 in the others.
-inline Vec only(Vec v, int64_t lanes) {
-  if (lanes == kLanes) return v;
-  float all[kLanes];
-  store(all, v);
-  return load(all, lanes);
-}
-
-// Two running sums over n floats; f(i, lanes, a, b) gives what a register adds to them. Floats add up in registers for
-// a stretch, stretches in double.
+// f(i, lanes, a, b) for every register of n floats adds to two running sums.
 template <class F>
-inline void add_up(int64_t n, double* sums, const F& f) {
+inline void add_up(int64_t n, SpreadSums& sums, const F& f) {
   constexpr int kAtOnce = 4;
-  constexpr int64_t kStretch = 4096;
-  for (int64_t begin = 0; begin < n; begin += kStretch) {
-    const int64_t end = n - begin < kStretch ? n : begin + kStretch;
-    Vec a[kAtOnce], b[kAtOnce];
-    for (int k = 0; k < kAtOnce; ++k) a[k] = b[k] = zero();
-    int64_t i = begin;
-    for (; i + kAtOnce * kLanes <= end; i += kAtOnce * kLanes)
-      for (int k = 0; k < kAtOnce; ++k) f(i + k * kLanes, kLanes, a[k], b[k]);
-    for (; i < end; i += kLanes) f(i, end - i < kLanes ? end - i : kLanes, a[0], b[0]);
-    float lanes[2][kLanes];
-    store(lanes[0], add(add(a[0], a[1]), add(a[2], a[3])));
-    store(lanes[1], add(add(b[0], b[1]), add(b[2], b[3])));
-    for (int k = 0; k < kLanes; ++k) sums[0] += lanes[0][k], sums[1] += lanes[1][k];
-  }
+  Vec a[kAtOnce], b[kAtOnce];
+  a[0] = load(sums.a), b[0] = load(sums.b);
+  for (int k = 1; k < kAtOnce; ++k) a[k] = b[k] = zero();
+  int64_t i = 0;
+  for (; i + kAtOnce * kLanes <= n; i += kAtOnce * kLanes)
+    for (int k = 0; k < kAtOnce; ++k) f(i + k * kLanes, kLanes, a[k], b[k]);
+  for (; i < n; i += kLanes) f(i, n - i < kLanes ? n - i : kLanes, a[0], b[0]);
+  store(sums.a, add(add(a[0], a[1]), add(a[2], a[3])));
+  store(sums.b, add(add(b[0], b[1]), add(b[2], b[3])));
 }
 
 inline void prefetch_far(const float* p) { __builtin_prefetch(p + kFarFloats, 0, 2); }
 
-void moments(const float* x, int64_t n, float mean, double* sums) {
+void moments(const float* x, int64_t n, float mean, SpreadSums& sums) {
   const Vec minus = broadcast(-mean);
   add_up(n, sums, [=](int64_t i, int64_t lanes, Vec& a, Vec& b) {
     prefetch_far(x + i);
@@ -1017,7 +1003,7 @@ inline Vec through_relu(Vec dy, Vec x, const NormGrad& grad, const uint8_t* posi
 }
 
 void norm_sums(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
-               double* sums) {
+               SpreadSums& sums) {
   const NormGrad norm = grad;
   const Vec minus = broadcast(-grad.mean);
   add_up(n, sums, [=](int64_t i, int64_t lanes, Vec& a, Vec& b) {

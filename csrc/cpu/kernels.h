@@ -76,6 +76,11 @@ struct Pointwise {
   Activation activation;
 };
 
+// Two running sums, spread over lanes.
+struct SpreadSums {
+  alignas(64) float a[16] = {}, b[16] = {};
+};
+
 // A channel of BatchNorm's gradient. g is dy, with relu only where the result was positive, else 0: the bits of
 // `positive` say where, or, if there are none, x * scale + shift.
 struct NormGrad {
@@ -137,17 +142,17 @@ struct Kernels {
   // to[lane] = p(from[lane]) over `lanes` lanes, a multiple of 16; `to` may be `from`. NaN stays NaN.
   void (*pointwise)(const Pointwise& p, float* to, const float* from, int64_t lanes);
 
-  // sums[0] += sum of x - mean, sums[1] += sum of (x - mean)^2, over n floats.
-  void (*moments)(const float* x, int64_t n, float mean, double* sums);
+  // Adds x - mean and (x - mean)^2 of n floats.
+  void (*moments)(const float* x, int64_t n, float mean, SpreadSums& sums);
 
   // y = x * scale + shift + other, at least 0 with relu; NaN stays NaN. other may be null, and positive, which gets a
   // bit for every y: 0 where it is 0 or less. stream: as of Results. soon: floats from x to what will be read next.
   void (*normalize)(float* y, const float* x, const float* other, int64_t n, float scale, float shift, bool relu,
                     bool stream, uint8_t* positive, int64_t soon);
 
-  // sums[0] += sum of g, sums[1] += sum of g * (x - mean).
+  // Adds g and g * (x - mean).
   void (*norm_sums)(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
-                    double* sums);
+                    SpreadSums& sums);
   // Writes g too, if it is not null. soon: as of normalize, from dy too.
   void (*norm_input_grad)(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,
                           float* dx, float* g, bool stream, int64_t soon);

@@ -27,6 +27,8 @@ inline void stream_fence() { _mm_sfence(); }
 inline __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
 inline Vec load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline void store(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+// The first n lanes of v, 0 in the others.
+inline Vec only(Vec v, int64_t n) { return _mm512_maskz_mov_ps(first(n), v); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 // Both return the second argument where one is NaN.
 inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
@@ -110,6 +112,7 @@ inline __m256i first(int64_t n) {
 }
 inline Vec load(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
 inline void store(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first(n), v); }
+inline Vec only(Vec v, int64_t n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first(n))); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
@@ -170,6 +173,10 @@ inline Vec load(const float* p, int64_t n) {
 }
 inline void store(float* p, Vec v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+inline Vec only(Vec v, int64_t n) {
+  for (int64_t i = n; i < kLanes; ++i) v[i] = 0;
+  return v;
 }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }

@@ -225,6 +225,10 @@ def test_sequences_train_as_pytorchs():
     theirs = MobileNetV1(width=0.25, classes=5)
     depthwise = [f"features.{i}.0" for i in range(1, 27, 2)]
     sk.pruning.magnitude_(theirs, 0.9, "uniform", exclude=["features.0.0", *depthwise, "fc"])
+    for norm in (module for module in theirs.modules() if isinstance(module, nn.BatchNorm2d)):
+        # Away from zero: else a pixel that rounding takes across a ReLU changes all gradients before it.
+        nn.init.constant_(norm.weight, 0.25)
+        norm.bias.data = torch.where(torch.rand(norm.num_features) < 0.7, 1.0, -1.0)
     ours = sk.sparsify_(copy.deepcopy(theirs))
     x, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
     called = []
@@ -239,7 +243,7 @@ def test_sequences_train_as_pytorchs():
     for name, grad in grads[0].items():
         for other in grads[1:]:
             kept = theirs.get_parameter(name) != 0 if grad.dim() > 1 else torch.ones_like(grad, dtype=torch.bool)
-            torch.testing.assert_close(other[name][kept], grad[kept], rtol=2e-3, atol=2e-4)
+            torch.testing.assert_close(other[name][kept], grad[kept], rtol=2e-3, atol=1e-4)
     sk.densify_(ours)
     assert [type(m) for m in ours.modules()] == [type(m) for m in theirs.modules()]
 
