@@ -146,13 +146,26 @@ float* planes(const Tensor& t, const char* name, const ImageSize& size) {
   return static_cast<float*>(t.data_ptr());
 }
 
-void max_pool2d_grad_op(Tensor grad_input, Tensor grad_output, Tensor input, Ints kernel, Ints stride, Ints padding,
-                        Ints dilation) {
-  const ImageSize size = image_size(input, "input"), out_size = image_size(grad_output, "grad_output");
+uint8_t* bytes(const Tensor& t, const char* name, int64_t count) {
+  STD_TORCH_CHECK(
+      t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Byte && t.is_contiguous() && t.numel() == count,
+      name, " must be uint8, contiguous, and of a size that fits");
+  return static_cast<uint8_t*>(t.data_ptr());
+}
+
+void max_pool2d_taps_op(Tensor out, Tensor taps, Tensor input, Ints kernel, Ints stride, Ints padding, Ints dilation) {
+  const ImageSize size = image_size(input, "input"), out_size = image_size(out, "out");
   const Pool2dGeometry g = pool_geometry(size, out_size, kernel, stride, padding, dilation);
-  const float* const dy = planes(grad_output, "grad_output", out_size);
-  const float* const x = planes(input, "input", size);
-  max_pool2d_grad(g, dy, x, planes(grad_input, "grad_input", size));
+  STD_TORCH_CHECK(g.kernel_h * g.kernel_w <= kMostTaps, "kernel_size must have at most ", kMostTaps, " taps");
+  max_pool2d_taps(g, planes(input, "input", size), planes(out, "out", out_size), bytes(taps, "taps", out.numel()));
+}
+
+void max_pool2d_grad_op(Tensor grad_input, Tensor grad_output, Tensor taps, Ints kernel, Ints stride, Ints padding,
+                        Ints dilation) {
+  const ImageSize size = image_size(grad_input, "grad_input"), out_size = image_size(grad_output, "grad_output");
+  const Pool2dGeometry g = pool_geometry(size, out_size, kernel, stride, padding, dilation);
+  max_pool2d_grad(g, planes(grad_output, "grad_output", out_size), bytes(taps, "taps", grad_output.numel()),
+                  planes(grad_input, "grad_input", size));
 }
 
 float* channel_data(const Tensor& t, const char* name, int64_t channels) {
@@ -174,11 +187,7 @@ BatchNorm norm_of(const Tensor& input, const std::optional<Tensor>& weight, cons
 }
 
 uint8_t* bits(const std::optional<Tensor>& t, const char* name, const BatchNorm& norm) {
-  if (!t) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == torch::headeronly::ScalarType::Byte && t->is_contiguous() &&
-                      t->numel() == norm.batch * norm.channels * bit_bytes(norm),
-                  name, " must be uint8, contiguous, and of a size that fits");
-  return static_cast<uint8_t*>(t->data_ptr());
+  return t ? bytes(*t, name, norm.batch * norm.channels * bit_bytes(norm)) : nullptr;
 }
 
 void batch_norm_op(Tensor out, Tensor mean, Tensor var, std::optional<Tensor> positive, Tensor input,
@@ -350,7 +359,10 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
   m.def(
       "max_pool2d(Tensor(a!) out, Tensor input, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
   m.def(
-      "max_pool2d_grad(Tensor(a!) grad_input, Tensor grad_output, Tensor input, int[] kernel_size, int[] stride, "
+      "max_pool2d_taps(Tensor(a!) out, Tensor(b!) taps, Tensor input, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation) -> ()");
+  m.def(
+      "max_pool2d_grad(Tensor(a!) grad_input, Tensor grad_output, Tensor taps, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation) -> ()");
   m.def(
       "batch_norm(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var, Tensor(d!)? positive, Tensor input, Tensor? weight, "
@@ -392,6 +404,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("linear_values_grad", TORCH_BOX(&sparsekit::linear_values_grad_op));
   m.impl("bias_grad", TORCH_BOX(&sparsekit::bias_grad_op));
   m.impl("max_pool2d", TORCH_BOX(&sparsekit::max_pool2d_op));
+  m.impl("max_pool2d_taps", TORCH_BOX(&sparsekit::max_pool2d_taps_op));
   m.impl("max_pool2d_grad", TORCH_BOX(&sparsekit::max_pool2d_grad_op));
   m.impl("batch_norm", TORCH_BOX(&sparsekit::batch_norm_op));
   m.impl("batch_norm_grad", TORCH_BOX(&sparsekit::batch_norm_grad_op));

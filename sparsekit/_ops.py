@@ -499,36 +499,42 @@ _define(
 )
 
 
-# max_pool2d: input [n, channels, h, w] -> the largest of every window, NCHW.
+# max_pool2d: input [n, channels, h, w] -> the largest of every window, NCHW; and which one it is, its place in the kernel,
+# uint8, as large: of several the first, of NaNs the last. Only the first has a gradient.
 _POOL = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation"
 
 
 def _max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode):
+    if math.prod(kernel_size) > reference.MOST_TAPS:
+        raise ValueError(f"kernel_size must have at most {reference.MOST_TAPS} taps, got {tuple(kernel_size)}")
     if not _runs_native(input):
         return reference.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
-    return max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+    out, taps = _max_pool2d_fake(input, kernel_size, stride, padding, dilation, ceil_mode)
+    torch.ops.sparsekit_cpu.max_pool2d_taps(out, taps, input.contiguous(), kernel_size, stride, padding, dilation)
+    return out, taps
 
 
-_define(
-    f"max_pool2d(Tensor input, {_POOL}, bool ceil_mode) -> Tensor",
-    _max_pool2d,
-    lambda input, *geometry: input.new_empty(_pooled_size(input.shape, *geometry)),
-)
+def _max_pool2d_fake(input, *geometry):
+    size = _pooled_size(input.shape, *geometry)
+    return input.new_empty(size), input.new_empty(size, dtype=torch.uint8)
 
 
-# max_pool2d_grad: grad_output [n, channels, oh, ow] -> the gradient of input; the first of equal pixels gets it.
-def _max_pool2d_grad(grad_output, input, *geometry):
-    if not _runs_native(grad_output, input):
-        return reference.max_pool2d_grad(grad_output, input, *geometry)
-    grad = input.new_empty(input.shape)
-    torch.ops.sparsekit_cpu.max_pool2d_grad(grad, grad_output.contiguous(), input.contiguous(), *geometry[:4])
+_define(f"max_pool2d(Tensor input, {_POOL}, bool ceil_mode) -> (Tensor, Tensor)", _max_pool2d, _max_pool2d_fake)
+
+
+# max_pool2d_grad: grad_output [n, channels, oh, ow] -> the gradient of input, of input_size.
+def _max_pool2d_grad(grad_output, taps, input_size, *geometry):
+    if not _runs_native(grad_output):
+        return reference.max_pool2d_grad(grad_output, taps, input_size, *geometry)
+    grad = grad_output.new_empty(input_size)
+    torch.ops.sparsekit_cpu.max_pool2d_grad(grad, grad_output.contiguous(), taps.contiguous(), *geometry[:4])
     return grad
 
 
 _define(
-    f"max_pool2d_grad(Tensor grad_output, Tensor input, {_POOL}, bool ceil_mode) -> Tensor",
+    f"max_pool2d_grad(Tensor grad_output, Tensor taps, SymInt[] input_size, {_POOL}, bool ceil_mode) -> Tensor",
     _max_pool2d_grad,
-    lambda grad_output, input, *geometry: input.new_empty(input.shape),
+    lambda grad_output, taps, input_size, *geometry: grad_output.new_empty(input_size),
 )
 
 
@@ -838,12 +844,18 @@ class _NormedConv2d(torch.autograd.Function):
 
 def _save_max_pool2d(ctx, inputs, output):
     input, *ctx.geometry = inputs
-    ctx.save_for_backward(input)
+    _out, taps = output
+    ctx.mark_non_differentiable(taps)
+    ctx.set_materialize_grads(False)
+    ctx.input_size = input.shape
+    ctx.save_for_backward(taps)
 
 
-def _max_pool2d_backward(ctx, grad):
-    (input,) = ctx.saved_tensors
-    return call.max_pool2d_grad(grad, input, *ctx.geometry), *[None] * len(ctx.geometry)
+def _max_pool2d_backward(ctx, grad, _):
+    found = None
+    if grad is not None:
+        found = call.max_pool2d_grad(grad, *ctx.saved_tensors, ctx.input_size, *ctx.geometry)
+    return found, *[None] * len(ctx.geometry)
 
 
 _register_autograd("max_pool2d", _max_pool2d_backward, _save_max_pool2d)

@@ -173,12 +173,36 @@ def batch_norm_grad(grad_output, input, positive, weight, bias, mean, var, relu,
     return grad.contiguous(), grad_weight, grad_bias, of_residual
 
 
+MOST_TAPS = 255  # of a kernel of max pooling; also the tap of a window without pixels
+
+
+def _windows(images, size, taps, stride, padding, dilation):
+    """(number of the tap, what it reads in every window, ``[n, c, oh, ow]``) of images ``[n, c, h, w]``; NaN beyond them."""
+    reach = [s * (n - 1) + d * (k - 1) + 1 for s, n, d, k in zip(stride, size, dilation, taps)]
+    pads = [(p, max(r - n - p, 0)) for p, r, n in zip(padding, reach, images.shape[2:])]
+    padded = F.pad(images, [*pads[1], *pads[0]], value=math.nan)
+    for tap in range(taps[0] * taps[1]):
+        y, x = (d * i for d, i in zip(dilation, divmod(tap, taps[1])))
+        rows, columns = (slice(at, at + s * (n - 1) + 1, s) for at, s, n in zip((y, x), stride, size))
+        yield tap, padded[:, :, rows, columns]
+
+
 def max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode):
-    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode).contiguous()
+    out = F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode).contiguous()
+    geometry = out.shape[2:], kernel_size, stride, padding, dilation
+    taps, largest = torch.full_like(out, MOST_TAPS, dtype=torch.uint8), torch.full_like(out, -math.inf)
+    inside = _windows(torch.ones_like(input), *geometry)
+    for (tap, value), (_, there) in zip(_windows(input, *geometry), inside):
+        better = (there == 1) & ((value > largest) | value.isnan() | (taps == MOST_TAPS))
+        taps[better] = tap
+        largest = torch.where(better, value, largest)
+    return out, taps
 
 
-def max_pool2d_grad(grad_output, input, kernel_size, stride, padding, dilation, ceil_mode):
-    geometry = (kernel_size, stride, padding, dilation, ceil_mode)
-    _, indices = F.max_pool2d(input.contiguous(), *geometry, return_indices=True)
-    grad = input.new_zeros(input.shape).flatten(2)
-    return grad.scatter_add_(2, indices.flatten(2), grad_output.flatten(2)).view(input.shape)
+def max_pool2d_grad(grad_output, taps, input_size, kernel_size, stride, padding, dilation, ceil_mode):
+    pixels = torch.arange(input_size[2] * input_size[3], dtype=torch.float64).view(1, 1, *input_size[2:])
+    grad = grad_output.new_zeros(input_size).flatten(2)
+    for tap, pixel in _windows(pixels, grad_output.shape[2:], kernel_size, stride, padding, dilation):
+        chosen = torch.where(taps == tap, grad_output, 0).flatten(2)
+        grad.scatter_add_(2, pixel.nan_to_num().long().flatten(2).expand_as(chosen), chosen)
+    return grad.view(input_size)

@@ -19,8 +19,33 @@ constexpr int kLineFloats = 16;   // in a cache line
 constexpr int kFarAhead = 256;    // non-zeros, that their prefetch is ahead
 constexpr int kFarFloats = 1024;  // the same, of planes that are read one after the other: CPUs look ahead less
 
+inline void prefetch_far(const float* p) { __builtin_prefetch(p + kFarFloats, 0, 2); }
+
 inline Vec some(const float* p, int64_t lanes) { return lanes == kLanes ? load(p) : load(p, lanes); }
 inline void put(float* p, Vec v, int64_t lanes) { lanes == kLanes ? store(p, v) : store(p, v, lanes); }
+
+// Whole numbers in [0, 255] as bytes.
+inline void put_bytes(uint8_t* p, Vec v, int64_t lanes) {
+#if defined(__AVX512F__)
+  _mm512_mask_cvtepi32_storeu_epi8(p, first(lanes), _mm512_cvtps_epi32(v));
+#else
+  float all[kLanes];
+  store(all, v);
+  for (int64_t i = 0; i < lanes; ++i) p[i] = (uint8_t)(int)all[i];
+#endif
+}
+
+inline Vec some_bytes(const uint8_t* p, int64_t lanes) {
+  uint8_t bytes[kLanes] = {};
+  __builtin_memcpy(bytes, p, lanes);
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
+#else
+  float all[kLanes];
+  for (int i = 0; i < kLanes; ++i) all[i] = bytes[i];
+  return load(all);
+#endif
+}
 
 // The share of a strip in what is wanted soon.
 Soon share_of(Soon soon, int64_t strip, int64_t strips) {
@@ -747,78 +772,112 @@ struct TapPlace {
   }
 };
 
+constexpr int kNoTap = 255;
+
 // Rows are split into their columns' residues of the stride, so that what a tap reads, and what it gives, are
 // neighbours: residue r of row y begins at (y * stride + r) * split.row, column 0 of it `margin` floats later.
-void max_pool_grad_plane(const Pool2dGeometry& g, const PoolSplit& split, const float* dy, const float* x, float* dx,
-                         float* scratch, bool stream) {
-  const int64_t stride = g.stride_w, row_floats = split.row, margin = split.margin, rows = g.in_h * stride;
+void max_pool_plane(const Pool2dGeometry& g, const PoolSplit& split, const float* x, float* y, uint8_t* taps,
+                    float* scratch) {
+  const int64_t stride = g.stride_w, row_floats = split.row, margin = split.margin;
   const TapPlace start(g);
-  float* const from = scratch;
-  float* const to = from + rows * row_floats;
-  // Of a row of windows: the first column of taps that lies in the image, the tap whose pixel is the largest, and dy.
-  float* const first = to + rows * row_floats;
-  float* const taps = first + row_floats + margin;
-  float* const grads = taps + row_floats + margin;
-  for (int64_t i = 0; i < rows * row_floats; i += kLanes) store(from + i, broadcast(kLowest)), store(to + i, zero());
-  for (int64_t i = -margin; i < row_floats; ++i) taps[i] = -1, grads[i] = 0;
+  float* const rows = scratch;
+  // The first column of taps that lies in the image, for every window of a row.
+  float* const first = rows + g.in_h * stride * row_floats;
   for (int64_t i = 0, left = -g.pad_left; i < row_floats; ++i, left += stride) {
     first[i] = left < g.in_w ? 0 : -1;
     if (left >= 0) continue;
     const Taps across(left, g.kernel_w, g.dilation_w, g.in_w);
     first[i] = across.first < across.last ? across.first : -1;
   }
-  for (int64_t y = 0; y < g.in_h; ++y)
-    for (int64_t r = 0; r < stride; ++r) {
-      float* const part = from + (y * stride + r) * row_floats + margin;
-      const int64_t cols = (g.in_w - r + stride - 1) / stride;
-      const float* const row = x + y * g.in_w + r;
-      for (int64_t c = 0; c < cols; c += kLanes) {
-        const int64_t n = cols - c < kLanes ? cols - c : kLanes;
-        put(part + c, every(row + c * stride, stride, n), n);
-      }
-    }
-  for (int64_t y = 0; y < g.out_h; ++y) {
-    const int64_t top = y * g.stride_h - g.pad_top;
+  int64_t known = 0;  // rows that are split
+  for (int64_t out = 0; out < g.out_h; ++out) {
+    const int64_t top = out * g.stride_h - g.pad_top;
     const Taps down(top, g.kernel_h, g.dilation_h, g.in_h);
-    if (down.first >= down.last) continue;
+    for (; known < g.in_h && known <= top + (down.last - 1) * g.dilation_h; ++known)
+      for (int64_t r = 0; r < stride; ++r) {
+        float* const part = rows + (known * stride + r) * row_floats;
+        for (int64_t i = 0; i < row_floats; i += kLanes) store(part + i, broadcast(kLowest));
+        const int64_t cols = (g.in_w - r + stride - 1) / stride;
+        const float* const row = x + known * g.in_w + r;
+        for (int64_t c = 0; c < cols; c += kLanes) {
+          const int64_t n = cols - c < kLanes ? cols - c : kLanes;
+          prefetch_far(row + c * stride), prefetch_far(row + c * stride + kLanes);
+          put(part + margin + c, every(row + c * stride, stride, n), n);
+        }
+      }
     const Vec above = broadcast(down.first * g.kernel_w), none = broadcast(-1);
     for (int64_t i = 0; i < g.out_w; i += kLanes) {
       const int64_t n = g.out_w - i < kLanes ? g.out_w - i : kLanes;
       const Vec across = load(first + i);
-      Vec largest = broadcast(kLowest), tap = where_more(across, none, add(across, above), none);
+      Vec largest = broadcast(kLowest), tap = broadcast(kNoTap), number = above;
+      if (down.first < down.last) tap = where_more(across, none, add(across, above), tap);
       for (int64_t ky = down.first; ky < down.last; ++ky) {
-        const float* const row = from + (top + ky * g.dilation_h) * stride * row_floats + margin + i;
+        const float* const row = rows + (top + ky * g.dilation_h) * stride * row_floats + margin + i;
         TapPlace at = start;
         for (int64_t kx = 0; kx < g.kernel_w; ++kx, at.next()) {
           const Vec v = load(row + at.residue * row_floats + at.shift);
-          tap = where_more(v, largest, broadcast(ky * g.kernel_w + kx), tap);
+          tap = where_more(v, largest, number, tap);
           largest = where_more(v, largest, v, largest);
+          number = add(number, broadcast(1));
         }
       }
-      store(taps + i, tap);
-      store(grads + i, some(dy + y * g.out_w + i, n));
+      put(y + out * g.out_w + i, largest, n);
+      put_bytes(taps + out * g.out_w + i, tap, n);
+    }
+  }
+}
+
+void max_pool_grad_plane(const Pool2dGeometry& g, const PoolSplit& split, const float* dy, const uint8_t* taps,
+                         float* dx, float* scratch, bool stream) {
+  const int64_t stride = g.stride_w, row_floats = split.row, margin = split.margin;
+  const TapPlace start(g);
+  float* const rows = scratch;
+  // Of a row of windows: the tap whose pixel is the largest, and dy.
+  float* const tap_row = rows + g.in_h * stride * row_floats + margin;
+  float* const grad_row = tap_row + row_floats + margin;
+  for (int64_t i = -margin; i < row_floats; ++i) tap_row[i] = kNoTap, grad_row[i] = 0;
+  int64_t zeroed = 0, written = 0;  // rows
+  auto write_until = [&](int64_t end) {
+    for (; written < end; ++written) {
+      const float* const part = rows + written * stride * row_floats + margin;
+      float* const row = dx + written * g.in_w;
+      if (stride == 2) {
+        join(row, part, part + row_floats, g.in_w, stream);
+      } else {
+        for (int64_t c = 0; c < g.in_w; ++c) row[c] = part[c % stride * row_floats + c / stride];
+      }
+    }
+  };
+  auto zero_until = [&](int64_t end) {
+    for (; zeroed < end; ++zeroed)
+      for (int64_t i = 0; i < stride * row_floats; i += kLanes) store(rows + zeroed * stride * row_floats + i, zero());
+  };
+  for (int64_t out = 0; out < g.out_h; ++out) {
+    const int64_t top = out * g.stride_h - g.pad_top;
+    const Taps down(top, g.kernel_h, g.dilation_h, g.in_h);
+    if (down.first >= down.last) continue;
+    const int64_t end = top + (down.last - 1) * g.dilation_h + 1;
+    zero_until(end);
+    write_until(top < end ? top : end);
+    for (int64_t i = 0; i < g.out_w; i += kLanes) {
+      const int64_t n = g.out_w - i < kLanes ? g.out_w - i : kLanes;
+      put(tap_row + i, some_bytes(taps + out * g.out_w + i, n), n);
+      put(grad_row + i, some(dy + out * g.out_w + i, n), n);
     }
     for (int64_t ky = down.first; ky < down.last; ++ky) {
       TapPlace at = start;
       for (int64_t kx = 0; kx < g.kernel_w; ++kx, at.next()) {
-        float* const part = to + ((top + ky * g.dilation_h) * stride + at.residue) * row_floats + margin;
+        float* const part = rows + ((top + ky * g.dilation_h) * stride + at.residue) * row_floats + margin;
         const Vec tap = broadcast(ky * g.kernel_w + kx);
         for (int64_t c = 0; c * stride + at.residue < g.in_w; c += kLanes) {
           const int64_t window = c - at.shift;
-          store(part + c, add(load(part + c), where_equal(load(taps + window), tap, load(grads + window))));
+          store(part + c, add(load(part + c), where_equal(load(tap_row + window), tap, load(grad_row + window))));
         }
       }
     }
   }
-  for (int64_t y = 0; y < g.in_h; ++y) {
-    const float* const part = to + y * stride * row_floats + margin;
-    float* const row = dx + y * g.in_w;
-    if (stride == 2) {
-      join(row, part, part + row_floats, g.in_w, stream);
-    } else {
-      for (int64_t c = 0; c < g.in_w; ++c) row[c] = part[c % stride * row_floats + c / stride];
-    }
-  }
+  zero_until(g.in_h);
+  write_until(g.in_h);
   if (stream) stream_fence();
 }
 
@@ -972,8 +1031,6 @@ inline void add_up(int64_t n, SpreadSums& sums, const F& f) {
   store(sums.b, add(add(b[0], b[1]), add(b[2], b[3])));
 }
 
-inline void prefetch_far(const float* p) { __builtin_prefetch(p + kFarFloats, 0, 2); }
-
 void moments(const float* x, int64_t n, float mean, SpreadSums& sums) {
   const Vec minus = broadcast(-mean);
   add_up(n, sums, [=](int64_t i, int64_t lanes, Vec& a, Vec& b) {
@@ -1043,8 +1100,9 @@ extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 interleave,
                                 split,
                                 max_pool_row,
-                                max_pool_grad_plane,
                                 avg_pool_row,
+                                max_pool_plane,
+                                max_pool_grad_plane,
                                 pointwise,
                                 moments,
                                 normalize,

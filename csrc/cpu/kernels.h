@@ -89,7 +89,7 @@ struct NormGrad {
   float of_x = 0, constant = 0;  // dx = scale * g + of_x * (x - mean) + constant
 };
 
-// How max_pool_grad_plane splits the rows of a plane by their columns' residues of the stride.
+// How max_pool_plane and its gradient split the rows of a plane by their columns' residues of the stride.
 struct PoolSplit {
   int64_t row, margin;  // floats of a part, and of them those before the first column
   int64_t floats;       // in all
@@ -130,14 +130,18 @@ struct Kernels {
   // layouts are NCHW and channels_last; NCHW to channels_last is not there. scratch: pool_scratch(g) floats.
   void (*max_pool_row)(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch);
 
-  // The gradient of max pooling for one plane, NCHW: see max_pool2d_grad. scratch: split.floats floats. stream: as of
-  // Results, for stride_w = 2 and rows of whole lines.
-  void (*max_pool_grad_plane)(const Pool2dGeometry& g, const PoolSplit& split, const float* dy, const float* x,
-                              float* dx, float* scratch, bool stream);
-
   // The same for average pooling, NCHW only. count_padding: the zeros around an image count as its pixels.
   void (*avg_pool_row)(const Pool2dGeometry& g, bool count_padding, const Images& in, const Images& out, int64_t y,
                        float* scratch);
+
+  // Max pooling of one plane, NCHW, and which tap of every window is the largest: see max_pool2d_taps. scratch:
+  // split.floats floats.
+  void (*max_pool_plane)(const Pool2dGeometry& g, const PoolSplit& split, const float* x, float* y, uint8_t* taps,
+                         float* scratch);
+
+  // Its gradient. stream: as of Results, for stride_w = 2 and rows of whole lines.
+  void (*max_pool_grad_plane)(const Pool2dGeometry& g, const PoolSplit& split, const float* dy, const uint8_t* taps,
+                              float* dx, float* scratch, bool stream);
 
   // to[lane] = p(from[lane]) over `lanes` lanes, a multiple of 16; `to` may be `from`. NaN stays NaN.
   void (*pointwise)(const Pointwise& p, float* to, const float* from, int64_t lanes);

@@ -33,13 +33,25 @@ PoolSplit split_of(const Pool2dGeometry& g) {
   const int64_t left = ceil_div(g.pad_left, g.stride_w), right = ceil_div((g.kernel_w - 1) * g.dilation_w, g.stride_w);
   const int64_t columns = std::max(round_up(ceil_div(g.in_w, g.stride_w), kLanes), round_up(g.out_w, kLanes));
   const int64_t margin = std::max(left, right), row = round_up(margin + columns + margin, kLanes);
-  return {row, margin, 2 * g.in_h * g.stride_w * row + 3 * (row + margin)};
+  return {row, margin, g.in_h * g.stride_w * row + 3 * (row + margin)};
 }
 
 }  // namespace
 
-void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const float* x, float* dx) {
-  const int64_t plane = g.in_h * g.in_w, planes = g.batch * g.channels;
+void max_pool2d_taps(const Pool2dGeometry& g, const float* x, float* y, uint8_t* taps) {
+  const int64_t plane = g.in_h * g.in_w, out_plane = g.out_h * g.out_w, planes = g.batch * g.channels;
+  use_huge_pages(y, planes * out_plane);
+  parallel(planes, [&](int64_t begin, int64_t end) {
+    const PoolSplit split = split_of(g);
+    Scratch memory;
+    float* const scratch = memory.get(split.floats);
+    for (int64_t i = begin; i < end; ++i)
+      kernels().max_pool_plane(g, split, x + i * plane, y + i * out_plane, taps + i * out_plane, scratch);
+  });
+}
+
+void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const uint8_t* taps, float* dx) {
+  const int64_t plane = g.in_h * g.in_w, out_plane = g.out_h * g.out_w, planes = g.batch * g.channels;
   use_huge_pages(dx, planes * plane);
   const bool stream = g.stride_w == 2 && g.in_w % 16 == 0 && planes * plane >= kStreamFloats &&
                       reinterpret_cast<uintptr_t>(dx) % 64 == 0;
@@ -48,7 +60,7 @@ void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const float* x, f
     Scratch memory;
     float* const scratch = memory.get(split.floats);
     for (int64_t i = begin; i < end; ++i)
-      kernels().max_pool_grad_plane(g, split, dy + i * g.out_h * g.out_w, x + i * plane, dx + i * plane, scratch,
+      kernels().max_pool_grad_plane(g, split, dy + i * out_plane, taps + i * out_plane, dx + i * plane, scratch,
                                     stream);
   });
 }

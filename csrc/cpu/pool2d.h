@@ -13,8 +13,12 @@ inline int64_t pool_scratch(const Pool2dGeometry& g) {
 // The largest pixel of every window; the layouts are those of Kernels::max_pool_row.
 void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out);
 
-// NCHW: dx is the sum of dy over the windows of which a pixel of x is the largest; of several the first, of NaNs the
-// last. A window between whose taps the image lies has none.
-void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const float* x, float* dx);
+// NCHW. taps: which pixel of every window is the largest, as its place in the kernel, row by row; of several the first,
+// of NaNs the last. A window between whose taps the image lies has kMostTaps. There are at most so many taps.
+constexpr int64_t kMostTaps = 255;
+void max_pool2d_taps(const Pool2dGeometry& g, const float* x, float* y, uint8_t* taps);
+
+// dx is the sum of dy over the windows of which a pixel of x is the largest.
+void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const uint8_t* taps, float* dx);
 
 }  // namespace sparsekit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -35,9 +37,10 @@ class MaxPool2d(nn.MaxPool2d):
             and input.is_contiguous()
             and input.numel() > 0
             and all(2 * p <= k <= s for p, k, s in zip(pairs[2], pairs[0], input.shape[2:]))
+            and math.prod(pairs[0]) <= _ops.reference.MOST_TAPS
             and pairs[3] == [1, 1]
         )
-        return _ops.call.max_pool2d(input, *pairs, self.ceil_mode) if is_fast else super().forward(input)
+        return _ops.call.max_pool2d(input, *pairs, self.ceil_mode)[0] if is_fast else super().forward(input)
 
     def _geometry(self) -> tuple:
         return self.kernel_size, self.stride, self.padding, self.dilation

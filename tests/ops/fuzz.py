@@ -190,13 +190,17 @@ def check_others(seed: int) -> None:
     pool = [r.choice([1, 2, 3]) for _ in range(2)]
     geometry = pool, [r.choice([1, 2, 3]) for _ in range(2)], [r.randint(0, k // 2) for k in pool], [1, 1]
     if all(n + 2 * p >= k for n, p, k in zip(size[2:], geometry[2], pool)):
-        expected = reference.max_pool2d(x, *geometry, False)
+        expected, expected_taps = reference.max_pool2d(x, *geometry, False)
         out, grad = torch.full_like(expected, NAN), torch.full_like(x, NAN)
         native.max_pool2d(out, x, *geometry)
         assert torch.equal(out, expected), f"max_pool2d: {context}"
+        out, taps = torch.full_like(out, NAN), torch.full_like(expected_taps, 254)
+        native.max_pool2d_taps(out, taps, x, *geometry)
+        assert torch.equal(out, expected) and torch.equal(taps, expected_taps), f"max_pool2d_taps: {context}"
         dy = torch.randint(-4, 5, out.shape, generator=g).float()
-        native.max_pool2d_grad(grad, dy, x, *geometry)
-        assert torch.equal(grad, reference.max_pool2d_grad(dy, x, *geometry, False)), f"max_pool2d_grad: {context}"
+        native.max_pool2d_grad(grad, dy, taps, *geometry)
+        expected = reference.max_pool2d_grad(dy, taps, x.shape, *geometry, False)
+        assert torch.equal(grad, expected), f"max_pool2d_grad: {context}"
 
     def draw(*shape, there=True):
         return torch.randn(*shape, generator=g) if there else None

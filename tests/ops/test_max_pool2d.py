@@ -31,7 +31,7 @@ def test_is_pytorchs(size, kernel, stride, dilation, padded, ceil, ties, isa):
     geometry = ([*kernel], [*stride], padding, [dilation, dilation], ceil)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     with sk.use_isa(isa):
-        out = torch.ops.sparsekit.max_pool2d(ours, *geometry)
+        out, _ = torch.ops.sparsekit.max_pool2d(ours, *geometry)
         expected = F.max_pool2d(theirs, *geometry)
         assert torch.equal(out, expected)
         grad = torch.randn(out.shape, generator=g)
@@ -45,7 +45,7 @@ def test_a_gradient_that_is_written_past_the_caches(isa):
     x, geometry = torch.randn(4, 64, 113, 112), ([3, 3], [2, 2], [1, 1], [1, 1], False)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     with sk.use_isa(isa):
-        torch.ops.sparsekit.max_pool2d(ours, *geometry).square().sum().backward()
+        torch.ops.sparsekit.max_pool2d(ours, *geometry)[0].square().sum().backward()
     F.max_pool2d(theirs, *geometry).square().sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
 
@@ -58,8 +58,8 @@ def hits_a_pixel(size, padding, dilation):
 def test_windows_without_a_pixel_have_no_gradient(isa):
     x = torch.randn(2, 3, 1, 5, requires_grad=True)
     with sk.use_isa(isa):
-        out = torch.ops.sparsekit.max_pool2d(x, [2, 2], [1, 1], [1, 1], [2, 2], False)
-        assert out.shape == (2, 3, 1, 5) and (out == -float("inf")).all()
+        out, taps = torch.ops.sparsekit.max_pool2d(x, [2, 2], [1, 1], [1, 1], [2, 2], False)
+        assert out.shape == (2, 3, 1, 5) and (out == -float("inf")).all() and (taps == 255).all()
         out.backward(torch.ones_like(out))
     assert not x.grad.any()
 
@@ -81,11 +81,11 @@ def test_nan_and_inf():
 def test_opcheck_and_gradcheck(dtype):
     x, geometry = torch.randn(2, 3, 7, 6, dtype=dtype), ([3, 2], [2, 2], [1, 0], [1, 1], True)
     torch.library.opcheck(torch.ops.sparsekit.max_pool2d.default, (x.requires_grad_(), *geometry), test_utils=OPCHECKS)
-    grad = torch.randn_like(torch.ops.sparsekit.max_pool2d(x, *geometry))
-    args = (grad, x.detach(), *geometry)
+    out, taps = torch.ops.sparsekit.max_pool2d(x, *geometry)
+    args = (torch.randn_like(out), taps, x.shape, *geometry)
     torch.library.opcheck(torch.ops.sparsekit.max_pool2d_grad.default, args, test_utils=OPCHECKS)
     if dtype == torch.float64:
-        assert torch.autograd.gradcheck(lambda t: torch.ops.sparsekit.max_pool2d(t, *geometry), x)
+        assert torch.autograd.gradcheck(lambda t: torch.ops.sparsekit.max_pool2d(t, *geometry)[0], x)
 
 
 @pytest.mark.parametrize(
