@@ -230,7 +230,12 @@ def table(results: dict) -> str:
         f"A training step at 224 × 224 (forward, backward, SGD with momentum), float32, {main['threads']} threads of an "
         f"{results['cpu']} ({main['isa']}), torch {results['torch']}, at commit {results['commit']}. Speed-up over the "
         "fastest dense way, ± half the distance between the quartiles; conv1, fc and depthwise layers are dense. "
-        "`python -m benchmarks.training` makes the tables and the picture.",
+        + (
+            "The models take turns, and every step that is timed follows one of the same model. "
+            if main.get("lead")
+            else ""
+        )
+        + "`python -m benchmarks.training` makes the tables and the picture.",
         "",
         "| | dense | " + " | ".join(names) + " |",
         "| --- |" + " ---: |" * (len(names) + 1),

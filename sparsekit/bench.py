@@ -52,16 +52,22 @@ def keep_freed_memory() -> None:
     libc.mallopt(m_arena_max, 1)
 
 
-def interleave(functions: dict[str, Callable[[], object]], runs: int = 7, warmup: int = 1) -> dict[str, list[float]]:
+def interleave(
+    functions: dict[str, Callable[[], object]], runs: int = 7, warmup: int = 1, lead: int = 0
+) -> dict[str, list[float]]:
     """Seconds of every function, ``runs`` of each, in turns so that drift hits all alike.
 
-    The order is random in every round: what ran before decides what the caches hold.
+    The order is random in every round: what ran before decides what the caches hold. Functions that are called again and
+    again in their use, as a training step is, get ``lead`` calls before the one that is timed, so that they find what
+    they left themselves.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     order, shuffle = list(functions.items()), random.Random(0).shuffle
     for run in range(warmup + runs):
         shuffle(order)
         for name, function in order:
+            for _ in range(lead):
+                function()
             start = time.perf_counter()
             function()
             elapsed = time.perf_counter() - start
@@ -100,10 +106,11 @@ def measure(
         compile_sparse: whether it is one of the sparse ways of full finetuning.
 
     Returns:
-        JSON types: ``dense`` (milliseconds per way, which is the fastest, and its parts), batch, threads, ISA, and for
-        each sparse way (``sparse``, the modules; ``engine`` of inference and linear finetuning; ``compressed`` and, if
-        ``compiled``, ``compiled`` of full finetuning) a dict by name: milliseconds, spread, speed-up over the fastest
-        dense way, sparsity; of full finetuning also ``parts``: milliseconds of forward, backward and optimizer.
+        JSON types: ``dense`` (milliseconds per way, which is the fastest, and its parts), batch, threads, ISA, ``lead``
+            (steps of the same model before every one that is timed: 1, or 0 of inference), and for each sparse way
+            (``sparse``, the modules; ``engine`` of inference and linear finetuning; ``compressed`` and, if ``compiled``,
+            ``compiled`` of full finetuning) a dict by name: milliseconds, spread, speed-up over the fastest dense way,
+            sparsity; of full finetuning also ``parts``: milliseconds of forward, backward and optimizer.
 
     Raises:
         ValueError: ``kind`` is unknown, or there is no model.
@@ -132,8 +139,10 @@ def measure(
     for way, make in ways.items():
         for name, model in sparse_models.items():
             functions[f"{way} {name}"] = make(copy.deepcopy(model))
-    # The first steps of every model find memory that nobody has touched yet.
-    times = interleave(functions, runs, warmup=3)
+    # The first steps of every model find memory that nobody has touched yet; later ones, after another model's, caches
+    # that hold nothing of theirs, which no step of a training loop does.
+    lead = 0 if kind == "inference" else 1
+    times = interleave(functions, runs, warmup=3 - lead, lead=lead)
     medians = {name: statistics.median(t) for name, t in times.items()}
     dense_ways = {name: seconds for name, seconds in medians.items() if name.startswith("dense")}
     fastest = min(dense_ways, key=dense_ways.get)
@@ -141,7 +150,7 @@ def measure(
     def parts(function: str) -> dict:
         if kind != "full":
             return {}
-        measured = zip(*functions[function].parts[-runs:])
+        measured = zip(*functions[function].parts[lead - (1 + lead) * runs :: 1 + lead])
         return {"parts": {part: 1e3 * statistics.median(seconds) for part, seconds in zip(PARTS, measured)}}
 
     def row(way: str, name: str, model: nn.Module) -> dict:
@@ -161,6 +170,7 @@ def measure(
         "threads": torch.get_num_threads(),
         "isa": _ops.backend(),
         "runs": runs,
+        "lead": lead,
         "dense": {name.removeprefix("dense "): 1e3 * s for name, s in dense_ways.items()}
         | {"fastest": fastest.removeprefix("dense "), "spread": spread(times[fastest])}
         | parts(fastest),
