@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "cpu/walk.h"
@@ -30,16 +31,21 @@ class PackedWeight {
     order_.resize(lists * rows_ + Rows::kAhead);
     slot_.resize(lists * rows_);
     length_.resize(lists * rows_);
+    std::vector<int32_t> offsets(walk.source_channels * taps_);
     if (shifting_) {
-      for (const Tap& tap : part.taps) beside_.push_back(tap.phase < 0 ? 0 : tap.dx);
+      beside_.resize(offsets.size());
       pairs_.resize(lists);
     }
-    std::vector<int32_t> offsets(walk.source_channels * taps_);
-    for (int64_t c = 0; c < walk.source_channels; ++c)
-      for (int64_t t = 0; t < taps_; ++t) {
-        const Tap& tap = part.taps[t];
-        offsets[c * taps_ + t] = tap.phase < 0 ? -1 : offset_of(walk, tap, c % block_channels);
+    for (int64_t t = 0; t < taps_; ++t) {
+      const Tap& tap = part.taps[t];
+      const int64_t first = tap.phase < 0 ? -1 : offset_of(walk, tap, 0),
+                    step = tap.phase < 0 ? 0 : walk.channel_stride;
+      for (int64_t c = 0, in_block = 0; c < walk.source_channels; ++c, ++in_block) {
+        if (in_block == block_channels) in_block = 0;
+        offsets[c * taps_ + t] = first + in_block * step;
+        if (shifting_) beside_[c * taps_ + t] = tap.phase < 0 ? 0 : tap.dx;
       }
+    }
     count(csr, offsets);
     if (shifting_) {
       const Phase& p = walk.phases[0];
@@ -47,8 +53,8 @@ class PackedWeight {
       pair(csr);
     }
     sort(with_values ? 1 : 4);
-    offsets_.resize(size());
-    if (with_values) values_.resize(size() + 4);  // read four at a time
+    offsets_.reset(new uint32_t[size()]);                   // set by fill, every one of them
+    if (with_values) values_.reset(new float[size() + 4]);  // read four at a time
     fill(csr, offsets);
   }
 
@@ -61,8 +67,8 @@ class PackedWeight {
     const int64_t start = (group * blocks_ + block) * rows_ + first_row(split);
     return {begin_.data() + start,
             order_.data() + start,
-            offsets_.data(),
-            values_.data(),
+            offsets_.get(),
+            values_.get(),
             first_row(split + 1) - first_row(split),
             shifting_ ? pairs_[group * blocks_ + block] : 0};
   }
@@ -121,7 +127,7 @@ class PackedWeight {
   Beside beside(const Csr& csr, int64_t j, int64_t end) const {
     Beside count;
     for (; j < end; ++j) {
-      const int64_t dx = beside_[csr.col[j] % taps_];
+      const int64_t dx = beside_[csr.col[j]];
       count.left += dx == -1;
       count.right += dx == 1;
     }
@@ -171,30 +177,35 @@ class PackedWeight {
 
   void fill(const Csr& csr, const std::vector<int32_t>& offsets) {
     parallel(csr.rows, [&](int64_t first, int64_t last) {
-      for (int64_t r = first; r < last; ++r)
+      uint32_t* const to_offsets = offsets_.get();
+      float* const to_values = values_.get();
+      for (int64_t r = first; r < last; ++r) {
+        const int64_t group = r / group_rows_ * group_floats_;
         each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
           int64_t to = begin_[slot_[list]];
-          if (shifting_) return fill_pairs(csr, offsets, r, list, j, end, to);
+          if (shifting_) return fill_pairs(csr, offsets, group, list, j, end, to);
           for (; j < end; ++j) {
             const int32_t offset = offsets[csr.col[j]];
             if (offset < 0) continue;
-            offsets_[to] = offset + r / group_rows_ * group_floats_;
-            if (!values_.empty()) values_[to] = csr.values[csr.permutation ? csr.permutation[j] : j];
+            to_offsets[to] = offset + group;
+            if (to_values) to_values[to] = csr.values[csr.permutation ? csr.permutation[j] : j];
             ++to;
           }
+          std::fill(to_offsets + to, to_offsets + begin_[slot_[list] + 1], 0);
         });
+      }
     });
   }
 
   // Left and right taps take turns, at the offsets of the column between them; then the others. Pairs that are not
   // there read a pixel that the row reads anyway, if there is one: an Inf of another would make NaN of it.
-  void fill_pairs(const Csr& csr, const std::vector<int32_t>& offsets, int64_t row, int64_t list, int64_t j,
+  void fill_pairs(const Csr& csr, const std::vector<int32_t>& offsets, int64_t group, int64_t list, int64_t j,
                   int64_t end, int64_t to) {
     const int64_t pairs = pairs_[list / rows_];
     uint32_t pixel = centre_;
     for (int64_t k = j; k < end; ++k)
       if (offsets[csr.col[k]] >= 0) {
-        pixel = offsets[csr.col[k]] - beside_[csr.col[k] % taps_] + row / group_rows_ * group_floats_;
+        pixel = offsets[csr.col[k]] - beside_[csr.col[k]] + group;
         break;
       }
     for (int64_t i = 0; i < 2 * pairs; ++i) offsets_[to + i] = pixel, values_[to + i] = 0;
@@ -202,11 +213,11 @@ class PackedWeight {
     for (; j < end; ++j) {
       const int32_t offset = offsets[csr.col[j]];
       if (offset < 0) continue;
-      const int64_t dx = beside_[csr.col[j] % taps_];
+      const int64_t dx = beside_[csr.col[j]];
       const int64_t at = dx == -1 && left < pairs   ? to + 2 * left++
                          : dx == 1 && right < pairs ? to + 2 * right++ + 1
                                                     : rest++;
-      offsets_[at] = offset + row / group_rows_ * group_floats_ - (at < to + 2 * pairs ? dx : 0);
+      offsets_[at] = offset + group - (at < to + 2 * pairs ? dx : 0);
       values_[at] = csr.values[csr.permutation ? csr.permutation[j] : j];
     }
   }
@@ -214,12 +225,12 @@ class PackedWeight {
   int64_t rows_, groups_, blocks_, block_channels_, splits_, taps_;
   bool shifting_;
   uint32_t centre_ = 0;                // offset of the lanes themselves, in the first channel
-  std::vector<int64_t> beside_;        // per tap, its column
+  std::vector<int8_t> beside_;         // per column of the CSR, the column of its tap
   std::vector<int32_t> pairs_;         // per group and block
   int64_t group_rows_, group_floats_;  // between the groups of one list
   std::vector<int32_t> begin_, order_, slot_, length_;
-  std::vector<uint32_t> offsets_;
-  std::vector<float> values_;
+  std::unique_ptr<uint32_t[]> offsets_;
+  std::unique_ptr<float[]> values_;
 };
 
 }  // namespace sparsekit
