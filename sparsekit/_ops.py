@@ -995,11 +995,16 @@ def takes_batch_norm(input: Tensor) -> bool:
         torch.is_grad_enabled()
         and input.requires_grad
         and input.dim() == 4
-        and _runs_native(input)
-        and call.conv2d.is_eager(input)
-        and input.is_contiguous()
+        and _state["isa"] != "reference"
+        and call.conv2d.is_eager()
+        and _is_plain_float32(input)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _is_plain_float32(t: Tensor) -> bool:
+    """Whether it is what the C++ kernels read."""
+    return t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() and _is_plain(t)
 
 
 def conv2d_batch_norm(
@@ -1060,19 +1065,18 @@ def conv2d_batch_norm(
     geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
     size = output_size(input.shape, channels, *geometry[:4])
     vectors = [t for t in (weight, bias, *running[:2]) if t is not None]
-    others = [values, *vectors] if residual is None else [values, *vectors, residual]
     if (
         not values.requires_grad
-        or not _runs_native(*others)
-        or not call.conv2d.is_eager(*others)
-        or not all(t.is_contiguous() for t in others)
+        or not all(map(_is_plain_float32, vectors))
+        or not _is_plain_float32(values)
         or any(t.shape != (channels,) for t in vectors)
-        or len({t is None for t in running}) > 1
+        or (running[0] is None) != (running[1] is None)
+        or (running[0] is None) != (running[2] is None)
         or input.shape[1] != in_channels
         or values.shape != pattern.col_indices.shape
         or min(size) < 1
         or size[0] * size[2] * size[3] < 2
-        or (residual is not None and residual.shape != size)
+        or (residual is not None and (residual.shape != size or not _is_plain_float32(residual)))
     ):
         return None
     return _NormedConv2d.apply(
