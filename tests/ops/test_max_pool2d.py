@@ -112,3 +112,19 @@ def test_results_may_be_changed_in_place():
     for network in (ours, model):
         network(x).sum().backward()
     torch.testing.assert_close(ours[0].weight.grad, model[0].weight.grad)
+
+
+def test_what_does_not_fit_is_told():
+    x, geometry = torch.randn(2, 3, 16, 17), ([16, 16], [1, 1], [0, 0], [1, 1], False)
+    with pytest.raises(ValueError, match="kernel_size must have at most 255 taps"):
+        torch.ops.sparsekit.max_pool2d(x, *geometry)
+    assert torch.equal(sk.nn.MaxPool2d(16, 1)(x), F.max_pool2d(x, 16, 1))
+
+
+@pytest.mark.skipif(sk.backend() == "reference", reason="needs the C++ kernels")
+@pytest.mark.parametrize("taps", [torch.zeros(2, 3, 4, 3, dtype=torch.uint8), torch.zeros(2, 3, 4, 4)])
+def test_taps_that_do_not_fit_are_named(taps):
+    with pytest.raises(RuntimeError, match="taps"):
+        torch.ops.sparsekit.max_pool2d_grad(
+            torch.randn(2, 3, 4, 4), taps, [2, 3, 8, 8], [2, 2], [2, 2], [0, 0], [1, 1], False
+        )
