@@ -200,7 +200,8 @@ def max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode):
 
 
 def max_pool2d_grad(grad_output, taps, input_size, kernel_size, stride, padding, dilation, ceil_mode):
-    pixels = torch.arange(input_size[2] * input_size[3], dtype=torch.float64).view(1, 1, *input_size[2:])
+    pixels = torch.arange(input_size[2] * input_size[3], dtype=torch.float64, device=grad_output.device)
+    pixels = pixels.view(1, 1, *input_size[2:])
     grad = grad_output.new_zeros(input_size).flatten(2)
     for tap, pixel in _windows(pixels, grad_output.shape[2:], kernel_size, stride, padding, dilation):
         chosen = torch.where(taps == tap, grad_output, 0).flatten(2)

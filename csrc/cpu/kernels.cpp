@@ -772,8 +772,6 @@ struct TapPlace {
   }
 };
 
-constexpr int kNoTap = 255;
-
 // Rows are split into their columns' residues of the stride, so that what a tap reads, and what it gives, are
 // neighbours: residue r of row y begins at (y * stride + r) * split.row, column 0 of it `margin` floats later.
 void max_pool_plane(const Pool2dGeometry& g, const PoolSplit& split, const float* x, float* y, uint8_t* taps,
@@ -809,7 +807,7 @@ void max_pool_plane(const Pool2dGeometry& g, const PoolSplit& split, const float
     for (int64_t i = 0; i < g.out_w; i += kLanes) {
       const int64_t n = g.out_w - i < kLanes ? g.out_w - i : kLanes;
       const Vec across = load(first + i);
-      Vec largest = broadcast(kLowest), tap = broadcast(kNoTap), number = above;
+      Vec largest = broadcast(kLowest), tap = broadcast(kMostTaps), number = above;
       if (down.first < down.last) tap = where_more(across, none, add(across, above), tap);
       for (int64_t ky = down.first; ky < down.last; ++ky) {
         const float* const row = rows + (top + ky * g.dilation_h) * stride * row_floats + margin + i;
@@ -835,7 +833,7 @@ void max_pool_grad_plane(const Pool2dGeometry& g, const PoolSplit& split, const 
   // Of a row of windows: the tap whose pixel is the largest, and dy.
   float* const tap_row = rows + g.in_h * stride * row_floats + margin;
   float* const grad_row = tap_row + row_floats + margin;
-  for (int64_t i = -margin; i < row_floats; ++i) tap_row[i] = kNoTap, grad_row[i] = 0;
+  for (int64_t i = -margin; i < row_floats; ++i) tap_row[i] = kMostTaps, grad_row[i] = 0;
   int64_t zeroed = 0, written = 0;  // rows
   auto write_until = [&](int64_t end) {
     for (; written < end; ++written) {

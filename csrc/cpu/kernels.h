@@ -89,6 +89,9 @@ struct NormGrad {
   float of_x = 0, constant = 0;  // dx = scale * g + of_x * (x - mean) + constant
 };
 
+// Taps of a kernel of max pooling, at most; also the tap of a window that has no pixel.
+constexpr int kMostTaps = 255;
+
 // How max_pool_plane and its gradient split the rows of a plane by their columns' residues of the stride.
 struct PoolSplit {
   int64_t row, margin;  // floats of a part, and of them those before the first column

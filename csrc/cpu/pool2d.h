@@ -1,6 +1,7 @@
 // Max pooling on the CPU.
 #pragma once
 
+#include "cpu/kernels.h"
 #include "ops.h"
 
 namespace sparsekit {
@@ -14,8 +15,7 @@ inline int64_t pool_scratch(const Pool2dGeometry& g) {
 void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out);
 
 // NCHW. taps: which pixel of every window is the largest, as its place in the kernel, row by row; of several the first,
-// of NaNs the last. A window between whose taps the image lies has kMostTaps. There are at most so many taps.
-constexpr int64_t kMostTaps = 255;
+// of NaNs the last. A window between whose taps the image lies has kMostTaps.
 void max_pool2d_taps(const Pool2dGeometry& g, const float* x, float* y, uint8_t* taps);
 
 // dx is the sum of dy over the windows of which a pixel of x is the largest.
