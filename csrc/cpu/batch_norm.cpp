@@ -43,13 +43,40 @@ void each_plane(const BatchNorm& norm, int64_t first, int64_t count, const F& f)
     for (int64_t c = 0; c < count; ++c) f(c, (n * norm.channels + first + c) * norm.pixels);
 }
 
-constexpr double kNear = 16;  // times the variance: square of the distance to the mean that costs no digits
+constexpr int64_t kAlign = 16;  // floats in a cache line
+constexpr double kNear = 16;    // times the variance: square of the distance to the mean that costs no digits
 
 // Whether results are too large for the caches, and their planes large enough to be written past them.
 bool streams(const BatchNorm& norm) {
   constexpr int64_t kPlane = 128;
   return norm.batch * norm.channels * norm.pixels >= kStreamFloats && norm.pixels >= kPlane;
 }
+
+// What is written of a block of channels, past the caches if `stream`. Planes that are not whole lines are put together
+// first: a line that is written past the caches in two parts costs more than many whole ones.
+class BlockWriter {
+ public:
+  BlockWriter(const BatchNorm& norm, float* to, int64_t count, bool stream)
+      : to_(to), floats_(count * norm.pixels), pixels_(norm.pixels), stream_(stream) {
+    together_ = to && stream && norm.pixels % kAlign != 0;
+    if (together_) buffer_ = scratch_.get(floats_);
+  }
+
+  // Where channel c of the block goes, whose plane begins `at` floats into the tensor; and how.
+  float* plane(int64_t c, int64_t at) const { return !to_ ? nullptr : together_ ? buffer_ + c * pixels_ : to_ + at; }
+  bool streams() const { return stream_ && !together_; }
+
+  // After the last channel of an image; the first one's plane begins `at` floats into the tensor.
+  void finish(int64_t at) const {
+    if (together_) kernels().stream(to_ + at, buffer_, floats_);
+  }
+
+ private:
+  Scratch scratch_;
+  float *to_, *buffer_ = nullptr;
+  int64_t floats_, pixels_;
+  bool stream_, together_;
+};
 
 // The bits of what begins `at` floats into a tensor, at a plane's first float or some registers after it.
 template <class Bits>
@@ -131,9 +158,11 @@ void batch_norm(const BatchNorm& norm, const float* x, const float* residual, fl
       scale[c] = (norm.weight ? norm.weight[first + c] : 1) / std::sqrt(var[c] + norm.eps);
       shift[c] = (norm.bias ? norm.bias[first + c] : 0) - mean[c] * scale[c];
     }
+    const BlockWriter to(norm, y, count, stream);
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
-      k.normalize(y + at, x + at, residual ? residual + at : nullptr, norm.pixels, scale[c], shift[c], norm.relu,
-                  stream, bits_of(norm, positive, at), soon);
+      k.normalize(to.plane(c, at), x + at, residual ? residual + at : nullptr, norm.pixels, scale[c], shift[c],
+                  norm.relu, to.streams(), bits_of(norm, positive, at), soon);
+      if (c + 1 == count) to.finish(at - c * norm.pixels);
     });
   });
 }
@@ -173,9 +202,13 @@ void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, con
       grads[c].of_x = static_cast<float>(-a * inverse * inverse * sums[c][1] / pixels);
       grads[c].constant = static_cast<float>(-a * sums[c][0] / pixels);
     }
+    const BlockWriter to(norm, dx, count, stream), residual(norm, d_residual, count, stream);
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
-      k.norm_input_grad(grads[c], dy + at, x + at, bits_of(norm, positive, at), norm.pixels, dx + at,
-                        d_residual ? d_residual + at : nullptr, stream, soon);
+      k.norm_input_grad(grads[c], dy + at, x + at, bits_of(norm, positive, at), norm.pixels, to.plane(c, at),
+                        residual.plane(c, at), to.streams(), soon);
+      if (c + 1 < count) return;
+      to.finish(at - c * norm.pixels);
+      residual.finish(at - c * norm.pixels);
     });
   });
 }

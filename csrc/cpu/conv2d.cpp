@@ -27,12 +27,22 @@ constexpr int64_t kTileLanes = 256;           // at most, in a tile
 constexpr int64_t kDirectLanes = 512;         // the same, where the source is not packed
 constexpr int64_t kTileFloats = 128 * 1024;   // of packed source that stay in the second-level cache
 constexpr int64_t kTileSides = 192 * 1024;    // the same, of source and target together, where neither is packed
+constexpr int64_t kTogetherRows = 256;        // of results that are put together, at most
 constexpr int64_t kChunks = 8;                // of tiles, at most, with partial sums of a gradient
 constexpr int64_t kManyWeights = 128 * 1024;  // of which kChunks sums would take too much memory: half as many
 
 int64_t direct_lanes(const Walk& walk) {
   const int64_t fits = kTileSides / std::max<int64_t>(1, walk.source_channels + walk.rows);
   return std::clamp(fits / kStripLanes * kStripLanes, kStripLanes, kDirectLanes);
+}
+
+// Whether results are too large for the caches, and their rows follow each other without a gap, but not in whole lines:
+// a line that is written past the caches in two parts costs more than many whole ones.
+bool puts_together(const Walk& walk) {
+  const Images& to = walk.target;
+  const int64_t floats = walk.images * walk.groups * walk.rows * walk.target_h * walk.target_w;
+  return writes_in_place(walk) && walk.tile_h == 1 && walk.tile_w == walk.target_w && to.channel == walk.target_w &&
+         to.channel % kAlign != 0 && floats >= kStreamFloats;
 }
 
 }  // namespace
@@ -49,6 +59,7 @@ class PreparedWalk {
     const int64_t wanted = 2 * torch::stable::get_num_threads();
     splits_ =
         std::clamp<int64_t>(wanted / std::max<int64_t>(1, walk_.tiles() * walk_.groups), 1, ceil_div(walk_.rows, 16));
+    if (puts_together(walk_)) splits_ = std::max(splits_, ceil_div(walk_.rows, kTogetherRows));
     block_ = block_channels(walk_, csr, kStripLanes, 32);
     blocks_ = ceil_div(channels, block_);
     results_ = walk_.result_stride();
@@ -82,7 +93,9 @@ class PreparedWalk {
       walk_.target.data = target;
       residual_ = walk_;  // the same pixels of another tensor
       residual_.target.data = const_cast<float*>(epilogue.residual);
-      in_place_ = writes_in_place(walk_);
+      starts_in_place_ = writes_in_place(walk_);
+      together_ = puts_together(walk_);
+      in_place_ = starts_in_place_ && !together_;
       // A large target would evict everything on its way to memory, and each line would be read before it is written.
       const int64_t floats = walk_.images * walk_.groups * walk_.rows * walk_.target_h * walk_.target_w;
       streamed_ = floats >= kStreamFloats && in_place_ && prepared_.blocks_ == 1;
@@ -102,12 +115,13 @@ class PreparedWalk {
     // next: the task that will follow, whose source is prefetched; negative if there is none.
     void run(int64_t task, int64_t next) {
       const int64_t splits = prepared_.splits_, blocks = prepared_.blocks_, block = prepared_.block_;
-      const int64_t rows = walk_.rows, stride = walk_.result_stride();
+      const int64_t rows = walk_.rows, stride = together_ ? walk_.target_w : walk_.result_stride();
       const int64_t split = task % splits, group = group_of(task);
       const TileAt tile = tile_of(task);
       const int64_t first = rows * split / splits, count = rows * (split + 1) / splits - first;
       const int64_t channel = group * rows + first;
-      if (epilogue_.residual && !in_place_) pack_target(residual_, tile, channel, count, result_ + stride, stride);
+      if (epilogue_.residual && !starts_in_place_)
+        pack_target(residual_, tile, channel, count, result_ + stride, stride);
       for (int64_t b = 0; b < blocks; ++b) {
         float* const at = packed_ + (splits > 1 && !walk_.direct ? b * block_floats_ : 0);
         const bool again = splits > 1 && !walk_.direct && packed_tile_ == task / splits;
@@ -124,8 +138,9 @@ class PreparedWalk {
                       in_place_ ? walk_.target.channel : stride};
           if (b == 0 && epilogue_.bias) out.bias = epilogue_.bias + channel;
           if (b > 0 || epilogue_.residual) {
-            out.start = b == 0 && in_place_ ? target_at(residual_, tile, channel) : out.data;
-            out.start_stride = out.stride;
+            const bool elsewhere = b == 0 && starts_in_place_;
+            out.start = elsewhere ? target_at(residual_, tile, channel) : out.data;
+            out.start_stride = elsewhere ? walk_.target.channel : out.stride;
           }
           out.stream = streamed_ && aligned(out.data, out.stride);
           const bool finish = b + 1 == blocks;
@@ -141,7 +156,12 @@ class PreparedWalk {
         }
       }
       packed_tile_ = task / splits;
-      if (!in_place_) write_target(walk_, tile, channel, count, lanes_);
+      if (together_) {
+        kernels().stream(target_at(walk_, tile, channel), result_ + prepared_.results_at_[0], count * stride);
+        kernels().finish_streams();
+      } else if (!in_place_) {
+        write_target(walk_, tile, channel, count, lanes_);
+      }
     }
 
    private:
@@ -151,7 +171,7 @@ class PreparedWalk {
     const PreparedWalk& prepared_;
     Walk walk_, residual_;
     const Epilogue epilogue_;
-    bool in_place_, streamed_;
+    bool starts_in_place_, together_, in_place_, streamed_;
     int64_t block_floats_, packed_tile_ = -1;
     Scratch scratch_;
     float *packed_, *result_ = nullptr;

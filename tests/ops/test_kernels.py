@@ -48,20 +48,32 @@ def test_large_convolutions_match_the_reference(isa):
 
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("size", [(64, 64), (57, 63)], ids=["streamed", "unaligned"])
+@pytest.mark.parametrize(
+    "size", [(4, 64, 64), (4, 57, 63), (64, 14, 14)], ids=["streamed", "unaligned", "put together"]
+)
 def test_large_targets_match_the_reference(isa, size):
-    """Targets too large for the caches are written past them, where their rows are aligned."""
+    """Targets too large for the caches are written past them, where their rows are aligned or planes fit a tile."""
     g = torch.Generator().manual_seed(0)
     pattern = pattern_from_mask(torch.rand(256, 16, 1, 1, generator=g) > 0.7)
     values = torch.randint(-4, 5, (pattern.nnz,), generator=g).float()
     bias = torch.randint(-4, 5, (256,), generator=g).float()
-    x = torch.randint(-4, 5, (4, 16, *size), generator=g).float()
+    batch, *size = size
+    x = torch.randint(-4, 5, (batch, 16, *size), generator=g).float()
     geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1)
-    y = torch.full((4, 256, *size), NAN)
+    y = torch.full((batch, 256, *size), NAN)
     assert y.numel() > 3 << 20
+    native = torch.ops.sparsekit_cpu
     with sk.use_isa(isa):
-        torch.ops.sparsekit_cpu.conv2d(y, x, values, *pattern[:2], bias, *geometry)
-    assert torch.equal(y, reference.conv2d(x, values, *pattern[:2], bias, *geometry))
+        native.conv2d(y, x, values, *pattern[:2], bias, *geometry)
+        assert torch.equal(y, reference.conv2d(x, values, *pattern[:2], bias, *geometry))
+        # Its transpose, whose gradient is as large, with and without a sum.
+        pattern = pattern_from_mask(torch.rand(16, 256, 1, 1, generator=g) > 0.7)
+        values = torch.randint(-4, 5, (pattern.nnz,), generator=g).float()
+        product = reference.conv2d_input_grad(x, values, *pattern[2:], y.shape, *geometry)
+        for other in (None, y):
+            dx = torch.full_like(y, NAN)
+            native.conv2d_grads(dx, torch.empty_like(values), x, y, values, *pattern, other, *geometry)
+            assert torch.equal(dx, product if other is None else product + other)
 
 
 @needs_native
