@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -73,11 +75,11 @@ void conv2d_values_grad_op(Tensor out, Tensor grad_output, Tensor input, Tensor 
   run_values_grad(g, out, images(grad_output, "grad_output"), images(input, "input"), crow, col);
 }
 
-void conv2d_grads_op(Tensor grad_input, Tensor grad_values, Tensor grad_output, Tensor input, Tensor values,
-                     Tensor crow, Tensor col, Tensor t_crow, Tensor t_col, Tensor t_permutation,
-                     std::optional<Tensor> other, Ints kernel, Ints stride, Ints padding, Ints dilation,
-                     int64_t groups) {
-  const Conv2dGeometry g = geometry(input, grad_output, kernel, stride, padding, dilation, groups);
+// bits: where other, which is NCHW then, counts; null: everywhere.
+void run_grads(const Conv2dGeometry& g, const Tensor& grad_input, Tensor grad_values, const Tensor& grad_output,
+               const Tensor& input, const Tensor& values, const Tensor& crow, const Tensor& col, const Tensor& t_crow,
+               const Tensor& t_col, const Tensor& t_permutation, const std::optional<Tensor>& other,
+               const uint8_t* bits) {
   const Csr weight = weight_of(g, crow, col);
   const Csr weight_t = transposed_weight_of(g, values, t_crow, t_col, t_permutation);
   float* const grad = const_cast<float*>(vector_data(grad_values, "grad_values", weight.nnz));
@@ -92,7 +94,15 @@ void conv2d_grads_op(Tensor grad_input, Tensor grad_values, Tensor grad_output, 
   if (empty(grad_input) || empty(grad_output))
     torch::stable::zero_(grad_values);
   else
-    conv2d_grads(g, weight, weight_t, other ? added.data : nullptr, dy, x, dx, grad);
+    conv2d_grads(g, weight, weight_t, {other ? added.data : nullptr, bits}, dy, x, dx, grad);
+}
+
+void conv2d_grads_op(Tensor grad_input, Tensor grad_values, Tensor grad_output, Tensor input, Tensor values,
+                     Tensor crow, Tensor col, Tensor t_crow, Tensor t_col, Tensor t_permutation,
+                     std::optional<Tensor> other, Ints kernel, Ints stride, Ints padding, Ints dilation,
+                     int64_t groups) {
+  run_grads(geometry(input, grad_output, kernel, stride, padding, dilation, groups), grad_input, grad_values,
+            grad_output, input, values, crow, col, t_crow, t_col, t_permutation, other, nullptr);
 }
 
 void linear_op(Tensor out, Tensor input, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias) {
@@ -187,7 +197,7 @@ BatchNorm norm_of(const Tensor& input, const std::optional<Tensor>& weight, cons
 }
 
 uint8_t* bits(const std::optional<Tensor>& t, const char* name, const BatchNorm& norm) {
-  return t ? bytes(*t, name, norm.batch * norm.channels * bit_bytes(norm)) : nullptr;
+  return t ? bytes(*t, name, norm.batch * norm.channels * bit_bytes(norm.pixels)) : nullptr;
 }
 
 void batch_norm_op(Tensor out, Tensor mean, Tensor var, std::optional<Tensor> positive, Tensor input,
@@ -211,38 +221,152 @@ void batch_norm_grad_op(Tensor grad_input, Tensor grad_weight, Tensor grad_bias,
                   grad_residual ? planes(*grad_residual, "grad_residual", size) : nullptr);
 }
 
-// Both layers in one call: what lies between two calls, Python and the dispatcher, finds its code and data gone from
-// the caches, and costs as much as a small layer.
-void conv2d_batch_norm_op(Tensor out, Tensor product, Tensor mean, Tensor var, std::optional<Tensor> positive,
-                          std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
-                          std::optional<Tensor> batches, Tensor input, Tensor values, Tensor crow, Tensor col,
-                          std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
-                          bool relu, double eps, double momentum, Ints kernel, Ints stride, Ints padding, Ints dilation,
-                          int64_t groups) {
-  conv2d_op(product, input, values, crow, col, std::nullopt, kernel, stride, padding, dilation, groups);
-  batch_norm_op(out, mean, var, positive, product, weight, bias, residual, relu, eps);
-  if (!running_mean && !running_var && !batches) return;
-  STD_TORCH_CHECK(running_mean && running_var && batches, "running_mean, running_var and batches go together");
-  STD_TORCH_CHECK(
-      batches->is_cpu() && batches->scalar_type() == torch::headeronly::ScalarType::Long && batches->numel() == 1,
-      "batches must be one int64 on the CPU");
-  const BatchNorm norm = norm_of(product, weight, bias, mean, var, relu, eps);
-  update({channel_data(*running_mean, "running_mean", norm.channels),
-          channel_data(*running_var, "running_var", norm.channels), static_cast<int64_t*>(batches->data_ptr())},
-         norm, momentum);
+using Tensors = std::vector<Tensor>;
+using Floats = std::vector<double>;
+
+// Convolutions, each with the BatchNorm behind it, that read what comes from outside and each other's results. One call
+// for all of them: what lies between two calls, Python and the dispatcher, finds its code and data gone from the
+// caches, and costs as much as a small layer.
+struct Network {
+  // Sources are what comes from outside, then the results of the layers; a residual of -1 is none.
+  const Ints &inputs, &residuals, &relus;
+  const Ints& geometries;  // of a layer kernel_size, stride, padding, dilation, groups
+
+  static constexpr size_t kGeometry = 11;
+
+  int64_t size() const { return inputs.size(); }
+
+  // counts: of lists with one entry a layer; maybe: of those that may also have none.
+  void check(int64_t outside, std::initializer_list<size_t> counts, std::initializer_list<size_t> maybe) const {
+    const size_t layers = inputs.size();
+    bool fits =
+        layers > 0 && residuals.size() == layers && relus.size() == layers && geometries.size() == layers * kGeometry;
+    for (size_t count : counts) fits &= count == layers;
+    for (size_t count : maybe) fits &= count == layers || count == 0;
+    STD_TORCH_CHECK(fits, "there must be one of everything for each of ", layers, " layers");
+    for (int64_t i = 0; i < size(); ++i)
+      STD_TORCH_CHECK(inputs[i] >= 0 && inputs[i] < outside + i && residuals[i] >= -1 && residuals[i] < outside + i,
+                      "layer ", i, " must read what was there before it");
+  }
+
+  Conv2dGeometry geometry(int64_t layer, const Tensor& x, const Tensor& y) const {
+    const int64_t* g = geometries.data() + layer * kGeometry;
+    return sparsekit::geometry(x, y, {g[0], g[1]}, {g[2], g[3]}, {g[4], g[5], g[6], g[7]}, {g[8], g[9]}, g[10]);
+  }
+
+  bool has_bits(int64_t layer) const { return relus[layer] && residuals[layer] >= 0; }
+};
+
+std::optional<Tensor> one_of(const Tensors& tensors, int64_t i) {
+  return tensors.empty() ? std::nullopt : std::optional(tensors[i]);
 }
 
-void conv2d_batch_norm_grads_op(Tensor grad_input, Tensor grad_values, Tensor grad_weight, Tensor grad_bias,
-                                std::optional<Tensor> grad_residual, Tensor grad_product, Tensor grad_output,
-                                Tensor product, std::optional<Tensor> positive, std::optional<Tensor> weight,
-                                std::optional<Tensor> bias, Tensor mean, Tensor var, Tensor input, Tensor values,
-                                Tensor crow, Tensor col, Tensor t_crow, Tensor t_col, Tensor t_permutation,
-                                std::optional<Tensor> other, bool relu, double eps, Ints kernel, Ints stride,
-                                Ints padding, Ints dilation, int64_t groups) {
-  batch_norm_grad_op(grad_product, grad_weight, grad_bias, grad_residual, grad_output, product, positive, weight, bias,
-                     mean, var, relu, eps);
-  conv2d_grads_op(grad_input, grad_values, grad_product, input, values, crow, col, t_crow, t_col, t_permutation, other,
-                  kernel, stride, padding, dilation, groups);
+void conv2d_batch_norms_op(Tensors outs, Tensors products, Tensors means, Tensors vars, Tensors positives,
+                           Tensors running_means, Tensors running_vars, Tensors batches, Tensors outside,
+                           Tensors values, Tensors crows, Tensors cols, Tensors weights, Tensors biases, Ints inputs,
+                           Ints residuals, Ints relus, Floats eps, Floats momentums, Ints geometries) {
+  const Network network{inputs, residuals, relus, geometries};
+  network.check(outside.size(),
+                {outs.size(), products.size(), means.size(), vars.size(), values.size(), crows.size(), cols.size(),
+                 eps.size(), momentums.size()},
+                {weights.size(), biases.size(), running_means.size(), running_vars.size(), batches.size()});
+  Tensors sources = outside;
+  size_t bits_used = 0;
+  for (int64_t i = 0; i < network.size(); ++i) {
+    const Tensor &input = sources[inputs[i]], &product = products[i];
+    const auto weight = one_of(weights, i), bias = one_of(biases, i);
+    std::optional<Tensor> residual, positive;
+    if (residuals[i] >= 0) residual = sources[residuals[i]];
+    if (network.has_bits(i)) {
+      STD_TORCH_CHECK(bits_used < positives.size(), "a ReLU of a sum with a residual needs positives");
+      positive = positives[bits_used++];
+    }
+    run_forward(network.geometry(i, input, product), product, images(input, "input"), images(product, "product"),
+                values[i], crows[i], cols[i], std::nullopt);
+    batch_norm_op(outs[i], means[i], vars[i], positive, product, weight, bias, residual, relus[i], eps[i]);
+    sources.push_back(outs[i]);
+    if (running_means.empty() || running_vars.empty() || batches.empty()) continue;
+    const Tensor& counted = batches[i];
+    STD_TORCH_CHECK(
+        counted.is_cpu() && counted.scalar_type() == torch::headeronly::ScalarType::Long && counted.numel() == 1,
+        "batches must be one int64 on the CPU");
+    const BatchNorm norm = norm_of(product, weight, bias, means[i], vars[i], relus[i], eps[i]);
+    update({channel_data(running_means[i], "running_means", norm.channels),
+            channel_data(running_vars[i], "running_vars", norm.channels), static_cast<int64_t*>(counted.data_ptr())},
+           norm, momentums[i]);
+  }
+}
+
+// grad_outside: of what comes from outside and is an input or, before a ReLU, a residual; read holds every layer's
+// input. other is added to the gradient of the first from outside.
+void conv2d_batch_norms_grads_op(Tensors grad_outside, Tensors grad_values, Tensors grad_weights, Tensors grad_biases,
+                                 std::optional<Tensor> other, Tensor grad_output, Tensors read, Tensors products,
+                                 Tensors means, Tensors vars, Tensors positives, Tensors values, Tensors crows,
+                                 Tensors cols, Tensors t_crows, Tensors t_cols, Tensors t_permutations, Tensors weights,
+                                 Tensors biases, Ints inputs, Ints residuals, Ints relus, Floats eps, Ints geometries) {
+  const Network network{inputs, residuals, relus, geometries};
+  const int64_t outside = grad_outside.size();
+  network.check(outside,
+                {grad_values.size(), grad_weights.size(), grad_biases.size(), read.size(), products.size(),
+                 means.size(), vars.size(), values.size(), crows.size(), cols.size(), t_crows.size(), t_cols.size(),
+                 t_permutations.size(), eps.size()},
+                {weights.size(), biases.size()});
+  // The sum of a source's gradients; with bits, only where they are 1.
+  struct Sum {
+    std::optional<Tensor> grad, bits;
+    bool ours = false;  // may be added to
+  };
+  std::vector<Sum> sums(outside + network.size());
+  if (other) sums[0].grad = other;
+  sums.back().grad = grad_output;
+  // The layer after which, of those before `layer`, the sum of a source's gradients is complete; -1: it is already.
+  auto next_of = [&](int64_t source, int64_t layer) {
+    while (--layer >= 0 && inputs[layer] != source && residuals[layer] != source) {
+    }
+    return layer;
+  };
+  auto target = [&](int64_t source, const Tensor& like) {
+    return source < outside ? grad_outside[source] : torch::stable::empty_like(like);
+  };
+  // Whether what comes next of a residual's source can do without what BatchNorm's gradient would write of it.
+  auto takes_bits = [&](int64_t source, int64_t layer) {
+    if (source >= outside) return !relus[source - outside] && next_of(source, layer) < 0;
+    const int64_t next = next_of(source, layer);
+    if (next < 0 || inputs[next] != source) return false;
+    return adds_by_bits(network.geometry(next, read[next], products[next]), images(products[next], "product"),
+                        images(read[next], "read"));
+  };
+  size_t bits_left = positives.size();
+  for (int64_t i = network.size() - 1; i >= 0; --i) {
+    const Sum sum = sums[outside + i];
+    sums[outside + i] = {};
+    STD_TORCH_CHECK(sum.grad, "layer ", i, " has no gradient");
+    std::optional<Tensor> positive = sum.bits, of_residual;
+    if (network.has_bits(i)) {
+      STD_TORCH_CHECK(bits_left > 0, "a ReLU of a sum with a residual needs positives");
+      positive = positives[--bits_left];
+    }
+    if (residuals[i] >= 0) {
+      Sum& residual = sums[residuals[i]];
+      STD_TORCH_CHECK(!residual.grad, "no layer after layer ", i, " may read its residual");
+      if (positive && takes_bits(residuals[i], i))
+        residual = {sum.grad, positive};
+      else
+        residual.ours = true, residual.grad = of_residual = target(residuals[i], products[i]);
+    }
+    const Tensor of_product = torch::stable::empty_like(products[i]);
+    batch_norm_grad_op(of_product, grad_weights[i], grad_biases[i], of_residual, *sum.grad, products[i], positive,
+                       one_of(weights, i), one_of(biases, i), means[i], vars[i], relus[i], eps[i]);
+    Sum& input = sums[inputs[i]];
+    const bool adds = input.grad && !input.bits && input.ours;
+    const Tensor grad = adds ? *input.grad : target(inputs[i], read[i]);
+    const ImageSize size = image_size(read[i], "read");
+    const int64_t planes = size[0] * size[1] * bit_bytes(size[2] * size[3]);
+    run_grads(network.geometry(i, read[i], of_product), grad, grad_values[i], of_product, read[i], values[i], crows[i],
+              cols[i], t_crows[i], t_cols[i], t_permutations[i], input.grad,
+              input.bits ? bytes(*input.bits, "positive", planes) : nullptr);
+    input = {grad, std::nullopt, true};
+  }
 }
 
 // Calls f(position in the dense weight, position in values) for every non-zero.
@@ -372,17 +496,17 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
       "Tensor grad_output, Tensor input, Tensor? positive, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
       "bool relu, float eps) -> ()");
   m.def(
-      "conv2d_batch_norm(Tensor(a!) out, Tensor(b!) product, Tensor(c!) mean, Tensor(d!) var, Tensor(e!)? positive, "
-      "Tensor(f!)? running_mean, Tensor(g!)? running_var, Tensor(h!)? batches, Tensor input, Tensor values, Tensor "
-      "crow_indices, "
-      "Tensor col_indices, Tensor? weight, Tensor? bias, Tensor? residual, bool relu, float eps, float "
-      "momentum, " GEOMETRY ") -> ()");
+      "conv2d_batch_norms(Tensor(a!)[] outs, Tensor(b!)[] products, Tensor(c!)[] means, Tensor(d!)[] vars, "
+      "Tensor(e!)[] positives, Tensor(f!)[] running_means, Tensor(g!)[] running_vars, Tensor(h!)[] batches, "
+      "Tensor[] outside, Tensor[] values, Tensor[] crow_indices, Tensor[] col_indices, Tensor[] weights, "
+      "Tensor[] biases, int[] inputs, int[] residuals, int[] relus, float[] eps, float[] momentums, int[] geometries) "
+      "-> ()");
   m.def(
-      "conv2d_batch_norm_grads(Tensor(a!) grad_input, Tensor(b!) grad_values, Tensor(c!) grad_weight, "
-      "Tensor(d!) grad_bias, Tensor(e!)? grad_residual, Tensor(f!) grad_product, Tensor grad_output, Tensor product, "
-      "Tensor? positive, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, Tensor input, Tensor values, "
-      "Tensor crow_indices, Tensor col_indices, Tensor t_crow_indices, Tensor t_col_indices, Tensor t_permutation, "
-      "Tensor? other, bool relu, float eps, " GEOMETRY ") -> ()");
+      "conv2d_batch_norms_grads(Tensor(a!)[] grad_outside, Tensor(b!)[] grad_values, Tensor(c!)[] grad_weights, "
+      "Tensor(d!)[] grad_biases, Tensor? other, Tensor grad_output, Tensor[] read, Tensor[] products, Tensor[] means, "
+      "Tensor[] vars, Tensor[] positives, Tensor[] values, Tensor[] crow_indices, Tensor[] col_indices, "
+      "Tensor[] t_crow_indices, Tensor[] t_col_indices, Tensor[] t_permutation, Tensor[] weights, Tensor[] biases, "
+      "int[] inputs, int[] residuals, int[] relus, float[] eps, int[] geometries) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
@@ -408,6 +532,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("max_pool2d_grad", TORCH_BOX(&sparsekit::max_pool2d_grad_op));
   m.impl("batch_norm", TORCH_BOX(&sparsekit::batch_norm_op));
   m.impl("batch_norm_grad", TORCH_BOX(&sparsekit::batch_norm_grad_op));
-  m.impl("conv2d_batch_norm", TORCH_BOX(&sparsekit::conv2d_batch_norm_op));
-  m.impl("conv2d_batch_norm_grads", TORCH_BOX(&sparsekit::conv2d_batch_norm_grads_op));
+  m.impl("conv2d_batch_norms", TORCH_BOX(&sparsekit::conv2d_batch_norms_op));
+  m.impl("conv2d_batch_norms_grads", TORCH_BOX(&sparsekit::conv2d_batch_norms_grads_op));
 }

@@ -15,11 +15,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 import os
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,7 +196,12 @@ class _Call:
 
 
 def _is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda) and not t.is_neg()
+    return (
+        type(t) in (Tensor, torch.nn.Parameter)
+        and (t.is_cpu or t.is_cuda)
+        and not t.is_neg()
+        and not torch._C._functorch.is_legacy_batchedtensor(t)
+    )
 
 
 # What the rest of the package calls: an attribute for every op.
@@ -798,48 +805,122 @@ def _batch_norm_backward(ctx, grad, *_):
 _register_autograd("batch_norm", _batch_norm_backward, _save_batch_norm)
 
 
-class _NormedConv2d(torch.autograd.Function):
-    """conv2d and batch_norm on the CPU in one call each way, and with ``fork`` the input once more."""
+class NormedConv(NamedTuple):
+    """``relu(norm(conv(input)) + residual)``, a layer of :func:`conv2d_batch_norms`.
+
+    Attributes:
+        values, pattern: of the convolution, as in :func:`conv2d`.
+        geometry: its kernel_size, stride, padding, dilation and groups.
+        weight, bias: ``[out_channels]``, of the BatchNorm, or None.
+        running: mean and variance of all batches, ``[out_channels]``, and how many there were, int64, which are updated in
+            place; or three times None.
+        momentum: how far they move to those of this batch; None: to the average of all.
+        eps: added to the variance.
+        relu: whether ReLU comes last.
+        input: which source it reads. Sources are what comes from outside, then the results of the layers.
+        residual: which one is added, which no later layer reads; -1 for none.
+    """
+
+    values: Tensor
+    pattern: Pattern
+    geometry: tuple
+    weight: Tensor | None
+    bias: Tensor | None
+    running: tuple[Tensor | None, Tensor | None, Tensor | None]
+    momentum: float | None
+    eps: float
+    relu: bool
+    input: int = 0
+    residual: int = -1
+
+    @property
+    def channels(self) -> int:
+        return self.pattern.crow_indices.shape[0] - 1
+
+    @property
+    def has_bits(self) -> bool:
+        return self.relu and self.residual >= 0
+
+
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
+class _NormedConvs(torch.autograd.Function):
+    """All layers on the CPU in one call each way; and with ``fork`` the first from outside once more.
+
+    ``tensors``: from outside, then values, weight and bias of every layer.
+    """
 
     @staticmethod
-    def forward(ctx, input, values, weight, bias, residual, running, relu, eps, momentum, fork, *operands):
-        crow, col, *_transposed = operands[:5]
-        geometry = operands[5:]
-        product = input.new_empty(output_size(input.shape, crow.shape[0] - 1, *geometry[:4]))
-        out, mean, var, positive = _batch_norm_fake(product, weight, bias, residual, relu, eps)
-        positive = positive if positive.dim() == 3 else None
-        torch.ops.sparsekit_cpu.conv2d_batch_norm(
-            out, product, mean, var, positive, *running, input, values, crow, col, weight, bias, residual, relu, eps,
-            momentum, *geometry,
+    def forward(ctx, layers, fork, *tensors):
+        count = len(tensors) - 3 * len(layers)
+        outside, parameters = tensors[:count], tensors[count:]
+        sources, made, positives = [*outside], [], []
+        for layer in layers:
+            size = output_size(sources[layer.input].shape, layer.channels, *layer.geometry[:4])
+            product = outside[0].new_empty(size)
+            residual = sources[layer.residual] if layer.has_bits else None
+            out, mean, var, positive = _batch_norm_fake(product, None, None, residual, layer.relu, layer.eps)
+            sources.append(out)
+            made.append((product, mean, var))
+            positives += [positive] if layer.has_bits else []
+        products, means, variances = map(list, zip(*made))
+        values, weights, biases = (_present(parameters[i::3]) for i in range(3))
+        patterns = [[*of_all] for of_all in zip(*(layer.pattern for layer in layers))]
+        running = [_present(of_all) for of_all in zip(*(layer.running for layer in layers))]
+        plan = [[getattr(layer, name) for layer in layers] for name in ("input", "residual", "relu", "eps")]
+        momentums = [-1.0 if layer.momentum is None else layer.momentum for layer in layers]
+        geometries = [n for layer in layers for n in (*itertools.chain(*layer.geometry[:4]), layer.geometry[4])]
+        torch.ops.sparsekit_cpu.conv2d_batch_norms(
+            sources[count:], products, means, variances, positives, *running, outside, values, *patterns[:2], weights,
+            biases, *plan, momentums, geometries,
         )  # fmt: skip
-        ctx.save_for_backward(product, positive, weight, bias, mean, var, input, values, *operands[:5])
-        ctx.relu, ctx.eps, ctx.geometry = relu, eps, geometry
+        read = [sources[layer.input] for layer in layers]
+        of_backward = outside, read, products, means, variances, positives, values, weights, biases
+        ctx.counts = [*map(len, of_backward)]
+        ctx.save_for_backward(*itertools.chain(*of_backward))
+        ctx.layers, ctx.numbers = layers, (patterns, plan, geometries)
         ctx.set_materialize_grads(False)
-        return (out, input) if fork else out
+        return (sources[-1], outside[0]) if fork else sources[-1]
 
     @staticmethod
     def backward(ctx, grad, other=None):
         if grad is None:
-            return other, *[None] * (len(ctx.needs_input_grad) - 1)
-        product, positive, *rest = ctx.saved_tensors
-        norm, operands = (product, positive, *rest[:4]), rest[4:]
-        input, values = operands[:2]
-        of_residual = None
+            return None, None, other, *[None] * (len(ctx.needs_input_grad) - 3)
+        saved = iter(ctx.saved_tensors)
+        outside, *kept, values, weights, biases = ([*itertools.islice(saved, count)] for count in ctx.counts)
+        parameters = [values, *(some or [None] * len(values) for some in (weights, biases))]
         if torch.is_grad_enabled() or not call.conv2d.is_eager(grad):
-            of_product, of_weight, of_bias, of_residual = call.batch_norm_grad(grad, *norm, ctx.relu, ctx.eps)
-            of_input, of_values = call.conv2d_grads(of_product, *operands, other, *ctx.geometry)
-        else:
-            of_input, of_values, of_product = map(torch.empty_like, (input, values, product))
-            of_weight, of_bias = torch.empty_like(norm[4]), torch.empty_like(norm[4])
-            if positive is not None:
-                of_residual = torch.empty_like(product)
-            torch.ops.sparsekit_cpu.conv2d_batch_norm_grads(
-                of_input, of_values, of_weight, of_bias, of_residual, of_product, grad.contiguous(), *norm, *operands,
-                other if other is None else other.contiguous(), ctx.relu, ctx.eps, *ctx.geometry,
-            )  # fmt: skip
-        grads = of_input, of_values, of_weight, of_bias, grad if positive is None else of_residual
-        needed = ctx.needs_input_grad
-        return *(g if needs else None for g, needs in zip(grads, needed)), *[None] * (len(needed) - len(grads))
+            tensors = *outside, *itertools.chain(*zip(*parameters))
+            return None, None, *_grads_apart(ctx.layers, tensors, ctx.needs_input_grad[2:], grad, other)
+        patterns, plan, geometries = ctx.numbers
+        of_outside, of_values = ([*map(torch.empty_like, some)] for some in (outside, values))
+        of_weights, of_biases = ([*map(torch.empty_like, kept[2])] for _ in range(2))
+        torch.ops.sparsekit_cpu.conv2d_batch_norms_grads(
+            of_outside, of_values, of_weights, of_biases, other if other is None else other.contiguous(),
+            grad.contiguous(), *kept, values, *patterns, weights, biases, *plan, geometries,
+        )  # fmt: skip
+        found = *of_outside, *itertools.chain(*zip(of_values, of_weights, of_biases))
+        return None, None, *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad[2:]))
+
+
+def _grads_apart(layers, tensors, needed, grad, other):
+    """What the gradients of :class:`_NormedConvs` are, op by op, for who listens to every one of them."""
+    with torch.enable_grad():
+        count = len(tensors) - 3 * len(layers)
+        sources = [*tensors[:count]]
+        for i, layer in enumerate(layers):
+            values, weight, bias = tensors[count + 3 * i : count + 3 * i + 3]
+            product = call.conv2d(sources[layer.input], values, *layer.pattern, None, *layer.geometry)
+            residual = sources[layer.residual] if layer.residual >= 0 else None
+            sources.append(call.batch_norm(product, weight, bias, residual, layer.relu, layer.eps)[0])
+    wanted = [t for t, needs in zip(tensors, needed) if needs]
+    found = iter(
+        torch.autograd.grad(sources[-1], wanted, grad, create_graph=torch.is_grad_enabled(), allow_unused=True)
+    )
+    first, *rest = (next(found) if needs else None for needs in needed)
+    return first if other is None else other if first is None else first + other, *rest
 
 
 def _save_max_pool2d(ctx, inputs, output):
@@ -989,8 +1070,8 @@ def conv2d(
     return (out, input) if fork else out
 
 
-def takes_batch_norm(input: Tensor) -> bool:
-    """Whether :func:`conv2d_batch_norm` may take this input, as far as it alone tells."""
+def takes_batch_norms(input: Tensor) -> bool:
+    """Whether :func:`conv2d_batch_norms` may take this input, as far as it alone tells."""
     return (
         torch.is_grad_enabled()
         and input.requires_grad
@@ -1007,82 +1088,64 @@ def _is_plain_float32(t: Tensor) -> bool:
     return t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() and _is_plain(t)
 
 
-def conv2d_batch_norm(
-    input: Tensor,
-    values: Tensor,
-    pattern: Pattern,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    *,
-    relu: bool,
-    eps: float,
-    running: tuple[Tensor | None, ...] = (None, None, None),
-    momentum: float | None = None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    fork: bool = False,
+def conv2d_batch_norms(
+    outside: Sequence[Tensor], layers: Sequence[NormedConv], fork: bool = False
 ) -> Tensor | tuple[Tensor, Tensor] | None:
-    """Convolution, BatchNorm by the statistics of the batch, sum and ReLU, as one node of the graph of gradients.
+    """Convolutions, each with BatchNorm by the statistics of the batch, as one node of the graph of gradients.
 
-    Between two calls Python and PyTorch find that the kernels have emptied the caches; one call for both layers makes a
-    step of a large sparse model some percent faster.
+    Between two calls Python and PyTorch find that the kernels have emptied the caches; one call for the layers of a block
+    makes a step of a large sparse model some percent faster.
 
     Args:
-        input: ``[n, in_channels, h, w]``, NCHW.
-        values, pattern, kernel_size, stride, padding, dilation, groups: as in :func:`conv2d`.
-        weight, bias: ``[out_channels]``, of the BatchNorm, or None.
-        residual: ``[n, out_channels, oh, ow]``, added before ReLU, or None.
-        relu: whether ReLU comes last.
-        eps: added to the variance.
-        running: mean and variance of all batches, ``[out_channels]``, and how many there were, int64; updated in place.
-        momentum: how far they move to those of this batch; None: to the average of all.
-        fork: as in :func:`conv2d`.
+        outside: what the layers read besides their own results, ``[n, channels, h, w]``, NCHW.
+        layers: in the order in which they run.
+        fork: as in :func:`conv2d`, for the first from outside.
 
     Returns:
-        ``[n, out_channels, oh, ow]``, with ``fork`` that and the input; or None where the two have to be called one after
-        the other: without gradients of both input and values, with other dtypes, devices or layouts, under autocast,
-        while something traces, and for arguments that do not fit, of which they tell.
+        The last layer's result, ``[n, out_channels, oh, ow]``, with ``fork`` that and ``outside[0]``; or None where they
+        have to be called one after the other: without gradients of both ``outside[0]`` and the values, with other dtypes,
+        devices or layouts, under autocast, while something traces, where only some layers have an affine BatchNorm or
+        statistics, where ``outside[0]`` is a residual and forked too, and for arguments that do not fit, of which they tell.
 
     Example:
         >>> import torch
         >>> from sparsekit import _ops
         >>> from sparsekit.formats import pattern_from_mask
-        >>> dense = torch.randn(8, 4, 3, 3) * (torch.rand(8, 4, 3, 3) > 0.9)
+        >>> dense = torch.randn(4, 4, 3, 3) * (torch.rand(4, 4, 3, 3) > 0.9)
         >>> pattern = pattern_from_mask(dense != 0)
         >>> values, x = _ops.compress(dense, pattern).requires_grad_(), torch.randn(2, 4, 6, 6, requires_grad=True)
-        >>> geometry = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1,) * 4, "dilation": (1, 1), "groups": 1}
-        >>> y = _ops.conv2d_batch_norm(x, values, pattern, None, None, None, relu=True, eps=1e-5, **geometry)
-        >>> y is None or y.shape == (2, 8, 6, 6)
+        >>> geometry = (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 1
+        >>> norm = {"weight": None, "bias": None, "running": (None,) * 3, "momentum": 0.1, "eps": 1e-5, "relu": True}
+        >>> first = _ops.NormedConv(values, pattern, geometry, **norm)
+        >>> y = _ops.conv2d_batch_norms([x], [first, first._replace(input=1, residual=0)])
+        >>> y is None or y.shape == (2, 4, 6, 6)
         True
     """
-    if not takes_batch_norm(input):
+    if not takes_batch_norms(outside[0]) or not all(map(_is_plain_float32, outside)):
         return None
-    channels, in_channels = pattern.crow_indices.shape[0] - 1, pattern.t_crow_indices.shape[0] - 1
-    geometry = (list(kernel_size), list(stride), list(padding), list(dilation), groups)
-    size = output_size(input.shape, channels, *geometry[:4])
-    vectors = [t for t in (weight, bias, *running[:2]) if t is not None]
-    if (
-        not values.requires_grad
-        or not all(map(_is_plain_float32, vectors))
-        or not _is_plain_float32(values)
-        or any(t.shape != (channels,) for t in vectors)
-        or (running[0] is None) != (running[1] is None)
-        or (running[0] is None) != (running[2] is None)
-        or input.shape[1] != in_channels
-        or values.shape != pattern.col_indices.shape
-        or min(size) < 1
-        or size[0] * size[2] * size[3] < 2
-        or (residual is not None and (residual.shape != size or not _is_plain_float32(residual)))
-    ):
+    sizes = [t.shape for t in outside]
+    for layer in layers:
+        vectors = _present((layer.weight, layer.bias, *layer.running[:2]))
+        size = output_size(sizes[layer.input], layer.channels, *layer.geometry[:4])
+        if (
+            not layer.values.requires_grad
+            or not all(map(_is_plain_float32, (layer.values, *vectors)))
+            or any(t.shape != (layer.channels,) for t in vectors)
+            or sizes[layer.input][1] != layer.pattern.t_crow_indices.shape[0] - 1
+            or layer.values.shape != layer.pattern.col_indices.shape
+            or min(size) < 1
+            or size[0] * size[2] * size[3] < 2
+            or (layer.residual >= 0 and sizes[layer.residual] != size)
+        ):
+            return None
+        sizes.append(size)
+    for of_all in zip(*((layer.weight, layer.bias, *layer.running) for layer in layers)):
+        if 0 < len(_present(of_all)) < len(layers):
+            return None
+    if len({t is None for t in layers[0].running}) > 1 or (fork and any(layer.residual == 0 for layer in layers)):
         return None
-    return _NormedConv2d.apply(
-        input, values, weight, bias, residual, running, relu, eps, -1.0 if momentum is None else momentum, fork,
-        *pattern, *geometry,
-    )  # fmt: skip
+    parameters = itertools.chain(*((layer.values, layer.weight, layer.bias) for layer in layers))
+    return _NormedConvs.apply(layers, fork, *outside, *parameters)
 
 
 def linear(input: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Tensor:

@@ -83,7 +83,7 @@ template <class Bits>
 Bits* bits_of(const BatchNorm& norm, Bits* positive, int64_t at) {
   if (!positive) return nullptr;
   const int64_t pixels = std::max<int64_t>(1, norm.pixels);
-  return positive + at / pixels * bit_bytes(norm) + at % pixels / 8;
+  return positive + at / pixels * bit_bytes(norm.pixels) + at % pixels / 8;
 }
 
 using Sums = std::array<double, 2>;

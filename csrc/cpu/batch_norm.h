@@ -16,7 +16,7 @@ struct BatchNorm {
 };
 
 // A tensor's bits, one for every float: a plane's begin at a byte of their own, and are filled up to whole registers.
-inline int64_t bit_bytes(const BatchNorm& norm) { return (norm.pixels + 15) / 16 * 2; }  // of a plane
+inline int64_t bit_bytes(int64_t pixels) { return (pixels + 15) / 16 * 2; }  // of a plane
 
 // y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual); residual may be null, and positive, the bits that
 // tell where y is more than 0.

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/batch_norm.h"
 #include "cpu/depthwise.h"
 #include "cpu/packed_weight.h"
 #include "cpu/parallel.h"
@@ -36,6 +37,15 @@ int64_t direct_lanes(const Walk& walk) {
   return std::clamp(fits / kStripLanes * kStripLanes, kStripLanes, kDirectLanes);
 }
 
+// Whether sums may start from a residual, and whether from one that counts by bits; the walk is cut into tiles.
+bool can_start(const Walk& walk) { return walk.parts.size() == 1 && !walk.parts[0].empty; }
+
+bool can_start_by_bits(const Walk& walk) {
+  const Images& to = walk.target;
+  return can_start(walk) && writes_in_place(walk) && walk.tile_w % kAlign == 0 && to.channel % kAlign == 0 &&
+         to.image % kAlign == 0 && to.row % kAlign == 0 && (walk.tile_h == 1 || walk.pitch % kAlign == 0);
+}
+
 // Whether results are too large for the caches, and their rows follow each other without a gap, but not in whole lines:
 // a line that is written past the caches in two parts costs more than many whole ones.
 bool puts_together(const Walk& walk) {
@@ -45,23 +55,28 @@ bool puts_together(const Walk& walk) {
          to.channel % kAlign != 0 && floats >= kStreamFloats;
 }
 
+// As PreparedWalk cuts it.
+void cut(Walk& walk) {
+  const int64_t channels = std::max<int64_t>(1, walk.source_channels);
+  const int64_t fits = kTileFloats / channels / kStripLanes * kStripLanes;
+  merge_rows(walk);
+  choose_tile(walk, walk.direct ? direct_lanes(walk) : std::clamp(fits, kStripLanes, kTileLanes), 16, true);
+}
+
 }  // namespace
 
 // A walk that is cut into tiles, with the weight packed for them: all that does not depend on where the images are.
 class PreparedWalk {
  public:
   PreparedWalk(Walk walk, const Csr& csr) : walk_(std::move(walk)) {
-    const int64_t channels = std::max<int64_t>(1, walk_.source_channels);
-    const int64_t fits = kTileFloats / channels / kStripLanes * kStripLanes;
-    merge_rows(walk_);
-    choose_tile(walk_, walk_.direct ? direct_lanes(walk_) : std::clamp(fits, kStripLanes, kTileLanes), 16, true);
+    cut(walk_);
     // Few tiles: cut the rows too, so that every thread has work; the price is that every thread packs the tile.
     const int64_t wanted = 2 * torch::stable::get_num_threads();
     splits_ =
         std::clamp<int64_t>(wanted / std::max<int64_t>(1, walk_.tiles() * walk_.groups), 1, ceil_div(walk_.rows, 16));
     if (puts_together(walk_)) splits_ = std::max(splits_, ceil_div(walk_.rows, kTogetherRows));
     block_ = block_channels(walk_, csr, kStripLanes, 32);
-    blocks_ = ceil_div(channels, block_);
+    blocks_ = ceil_div(std::max<int64_t>(1, walk_.source_channels), block_);
     results_ = walk_.result_stride();
     for (const Part& part : walk_.parts) {
       results_at_.push_back(part.empty ? 0 : results_);
@@ -79,7 +94,9 @@ class PreparedWalk {
   }
 
   // Whether the epilogue may have a residual.
-  bool takes_residual() const { return walk_.parts.size() == 1 && !walk_.parts[0].empty; }
+  bool takes_residual() const { return can_start(walk_); }
+  // And bits that say where it counts.
+  bool takes_counts() const { return can_start_by_bits(walk_); }
 
   // Tasks are independent of each other; neighbours are near in memory.
   int64_t tasks() const { return walk_.tiles() * walk_.groups * splits_; }
@@ -94,8 +111,8 @@ class PreparedWalk {
       residual_ = walk_;  // the same pixels of another tensor
       residual_.target.data = const_cast<float*>(epilogue.residual);
       starts_in_place_ = writes_in_place(walk_);
-      together_ = puts_together(walk_);
-      in_place_ = starts_in_place_ && !together_;
+      together_ = puts_together(walk_) && !epilogue.adds;
+      in_place_ = starts_in_place_ && !together_ && !epilogue.adds;
       // A large target would evict everything on its way to memory, and each line would be read before it is written.
       const int64_t floats = walk_.images * walk_.groups * walk_.rows * walk_.target_h * walk_.target_w;
       streamed_ = floats >= kStreamFloats && in_place_ && prepared_.blocks_ == 1;
@@ -141,6 +158,7 @@ class PreparedWalk {
             const bool elsewhere = b == 0 && starts_in_place_;
             out.start = elsewhere ? target_at(residual_, tile, channel) : out.data;
             out.start_stride = elsewhere ? walk_.target.channel : out.stride;
+            if (b == 0 && epilogue_.counts) out.counts = epilogue_.counts + (out.start - epilogue_.residual) / 8;
           }
           out.stream = streamed_ && aligned(out.data, out.stride);
           const bool finish = b + 1 == blocks;
@@ -156,7 +174,9 @@ class PreparedWalk {
         }
       }
       packed_tile_ = task / splits;
-      if (together_) {
+      if (epilogue_.adds) {
+        add_target(walk_, tile, channel, count, lanes_);
+      } else if (together_) {
         kernels().stream(target_at(walk_, tile, channel), result_ + prepared_.results_at_[0], count * stride);
         kernels().finish_streams();
       } else if (!in_place_) {
@@ -361,29 +381,53 @@ void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images
 
 namespace {
 
-void add_to(const Images& to, const float* from, int64_t floats) {
+// plane: floats of a channel of an image.
+void add_to(const Images& to, const Addend& other, int64_t floats, int64_t plane) {
   constexpr int64_t kFloats = 1 << 16;
+  if (other.bits) {
+    parallel(floats / plane, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * plane; i < end * plane; ++i) {
+        const int64_t pixel = i % plane;
+        const int bits = other.bits[i / plane * bit_bytes(plane) + pixel / 8];
+        if (bits >> pixel % 8 & 1) to.data[i] += other.data[i];
+      }
+    });
+    return;
+  }
   parallel(ceil_div(floats, kFloats), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * kFloats; i < std::min(floats, end * kFloats); ++i) to.data[i] += from[i];
+    for (int64_t i = begin * kFloats; i < std::min(floats, end * kFloats); ++i) to.data[i] += other.data[i];
   });
 }
 
 }  // namespace
 
-void conv2d_grads(const Conv2dGeometry& g, const Csr& weight, const Csr& weight_t, const float* other, const Images& dy,
-                  const Images& x, const Images& dx, float* grad) {
-  const int64_t floats = g.batch * g.in_channels * g.in_h * g.in_w;
+bool adds_by_bits(const Conv2dGeometry& g, const Images& dy, const Images& dx) {
+  if (is_depthwise(g, dx, dy)) return false;
+  Walk walk = input_grad_walk(g, dy, dx);
+  cut(walk);
+  return can_start_by_bits(walk);
+}
+
+void conv2d_grads(const Conv2dGeometry& g, const Csr& weight, const Csr& weight_t, const Addend& other,
+                  const Images& dy, const Images& x, const Images& dx, float* grad) {
+  const int64_t floats = g.batch * g.in_channels * g.in_h * g.in_w, plane = g.in_h * g.in_w;
+  const bool adds = other.data == dx.data;
   if (is_depthwise(g, x, dy) || weight.nnz == 0) {
-    conv2d_input_grad(g, weight_t, dy, dx);
+    Scratch scratch;
+    Images product = dx;
+    if (adds) product.data = scratch.get(floats);
+    conv2d_input_grad(g, weight_t, dy, product);
     if (weight.nnz > 0) conv2d_values_grad(g, weight, dy, x, grad);
-    if (other) add_to(dx, other, floats);
+    if (adds) add_to(dx, {product.data}, floats, plane);
+    if (other.data && !adds) add_to(dx, other, floats, plane);
     return;
   }
   use_huge_pages(dx.data, floats);
   const PreparedWalk input(input_grad_walk(g, dy, dx), weight_t);
-  const bool starts = other && input.takes_residual();
+  const bool starts = other.data && (other.bits ? input.takes_counts() : input.takes_residual());
   Epilogue epilogue;
-  if (starts) epilogue.residual = other;
+  if (starts) epilogue.residual = other.data, epilogue.counts = other.bits;
+  epilogue.adds = adds && !starts;
   const ValuesGrad values(g, weight, dy, x);
   if (values.chunks_are_tasks() && g.stride_h * g.stride_w == 1) {
     // dy is read from memory once: next to a tile of the one gradient comes that of the other. With strides dy is the
@@ -404,7 +448,7 @@ void conv2d_grads(const Conv2dGeometry& g, const Csr& weight, const Csr& weight_
     values.run();
   }
   values.finish(grad);
-  if (other && !starts) add_to(dx, other, floats);
+  if (other.data && !starts && !adds) add_to(dx, other, floats, plane);
 }
 
 void bias_grad(const Conv2dGeometry& g, const Images& dy, float* grad) {

@@ -26,6 +26,9 @@ struct Epilogue {
   const float* bias = nullptr;      // [out_channels], or null
   const float* residual = nullptr;  // the size and strides of y, or null
   float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
+  // A bit for every float of the residual, from its first on: where it is 0, nothing is added; null: all of it is.
+  const uint8_t* counts = nullptr;
+  bool adds = false;  // to what y holds already, without a residual
 };
 
 class PreparedWalk;
@@ -52,9 +55,19 @@ void conv2d_input_grad(const Conv2dGeometry& g, const Csr& weight_t, const Image
 // grad[j] = the gradient of non-zero j of weight, whose values are not read.
 void conv2d_values_grad(const Conv2dGeometry& g, const Csr& weight, const Images& dy, const Images& x, float* grad);
 
-// Both, in one go over dy; dx = the gradient of conv + other, of dx's size and strides, which may be null.
-void conv2d_grads(const Conv2dGeometry& g, const Csr& weight, const Csr& weight_t, const float* other, const Images& dy,
-                  const Images& x, const Images& dx, float* grad);
+// What is added to a gradient: nothing, or something of its size and strides, which may be the gradient's own memory;
+// or, with bits, that where they are 1. The bits of a plane begin with a byte, as those of batch_norm.
+struct Addend {
+  const float* data = nullptr;
+  const uint8_t* bits = nullptr;
+};
+
+// Both, in one go over dy; dx = the gradient of conv + other.
+void conv2d_grads(const Conv2dGeometry& g, const Csr& weight, const Csr& weight_t, const Addend& other,
+                  const Images& dy, const Images& x, const Images& dx, float* grad);
+
+// Whether conv2d_grads adds by bits for free.
+bool adds_by_bits(const Conv2dGeometry& g, const Images& dy, const Images& dx);
 
 // grad[channel] = sum of dy over images and pixels.
 void bias_grad(const Conv2dGeometry& g, const Images& dy, float* grad);

@@ -110,15 +110,17 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   const float* const lanes = tile.lanes + first_lane;
   float* const out = results.data + first_lane;
   const float* const start = results.start ? results.start + first_lane : nullptr;
+  const uint8_t* const counts = results.counts;
   const float* const bias = results.bias;
   const int32_t* const mask = results.mask ? results.mask + first_lane : nullptr;
   const bool far = rows.far;
-  const bool starts = kAsks ? start != nullptr : kDoes & kStarts, read_elsewhere = starts && start != out;
+  const bool starts = kAsks ? start != nullptr : kDoes & kStarts;
   const bool has_bias = kAsks ? bias != nullptr : (kDoes & kHasBias) != 0;
   const bool capped = results.high < kInfinity;
   const bool finishes = kAsks ? mask || capped || results.low > -kInfinity : (kDoes & kFinishes) != 0;
   const bool whole = !kAsks || tail == kLanes;
   const bool stream = kAsks ? results.stream && whole : (kDoes & kStreams) != 0;
+  const bool read_elsewhere = starts && (start != out || results.stream);
   const Vec low = broadcast(results.low), high = broadcast(results.high);
   Mask kept[N];
   for (int v = 0; v < N; ++v) kept[v] = mask_of(mask ? mask + v * kLanes : nullptr);
@@ -148,7 +150,8 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
     if (starts) {
       const float* const from = start + row * start_stride;
       for (int v = 0; v < N; ++v) {
-        const Vec x = whole || v + 1 < N ? load(from + in_row(v)) : load(from + in_row(v), tail);
+        Vec x = whole || v + 1 < N ? load(from + in_row(v)) : load(from + in_row(v), tail);
+        if (counts) x = where_positive(x, counts + row * start_stride / 8, first_lane + in_row(v));
         sum[kSums - 1][v] = kSums == 1 ? add(x, first) : x;
       }
     }
@@ -277,6 +280,7 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
       Results to = results;
       to.data += first * results.jump;
       if (to.start) to.start += first * results.jump;
+      if (to.counts) to.counts += first * results.jump / 8;
       if (to.mask) to.mask += first * tile.run;
       if (count == 1) {
         spmm(part, rows, to, tile.run);
@@ -619,6 +623,24 @@ void scatter(float* to, int64_t to_row, int64_t to_col, const float* from, int64
   if (to_col == 1) return gather(to, to_row, from, from_row, 1, rows, cols);
   for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
     for (int64_t c = 0; c < cols; ++c) to[c * to_col] = from[c];
+  }
+}
+
+void add_spread(float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows,
+                int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
+    int64_t c = 0;
+#if defined(__AVX512F__)
+    constexpr int64_t kHalf = kLanes / 2;
+    constexpr __mmask16 kEven = 0x5555;
+    for (; to_col == 2 && c < cols; c += kHalf) {
+      const int64_t n = cols - c < kHalf ? 2 * (cols - c) - 1 : kLanes;
+      const Vec spread = _mm512_maskz_expand_ps(kEven, load(from + c, cols - c < kHalf ? cols - c : kHalf));
+      const Vec old = load(to + 2 * c, n);
+      store(to + 2 * c, _mm512_mask_add_ps(old, kEven, old, spread), n);
+    }
+#endif
+    for (; c < cols; ++c) to[c * to_col] += from[c];
   }
 }
 
@@ -1095,6 +1117,7 @@ extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 sddmm,
                                 gather,
                                 scatter,
+                                add_spread,
                                 interleave,
                                 split,
                                 max_pool_row,

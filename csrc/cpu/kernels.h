@@ -63,6 +63,9 @@ struct Results {
   bool stream;          // write past the caches; wants rows aligned to 64 bytes; not with runs
   float low, high;      // bounds that results are clamped to; infinite where there are none
   int64_t jump = 0;     // of data and start
+  // A bit for every float from `start` on, for spmm: where it is 0, so is what the sum starts from. start_stride is
+  // then a multiple of 16. Null: all of it counts.
+  const uint8_t* counts = nullptr;
 };
 
 enum class Activation : int64_t { none, sigmoid, silu, hardsigmoid, hardswish };
@@ -119,6 +122,10 @@ struct Kernels {
   // to[r * to_row + c * to_col] = from[r * from_row + c]
   void (*scatter)(float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows,
                   int64_t cols);
+
+  // to[r * to_row + c * to_col] += from[r * from_row + c]
+  void (*add_spread)(float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows,
+                     int64_t cols);
 
   // to[r * to_row + c] = c even ? even[r * even_row + c / 2] : odd[r * odd_row + c / 2]
   void (*interleave)(float* to, int64_t to_row, const float* even, const float* odd, int64_t even_row, int64_t odd_row,

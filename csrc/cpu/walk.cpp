@@ -286,20 +286,29 @@ float* target_at(const Walk& walk, const TileAt& tile, int64_t channel) {
          tile.x * walk.target_step_w * t.col;
 }
 
+namespace {
+
+// Where a part begins in a channel of the target, from the tile's corner on, and how much of it there is.
+struct PartAt {
+  int64_t at, h, w;
+};
+
+PartAt part_at(const Walk& walk, const Part& p, const TileAt& tile) {
+  return {p.offset_h * walk.target.row + p.offset_w * walk.target.col,
+          std::min(tile.h, ceil_div(walk.target_h - p.offset_h, walk.target_step_h) - tile.y),
+          std::min(tile.w, ceil_div(walk.target_w - p.offset_w, walk.target_step_w) - tile.x)};
+}
+
+}  // namespace
+
 void write_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count,
                   const std::vector<Lanes>& lanes) {
   const Kernels& k = kernels();
   const Images& t = walk.target;
   float* const corner = target_at(walk, tile, channel);
   const int64_t step_h = walk.target_step_h, step_w = walk.target_step_w;
-  struct Piece {
-    int64_t at, h, w;  // where a part begins in a channel of the target, and how much of it there is
-  };
-  std::vector<Piece> pieces;
-  for (const Part& p : walk.parts)
-    pieces.push_back({p.offset_h * t.row + p.offset_w * t.col,
-                      std::min(tile.h, ceil_div(walk.target_h - p.offset_h, step_h) - tile.y),
-                      std::min(tile.w, ceil_div(walk.target_w - p.offset_w, step_w) - tile.x)});
+  std::vector<PartAt> pieces;
+  for (const Part& p : walk.parts) pieces.push_back(part_at(walk, p, tile));
   if (t.channel == 1) {
     for (size_t i = 0; i < pieces.size(); ++i)
       for (int64_t r = 0; r < pieces[i].h; ++r)
@@ -334,6 +343,24 @@ void write_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t
     if (streams) k.stream(corner + c * t.channel, together, rows * walk.target_w);
   }
   if (streams) k.finish_streams();
+}
+
+void add_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count, const std::vector<Lanes>& lanes) {
+  const Images& t = walk.target;
+  for (size_t i = 0; i < walk.parts.size(); ++i) {
+    if (walk.parts[i].empty) continue;
+    const auto [at, h, w] = part_at(walk, walk.parts[i], tile);
+    float* const to = target_at(walk, tile, channel) + at;
+    for (int64_t c = 0; c < count; ++c) {
+      const float* ahead = to + (c + kWriteAhead) * t.channel;
+      if (c + kWriteAhead < count)
+        for (int64_t r = 0; r < h; ++r)
+          for (int64_t f = 0; f < w * walk.target_step_w; f += kAlign)
+            __builtin_prefetch(ahead + r * walk.target_step_h * t.row + f, 1);
+      kernels().add_spread(to + c * t.channel, walk.target_step_h * t.row, walk.target_step_w * t.col,
+                           lanes[i].data + c * lanes[i].stride, walk.pitch, h, w);
+    }
+  }
 }
 
 void pack_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count, float* lanes, int64_t stride) {

@@ -134,6 +134,9 @@ float* target_at(const Walk& walk, const TileAt& tile, int64_t channel);
 void write_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count,
                   const std::vector<Lanes>& lanes);
 
+// Adds to the target; nothing where parts are empty.
+void add_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count, const std::vector<Lanes>& lanes);
+
 // Target pixels into lanes, which start zeroed, so that lanes that are no pixels stay zero.
 void pack_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t count, float* lanes, int64_t stride);
 

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops import misc
 
-from .norm import BatchNorm2d, Sequential, is_plain_relu, is_watched, normed
+from .norm import BatchNorm2d, Normed, Sequential, chain, is_plain_norm, is_plain_relu, is_watched, normed
 
 
 class BasicBlock(resnet.BasicBlock):
     """torchvision's block of two 3 x 3 convolutions; ``[n, c, h, w]`` to ``[n, c', h', w']``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not _can_fuse(self):
-            return super().forward(x)
-        out, x = normed(self.conv1, self.bn1, x, relu=True, fork=True)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        return normed(self.conv2, self.bn2, out, shortcut, relu=True)
+        return (
+            super().forward(x) if not _can_fuse(self) else _run(self, x, [self.conv1, self.conv2], [self.bn1, self.bn2])
+        )
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -30,10 +28,7 @@ class Bottleneck(resnet.Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         if not _can_fuse(self):
             return super().forward(x)
-        out, x = normed(self.conv1, self.bn1, x, relu=True, fork=True)
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = normed(self.conv2, self.bn2, out, relu=True)
-        return normed(self.conv3, self.bn3, out, shortcut, relu=True)
+        return _run(self, x, [self.conv1, self.conv2, self.conv3], [self.bn1, self.bn2, self.bn3])
 
 
 class ResNet(resnet.ResNet):
@@ -59,6 +54,35 @@ FUSED = {
     resnet.Bottleneck: Bottleneck,
     resnet.ResNet: ResNet,
 }
+
+
+def _run(block: nn.Module, x: Tensor, convs: list[nn.Module], norms: list[BatchNorm2d]) -> Tensor:
+    """A residual block: all of it in one go where that can be, else layer by layer."""
+    out = _run_whole(block.downsample, x, convs, norms)
+    if out is not None:
+        return out
+    out, x = normed(convs[0], norms[0], x, relu=True, fork=True)
+    shortcut = x if block.downsample is None else block.downsample(x)
+    for conv, norm in zip(convs[1:-1], norms[1:-1]):
+        out = normed(conv, norm, out, relu=True)
+    return normed(convs[-1], norms[-1], out, shortcut, relu=True)
+
+
+def _run_whole(
+    downsample: nn.Module | None, x: Tensor, convs: list[nn.Module], norms: list[BatchNorm2d]
+) -> Tensor | None:
+    layers = []
+    if downsample is not None:
+        parts = list(downsample) if type(downsample) is Sequential and not is_watched(downsample) else []
+        if len(parts) != 2 or not is_plain_norm(parts[1]):
+            return None
+        # First, so that its gradient comes last: it has pixels to add for a few of the block's input only.
+        layers.append(Normed(*parts, relu=False))
+    shortcut = len(layers)  # as a source: the downsample's result, or the input
+    sources = [0, *range(shortcut + 1, shortcut + len(convs))]
+    layers += [Normed(conv, norm, relu=True, input=s) for conv, norm, s in zip(convs, norms, sources)]
+    layers[-1] = layers[-1]._replace(residual=shortcut)
+    return chain([x], layers)
 
 
 def _can_fuse(block: nn.Module) -> bool:

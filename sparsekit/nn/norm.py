@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,6 +74,48 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(var * (count / (count - 1)), factor)
 
 
+class Normed(NamedTuple):
+    """``relu(norm(conv(input)) + residual)``, a layer of :func:`chain`; nobody listens to ``norm``."""
+
+    conv: nn.Module
+    norm: BatchNorm2d
+    relu: bool
+    input: int = 0
+    residual: int = -1
+
+
+def chain(
+    outside: Sequence[Tensor], layers: Sequence[Normed], fork: bool = False
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """All layers in one go: see :func:`sparsekit._ops.conv2d_batch_norms`.
+
+    Returns:
+        What that returns; None also where a layer is not sparse or runs dense, has a bias, pads with anything but zeros or
+        is listened to, or where a norm is not in training mode.
+    """
+    like = outside[0]
+    if not _ops.takes_batch_norms(like):
+        return None
+    sizes = [t.shape for t in outside]
+    for layer in layers:
+        conv = layer.conv
+        geometry = conv._plain_geometry if _is_ours(conv) else None
+        if geometry is None or not layer.norm.training or layer.norm.num_features != conv.out_channels:
+            return None
+        # A tensor without memory tells of the shape where there is no result yet.
+        if not conv.runs_sparse(like if layer.input == 0 else like.new_empty(()).expand(sizes[layer.input])):
+            return None
+        sizes.append(_ops.output_size(sizes[layer.input], conv.out_channels, *geometry[:4]))
+    found = []
+    for conv, norm, relu, input, residual in layers:
+        running = norm.running_mean, norm.running_var, norm.num_batches_tracked
+        of_norm = norm.weight, norm.bias, running, norm.momentum, norm.eps, relu
+        found.append(
+            _ops.NormedConv(conv.compressed_weight(), conv.pattern, conv._plain_geometry, *of_norm, input, residual)
+        )
+    return _ops.conv2d_batch_norms(outside, found, fork)
+
+
 def normed(
     conv: nn.Module,
     norm: BatchNorm2d,
@@ -89,16 +134,17 @@ def normed(
         relu: as of :class:`BatchNorm2d`.
         fork: as of :func:`sparsekit._ops.conv2d`, for a block with a shortcut.
     """
-    is_ours = isinstance(conv, SparseConv2d) and not is_watched(conv)
-    if is_ours and norm.training and norm.num_features == conv.out_channels:
-        running = norm.running_mean, norm.running_var, norm.num_batches_tracked
-        how = {"relu": relu, "eps": norm.eps, "running": running, "momentum": norm.momentum, "fork": fork}
-        found = conv._normed(input, norm.weight, norm.bias, residual, **how)
-        if found is not None:
-            return found
-    out, input = conv.forked(input) if is_ours and fork else (conv(input), input)
+    outside = [input] if residual is None else [input, residual]
+    found = chain(outside, [Normed(conv, norm, relu, 0, len(outside) - 1 or -1)], fork)
+    if found is not None:
+        return found
+    out, input = conv.forked(input) if fork and _is_ours(conv) else (conv(input), input)
     out = norm(out, residual, relu)
     return (out, input) if fork else out
+
+
+def _is_ours(conv: nn.Module) -> bool:
+    return isinstance(conv, SparseConv2d) and not is_watched(conv)
 
 
 class Sequential(nn.Sequential):
@@ -116,11 +162,11 @@ class Sequential(nn.Sequential):
         modules = list(self)
         while modules:
             module = modules.pop(0)
-            if modules and isinstance(module, SparseConv2d) and _is_plain_norm(modules[0]):
+            if modules and isinstance(module, SparseConv2d) and is_plain_norm(modules[0]):
                 relu = len(modules) > 1 and is_plain_relu(modules[1])
                 input = normed(module, modules[0], input, relu=relu)
                 del modules[: 1 + relu]
-            elif modules and _is_plain_norm(module) and is_plain_relu(modules[0]):
+            elif modules and is_plain_norm(module) and is_plain_relu(modules[0]):
                 input = module(input, relu=True)
                 del modules[0]
             else:
@@ -128,7 +174,8 @@ class Sequential(nn.Sequential):
         return input
 
 
-def _is_plain_norm(module: nn.Module) -> bool:
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a BatchNorm2d of ours to which nobody listens."""
     return type(module) is BatchNorm2d and not is_watched(module)
 
 

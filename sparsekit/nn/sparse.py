@@ -319,19 +319,13 @@ class SparseConv2d(SparseModule, nn.Conv2d):
             input, self.compressed_weight(), self.pattern, bias, **self._geometry, padding=padding, fork=fork
         )
 
-    def _normed(self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, **how):
-        """This layer and the BatchNorm behind it at once: see :func:`sparsekit._ops.conv2d_batch_norm`.
-
-        Returns:
-            What that returns; None also where this layer runs dense, has a bias, or pads with anything but zeros.
-        """
-        if self.bias is not None or self.padding_mode != "zeros" or not _ops.takes_batch_norm(input):
+    @property
+    def _plain_geometry(self) -> tuple | None:
+        """The geometry as :func:`sparsekit._ops.conv2d_batch_norms` takes it; None for layers that it cannot take."""
+        if self.bias is not None or self.padding_mode != "zeros":
             return None
-        if not self.runs_sparse(input):
-            return None
-        input, padding = self._padded(input)
-        operands = input, self.compressed_weight(), self.pattern
-        return _ops.conv2d_batch_norm(*operands, weight, bias, residual, **self._geometry, padding=padding, **how)
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        return self.kernel_size, self.stride, (top, bottom, left, right), self.dilation, self.groups
 
     @property
     def _geometry(self) -> dict:

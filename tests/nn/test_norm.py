@@ -12,6 +12,9 @@ import sparsekit as sk
 from sparsekit.nn.norm import normed
 
 torchvision = pytest.importorskip("torchvision", exc_type=ImportError)
+from torchvision.models import resnet
+
+from sparsekit.nn import blocks
 from sparsekit.transfer.models import MobileNetV1
 
 
@@ -85,7 +88,7 @@ def joint(monkeypatch):
     if sk.backend() == "reference":
         pytest.skip("installed without C++ kernels")
     calls = []
-    for name in ("conv2d_batch_norm", "conv2d_batch_norm_grads"):
+    for name in ("conv2d_batch_norms", "conv2d_batch_norms_grads"):
         original = getattr(torch.ops.sparsekit_cpu, name)
         monkeypatch.setattr(
             torch.ops.sparsekit_cpu, name, lambda *a, original=original, name=name: (calls.append(name), original(*a))
@@ -117,7 +120,7 @@ def test_with_its_convolution_it_is_its_parts(joint, arguments, residual, relu, 
             ((out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum() + (again * again).sum()).backward()
             leaves = [x, *([shortcut] if residual else []), *c.parameters(), *n.parameters()]
             results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-        assert joint.count("conv2d_batch_norm_grads") == step + 1
+        assert joint.count("conv2d_batch_norms_grads") == step + 1
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         for key, value in apart[1].state_dict().items():
@@ -163,6 +166,117 @@ def test_with_its_convolution_no_double_backward():
     (grad,) = torch.autograd.grad(normed(sparse_conv(), norm, x, relu=True).square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward"):
         grad.sum().backward()
+
+
+BLOCKS = {
+    "basic": lambda: resnet.BasicBlock(8, 8),
+    "bottleneck": lambda: resnet.Bottleneck(16, 4),
+    "downsampled basic": lambda: resnet.BasicBlock(8, 16, 2, downsampled(8, 16)),
+    "downsampled bottleneck": lambda: resnet.Bottleneck(8, 4, 2, downsampled(8, 16)),
+}
+
+
+def downsampled(before, after, *first):
+    return nn.Sequential(*first, nn.Conv2d(before, after, 1, 1 if first else 2, bias=False), nn.BatchNorm2d(after))
+
+
+def sparse_block(make):
+    """A block of sparse layers whose statistics and weights are not those of a fresh one."""
+    torch.manual_seed(1)
+    block = sk.sparsify_(sk.pruning.magnitude_(nn.Sequential(make()), 0.6, "uniform"))[0]
+    for module in block.modules():
+        if isinstance(module, sk.nn.SparseConv2d):
+            module.backend = "sparse"
+        if isinstance(module, sk.nn.BatchNorm2d):
+            nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+    return block
+
+
+def step_of(block, x, whole, monkeypatch):
+    """Output, and gradients of images and parameters, of a block that does all at once, or as torchvision does it."""
+    x = x.clone().requires_grad_()
+    with monkeypatch.context() as m:
+        if not whole:
+            m.setattr(blocks, "_can_fuse", lambda block: False)
+        out = block.train()(x)
+    out.mul(torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in block.parameters())]
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
+def test_a_block_is_one_call_each_way(joint, monkeypatch, make, compress):
+    block = sparse_block(make)
+    if compress:
+        sk.compress_(nn.Sequential(block))
+    apart = copy.deepcopy(block)
+    for _ in range(2):
+        x = torch.randn(3, 16 if make is BLOCKS["bottleneck"] else 8, 8, 8)
+        joint.clear()
+        found = step_of(block, x, True, monkeypatch)
+        assert joint == ["conv2d_batch_norms", "conv2d_batch_norms_grads"]
+        for ours, theirs in zip(found, step_of(apart, x, False, monkeypatch), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        for key, value in apart.state_dict().items():
+            torch.testing.assert_close(block.state_dict()[key], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_is_one_call_only_where_that_can_be(joint, monkeypatch):
+    x = torch.randn(3, 8, 8, 8)
+
+    def freeze(block):
+        block.conv2.requires_grad_(False)
+
+    def watch(block):
+        block.downsample[0].register_forward_hook(lambda *_: None)
+
+    def watch_shortcut(block):
+        block.downsample.register_forward_hook(lambda *_: None)
+
+    def fix_statistics(block):
+        block.bn2.train = lambda mode: block.bn2
+        block.bn2.training = False
+
+    def densify(block):
+        block.conv3.backend = "dense"
+
+    def bias(block):
+        block.conv2.bias = nn.Parameter(torch.zeros(4))
+
+    def pool_shortcut(block):
+        block.downsample = sk.nn.Sequential(nn.AvgPool2d(2), *block.downsample)
+        block.downsample[1].stride = (1, 1)
+
+    for change in (freeze, watch, watch_shortcut, fix_statistics, densify, bias, pool_shortcut):
+        block = sparse_block(BLOCKS["downsampled bottleneck"])
+        change(block)
+        apart = copy.deepcopy(block)
+        joint.clear()
+        found = step_of(block, x, True, monkeypatch)
+        assert len(joint) != 2, change
+        for ours, theirs in zip(found, step_of(apart, x, False, monkeypatch), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
+def test_a_graph_of_a_blocks_gradients(make):
+    """The gradients are there, one by one or many at once; theirs are not."""
+    block = sparse_block(make).train()
+    x = torch.randn(3, 16 if make is BLOCKS["bottleneck"] else 8, 8, 8, requires_grad=True)
+    leaves = [x, *block.parameters()]
+    out = block(x)
+    expected = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
+    found = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    if sk.backend() != "reference":
+        with pytest.raises(NotImplementedError, match="double backward"):
+            found[0].sum().backward(retain_graph=True)
+    directions = torch.randn(2, *out.shape)
+    many = torch.autograd.grad(out, leaves, directions, is_grads_batched=True, retain_graph=True)
+    for i, direction in enumerate(directions):
+        for ours, theirs in zip(many, torch.autograd.grad(out, leaves, direction, retain_graph=True)):
+            torch.testing.assert_close(ours[i], theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(params=["resnet18", "resnet50"])

@@ -1,6 +1,6 @@
 """Random convolutions against the reference: shapes from seeds, so that one line reproduces a case.
 
-A failing case prints the ``check(Case.random(SEED))`` or ``check_others(SEED)`` that reproduces it.
+A failing case prints the ``check(Case.random(SEED))``, ``check_block(SEED)`` or ``check_others(SEED)`` that reproduces it.
 """
 
 from __future__ import annotations
@@ -123,6 +123,10 @@ def check(case: Case) -> float:
         start = 0 if added is None else added
         _close("conv2d_grads", case, both[0] - start, dx, pattern.nnz / case.in_channels + 1)
         assert torch.equal(both[1], dw), f"conv2d_grads: {case}"
+    if not case.channels_last or case.groups == 1:
+        added = other.clone(memory_format=torch.preserve_format)
+        native.conv2d_grads(added, dw, dy, x, values, *pattern, added, *geometry)
+        _close("conv2d_grads in place", case, added - other, dx, pattern.nnz / case.in_channels + 1)
 
     if not case.channels_last and y.numel() > case.out_channels:
         _check_normed(case, g, dy, x, values, pattern, geometry, other)
@@ -134,42 +138,100 @@ def check(case: Case) -> float:
 
 
 def _check_normed(case: Case, generator, dy, x, values, pattern, geometry, other) -> None:
-    """conv2d_batch_norm and its gradients do what the two ops do one after the other, to the bit."""
-    native, context, how = torch.ops.sparsekit_cpu, f"conv2d_batch_norm: {case}", (case.bias, 1e-2)
+    """A layer of conv2d_batch_norms and its gradients are what the two ops do one after the other, to the bit."""
+    native, context, how = torch.ops.sparsekit_cpu, f"conv2d_batch_norms: {case}", (case.bias, 1e-2)
     weight, bias, shift = (torch.randn(case.out_channels, generator=generator) for _ in range(3))
     residual = _draw(case, generator, *dy.shape) if case.integers else None
-    found, expected = ([torch.full_like(dy, NAN) for _ in range(2)] for _ in range(2))
     bits = (*dy.shape[:2], (dy.shape[2] * dy.shape[3] + 15) // 16 * 2)
-    for tensors in (found, expected):
-        tensors += [torch.full_like(weight, NAN) for _ in range(2)]
-        tensors.append(torch.zeros(bits, dtype=torch.uint8) if residual is not None and case.bias else None)
+    has_bits = residual is not None and case.bias
+    found, expected = (
+        [torch.full_like(t, NAN) for t in (dy, dy, weight, weight)]
+        + ([torch.zeros(bits, dtype=torch.uint8)] if has_bits else [])
+        for _ in range(2)
+    )
     running = shift.clone(), weight.abs(), torch.tensor(2)
-    tail = weight, bias, residual, *how
-    native.conv2d_batch_norm(*found, *running, x, values, *pattern[:2], *tail, -1.0, *geometry)
-    out, product, *rest = expected
+    outside = [x] if residual is None else [x, residual]
+    plan = [0], [-1 if residual is None else 1], [int(case.bias)], [1e-2]
+    numbers = [n for part in geometry[:4] for n in part] + [case.groups]
+    lists = [[t] for t in found[:4]], found[4:], [[t] for t in running]
+    native.conv2d_batch_norms(
+        *lists[0], lists[1], *lists[2], outside, [values], *([t] for t in pattern[:2]), [weight], [bias], *plan, [-1.0],
+        numbers,
+    )  # fmt: skip
+    out, product, mean, var, *positives = expected
     native.conv2d(product, x, values, *pattern[:2], None, *geometry)
-    native.batch_norm(out, *rest, product, *tail)
-    assert all(a is b or torch.equal(a, b) for a, b in zip(found, expected)), context
+    positive = positives[0] if has_bits else None
+    native.batch_norm(out, mean, var, positive, product, weight, bias, residual, *how)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected)), context
     count = dy.numel() // case.out_channels
-    torch.testing.assert_close(running[0], shift + (rest[0] - shift) / 3, msg=context)
-    var = rest[1] * count / (count - 1)
-    torch.testing.assert_close(running[1], weight.abs() + (var - weight.abs()) / 3, msg=context)
+    torch.testing.assert_close(running[0], shift + (mean - shift) / 3, msg=context)
+    torch.testing.assert_close(running[1], weight.abs() + (var * count / (count - 1) - weight.abs()) / 3, msg=context)
     assert running[2] == 3, context
 
-    mean, var, positive = rest
     norm = product, positive, weight, bias, mean, var
-    sizes = x, values, weight, bias, product
+    sizes = x, values, weight, bias, dy
     grads, both = ([torch.full_like(t, NAN) for t in sizes] for _ in range(2))
+    native.conv2d_batch_norms_grads(
+        [grads[0], grads[4]][: len(outside)], *([t] for t in grads[1:4]), other, dy, [x], [product], [mean], [var],
+        positives, [values], *([t] for t in pattern), [weight], [bias], *plan, numbers,
+    )  # fmt: skip
     of_product = torch.full_like(product, NAN)
-    of_residual = None if positive is None else grads.pop()
-    native.conv2d_batch_norm_grads(
-        *grads[:4], of_residual, of_product, dy, *norm, x, values, *pattern, other, *how, *geometry
-    )
-    expected_residual = None if positive is None else both.pop()
-    native.batch_norm_grad(of_product, *both[2:4], expected_residual, dy, *norm, *how)
+    native.batch_norm_grad(of_product, *both[2:], dy, *norm, *how)
     native.conv2d_grads(*both[:2], of_product, x, values, *pattern, other, *geometry)
-    assert all(torch.equal(a, b) for a, b in zip(grads[:4], both[:4])), context
-    assert positive is None or torch.equal(of_residual, expected_residual), context
+    compared = 4 if residual is None else 5
+    assert all(torch.equal(a, b) for a, b in zip(grads[:compared], both)), context
+
+
+def check_block(seed: int, size: tuple[int, ...] | None = None) -> None:
+    """Compare a residual block in one call with PyTorch's, in float64, on images ``size`` or of a random one."""
+    r, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    context = f"check_block({seed}, {size})"
+
+    def draw(*size):
+        return torch.randn(size, generator=g)
+
+    size = size or (r.choice([2, 3]), r.choice([8, 32]), *r.choice([(8, 8), (14, 14), (5, 7), (16, 4)]))
+    x, channels, branch = draw(*size), size[1], r.choice([4, 33])
+    stride, affine = r.choice([1, 1, 2]), r.random() < 0.8
+    kernels = r.choice([(1, 3, 1), (3, 3), (1,), (3,)])
+    widths = channels, *[branch] * (len(kernels) - 1), channels if stride == 1 else 2 * channels
+    strides = [stride if i == (len(kernels) == 3) else 1 for i in range(len(kernels))]
+    layers = []  # kernel, stride, width before and after, source, residual, relu
+    if stride == 2 or r.random() < 0.5:
+        layers.append((r.choice([1, 1, 3]), stride, channels, widths[-1], 0, -1, False))
+    shortcut = len(layers)
+    for i, kernel in enumerate(kernels):
+        source, last = shortcut + i if i else 0, i + 1 == len(kernels)
+        layers.append((kernel, strides[i], *widths[i : i + 2], source, shortcut if last else -1, r.random() < 0.8))
+    x.requires_grad_()
+    theirs, ours, checked = [x.double()], [], [x]
+    for kernel, stride, before, after, source, residual, relu in layers:
+        dense = draw(after, before, kernel, kernel)
+        mask = torch.rand(dense.shape, generator=g) > r.choice([0.5, 0.9])
+        pattern = pattern_from_mask(mask)
+        values = _ops.compress(dense, pattern).requires_grad_()
+        norm = [draw(after).requires_grad_(), draw(after).requires_grad_()] if affine else [None, None]
+        geometry = (kernel, kernel), (stride, stride), (kernel // 2,) * 4, (1, 1), 1
+        ours.append(_ops.NormedConv(values, pattern, geometry, *norm, (None,) * 3, 0.1, 1e-2, relu, source, residual))
+        weight = _ops.decompress(values, pattern, dense.shape).double()
+        y = torch.nn.functional.conv2d(theirs[source], weight, None, stride, kernel // 2)
+        y = torch.nn.functional.batch_norm(
+            y, None, None, *(t if t is None else t.double() for t in norm), True, 0, 1e-2
+        )
+        y = y if residual < 0 else y + theirs[residual]
+        theirs.append(y.relu() if relu else y)
+        checked += [values, *(t for t in norm if t is not None)]
+    fork = shortcut > 0 and r.random() < 0.3
+    # What rounding takes across a ReLU must not count.
+    weights = draw(*theirs[-1].shape) * (theirs[-1].detach().abs() > 1e-3)
+    also = draw(*x.shape) if fork else torch.zeros_like(x)
+    expected = torch.autograd.grad((theirs[-1] * weights).sum() + (theirs[0] * also).sum(), checked)
+    out = _ops.conv2d_batch_norms([x], ours, fork)
+    assert out is not None, context
+    out, again = out if fork else (out, x)
+    torch.testing.assert_close(out.double(), theirs[-1], rtol=1e-3, atol=1e-3, msg=lambda m: f"{context}\n{m}")
+    loss = (out * weights).sum() + (again * also).sum()
+    _alike("gradients of conv2d_batch_norms", context, torch.autograd.grad(loss, checked), expected)
 
 
 def check_others(seed: int) -> None:
@@ -231,5 +293,5 @@ def _alike(name: str, context: str, found, expected) -> None:
     for ours, theirs in zip(found, expected):
         scale = float(theirs.abs().max()) if theirs.numel() else 1.0
         torch.testing.assert_close(
-            ours, theirs, rtol=1e-4, atol=1e-4 * max(scale, 1), msg=lambda m: f"{name}: {context}\n{m}"
+            ours, theirs.to(ours.dtype), rtol=1e-4, atol=1e-4 * max(scale, 1), msg=lambda m: f"{name}: {context}\n{m}"
         )

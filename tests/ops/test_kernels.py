@@ -7,11 +7,11 @@ import sparsekit as sk
 from sparsekit import _ops, reference
 from sparsekit.formats import pattern_from_mask
 
-from .fuzz import NAN, Case, check, check_others
+from .fuzz import NAN, Case, check, check_block, check_others
 
 ISAS = [isa for isa in sk.available_backends() if isa != "reference"]
 needs_native = pytest.mark.skipif(not ISAS, reason="installed without C++ kernels")
-CASES_PER_ISA, LARGE_CASES_PER_ISA, DEPTHWISE_CASES_PER_ISA = 400, 24, 100
+CASES_PER_ISA, LARGE_CASES_PER_ISA, DEPTHWISE_CASES_PER_ISA, BLOCKS_PER_ISA = 400, 24, 100, 100
 
 
 @needs_native
@@ -48,6 +48,24 @@ def test_large_convolutions_match_the_reference(isa):
 
 @needs_native
 @pytest.mark.parametrize("isa", ISAS)
+def test_blocks_match_pytorchs(isa):
+    with sk.use_isa(isa):
+        for seed in range(BLOCKS_PER_ISA):
+            check_block(seed)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [(4, 256, 56, 56), (64, 256, 14, 14)], ids=["whole lines", "put together"])
+def test_large_blocks_match_pytorchs(isa, size):
+    """Tensors too large for the caches are written past them."""
+    with sk.use_isa(isa):
+        for seed in range(4):
+            check_block(seed, size)
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     "size", [(4, 64, 64), (4, 57, 63), (64, 14, 14)], ids=["streamed", "unaligned", "put together"]
 )
@@ -66,13 +84,13 @@ def test_large_targets_match_the_reference(isa, size):
     with sk.use_isa(isa):
         native.conv2d(y, x, values, *pattern[:2], bias, *geometry)
         assert torch.equal(y, reference.conv2d(x, values, *pattern[:2], bias, *geometry))
-        # Its transpose, whose gradient is as large, with and without a sum.
+        # Its transpose, whose gradient is as large, with and without a sum, which may be in place.
         pattern = pattern_from_mask(torch.rand(16, 256, 1, 1, generator=g) > 0.7)
         values = torch.randint(-4, 5, (pattern.nnz,), generator=g).float()
         product = reference.conv2d_input_grad(x, values, *pattern[2:], y.shape, *geometry)
-        for other in (None, y):
-            dx = torch.full_like(y, NAN)
-            native.conv2d_grads(dx, torch.empty_like(values), x, y, values, *pattern, other, *geometry)
+        for other, dx in ((None, torch.full_like(y, NAN)), (y, torch.full_like(y, NAN)), (y, y.clone())):
+            added = dx if other is not None and not dx.isnan().any() else other
+            native.conv2d_grads(dx, torch.empty_like(values), x, y, values, *pattern, added, *geometry)
             assert torch.equal(dx, product if other is None else product + other)
 
 
