@@ -221,6 +221,29 @@ void batch_norm_grad_op(Tensor grad_input, Tensor grad_weight, Tensor grad_bias,
                   grad_residual ? planes(*grad_residual, "grad_residual", size) : nullptr);
 }
 
+void batch_norm_max_pool2d_op(Tensor out, Tensor mean, Tensor var, Tensor taps, Tensor input,
+                              std::optional<Tensor> weight, std::optional<Tensor> bias, bool relu, double eps,
+                              Ints kernel, Ints stride, Ints padding, Ints dilation) {
+  const ImageSize size = image_size(input, "input"), out_size = image_size(out, "out");
+  const Pool2dGeometry g = pool_geometry(size, out_size, kernel, stride, padding, dilation);
+  STD_TORCH_CHECK(g.kernel_h * g.kernel_w <= kMostTaps, "kernel_size must have at most ", kMostTaps, " taps");
+  batch_norm_max_pool2d(norm_of(input, weight, bias, mean, var, relu, eps), g, planes(input, "input", size),
+                        planes(out, "out", out_size), bytes(taps, "taps", out.numel()));
+}
+
+void batch_norm_max_pool2d_grad_op(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_output,
+                                   Tensor taps, Tensor input, std::optional<Tensor> weight, std::optional<Tensor> bias,
+                                   Tensor mean, Tensor var, bool relu, double eps, Ints kernel, Ints stride,
+                                   Ints padding, Ints dilation) {
+  const ImageSize size = image_size(input, "input"), out_size = image_size(grad_output, "grad_output");
+  const BatchNorm norm = norm_of(input, weight, bias, mean, var, relu, eps);
+  batch_norm_max_pool2d_grad(norm, pool_geometry(size, out_size, kernel, stride, padding, dilation),
+                             planes(grad_output, "grad_output", out_size), bytes(taps, "taps", grad_output.numel()),
+                             planes(input, "input", size), planes(grad_input, "grad_input", size),
+                             channel_data(grad_weight, "grad_weight", norm.channels),
+                             channel_data(grad_bias, "grad_bias", norm.channels));
+}
+
 using Tensors = std::vector<Tensor>;
 using Floats = std::vector<double>;
 
@@ -496,6 +519,15 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
       "Tensor grad_output, Tensor input, Tensor? positive, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
       "bool relu, float eps) -> ()");
   m.def(
+      "batch_norm_max_pool2d(Tensor(a!) out, Tensor(b!) mean, Tensor(c!) var, Tensor(d!) taps, Tensor input, "
+      "Tensor? weight, Tensor? bias, bool relu, float eps, int[] kernel_size, int[] stride, int[] padding, "
+      "int[] dilation) -> ()");
+  m.def(
+      "batch_norm_max_pool2d_grad(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor(c!) grad_bias, "
+      "Tensor grad_output, Tensor taps, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool "
+      "relu, "
+      "float eps, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
+  m.def(
       "conv2d_batch_norms(Tensor(a!)[] outs, Tensor(b!)[] products, Tensor(c!)[] means, Tensor(d!)[] vars, "
       "Tensor(e!)[] positives, Tensor(f!)[] running_means, Tensor(g!)[] running_vars, Tensor(h!)[] batches, "
       "Tensor[] outside, Tensor[] values, Tensor[] crow_indices, Tensor[] col_indices, Tensor[] weights, "
@@ -532,6 +564,8 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("max_pool2d_grad", TORCH_BOX(&sparsekit::max_pool2d_grad_op));
   m.impl("batch_norm", TORCH_BOX(&sparsekit::batch_norm_op));
   m.impl("batch_norm_grad", TORCH_BOX(&sparsekit::batch_norm_grad_op));
+  m.impl("batch_norm_max_pool2d", TORCH_BOX(&sparsekit::batch_norm_max_pool2d_op));
+  m.impl("batch_norm_max_pool2d_grad", TORCH_BOX(&sparsekit::batch_norm_max_pool2d_grad_op));
   m.impl("conv2d_batch_norms", TORCH_BOX(&sparsekit::conv2d_batch_norms_op));
   m.impl("conv2d_batch_norms_grads", TORCH_BOX(&sparsekit::conv2d_batch_norms_grads_op));
 }

@@ -112,6 +112,10 @@ def _kernels(*tensors: Tensor):
     return torch.ops.sparsekit_cpu if _runs_native(*tensors) else None
 
 
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
 # --- shapes ---------------------------------------------------------------------------------------------------------
 
 
@@ -455,8 +459,7 @@ _define(
 # ReLU if asked for; the statistics, mean and biased variance, [channels]; and with a residual and ReLU bits that tell
 # where the result is more than 0, [n, channels, bytes], else empty. Only the first has a gradient.
 def _batch_norm(input, weight, bias, residual, relu, eps):
-    others = [t for t in (weight, bias, residual) if t is not None]
-    if not _runs_native(input, *others):
+    if not _runs_native(input, *_present((weight, bias, residual))):
         return reference.batch_norm(input, weight, bias, residual, relu, eps)
     out, mean, var, positive = _batch_norm_fake(input, weight, bias, residual, relu, eps)
     has_bits, residual = positive.dim() == 3, residual if residual is None else residual.contiguous()
@@ -543,6 +546,51 @@ _define(
     _max_pool2d_grad,
     lambda grad_output, taps, input_size, *geometry: grad_output.new_empty(input_size),
 )
+
+
+# batch_norm_max_pool2d: max_pool2d(batch_norm(input)) without a residual -> what is pooled, [n, channels, oh, ow]; mean and
+# variance, [channels]; and the windows' taps. Only the first has a gradient.
+def _batch_norm_max_pool2d(input, weight, bias, relu, eps, *pool):
+    if math.prod(pool[0]) > reference.MOST_TAPS:
+        raise ValueError(f"kernel_size must have at most {reference.MOST_TAPS} taps, got {tuple(pool[0])}")
+    if not _runs_native(input, *_present((weight, bias))):
+        return reference.batch_norm_max_pool2d(input, weight, bias, relu, eps, *pool)
+    found = _batch_norm_max_pool2d_fake(input, weight, bias, relu, eps, *pool)
+    torch.ops.sparsekit_cpu.batch_norm_max_pool2d(*found, input.contiguous(), weight, bias, relu, eps, *pool[:4])
+    return found
+
+
+def _batch_norm_max_pool2d_fake(input, weight, bias, relu, eps, *pool):
+    out, taps = _max_pool2d_fake(input, *pool)
+    return out, input.new_empty(input.shape[1]), input.new_empty(input.shape[1]), taps
+
+
+_define(
+    f"batch_norm_max_pool2d(Tensor input, Tensor? weight, Tensor? bias, bool relu, float eps, {_POOL}, bool ceil_mode) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _batch_norm_max_pool2d,
+    _batch_norm_max_pool2d_fake,
+)
+
+
+# batch_norm_max_pool2d_grad: grad_output [n, channels, oh, ow] -> the gradients of input, weight and bias.
+def _batch_norm_max_pool2d_grad(grad_output, taps, input, weight, bias, mean, var, relu, eps, *pool):
+    if not _runs_native(grad_output, input):
+        return reference.batch_norm_max_pool2d_grad(grad_output, taps, input, weight, bias, mean, var, relu, eps, *pool)
+    grads = input.new_empty(input.shape), torch.empty_like(mean), torch.empty_like(mean)
+    args = grad_output.contiguous(), taps.contiguous(), input.contiguous(), weight, bias, mean, var, relu, eps
+    torch.ops.sparsekit_cpu.batch_norm_max_pool2d_grad(*grads, *args, *pool[:4])
+    return grads
+
+
+_define(
+    "batch_norm_max_pool2d_grad(Tensor grad_output, Tensor taps, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, "
+    f"Tensor var, bool relu, float eps, {_POOL}, bool ceil_mode) -> (Tensor, Tensor, Tensor)",
+    _batch_norm_max_pool2d_grad,
+    lambda grad_output, taps, input, weight, bias, mean, *_: (
+        input.new_empty(input.shape), input.new_empty(mean.shape), input.new_empty(mean.shape),
+    ),
+)  # fmt: skip
 
 
 # --- layers of an inference engine: no autograd, no reference ---------------------------------------------------------
@@ -842,10 +890,6 @@ class NormedConv(NamedTuple):
         return self.relu and self.residual >= 0
 
 
-def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
-
-
 class _NormedConvs(torch.autograd.Function):
     """All layers on the CPU in one call each way; and with ``fork`` the first from outside once more.
 
@@ -942,6 +986,24 @@ def _max_pool2d_backward(ctx, grad, _):
 _register_autograd("max_pool2d", _max_pool2d_backward, _save_max_pool2d)
 
 
+def _save_batch_norm_max_pool2d(ctx, inputs, output):
+    input, weight, bias, *ctx.how = inputs
+    _out, mean, var, taps = output
+    ctx.mark_non_differentiable(mean, var, taps)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(taps, input, weight, bias, mean, var)
+
+
+def _batch_norm_max_pool2d_backward(ctx, grad, *_):
+    found = [None] * 3
+    if grad is not None:
+        found = call.batch_norm_max_pool2d_grad(grad, *ctx.saved_tensors, *ctx.how)
+    return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad)), *[None] * len(ctx.how)
+
+
+_register_autograd("batch_norm_max_pool2d", _batch_norm_max_pool2d_backward, _save_batch_norm_max_pool2d)
+
+
 def _no_double_backward(name):
     def backward(ctx, *grads):
         raise NotImplementedError(f"sparsekit::{name} has no derivative: double backward is not supported")
@@ -959,6 +1021,7 @@ for _name in (
     "bias_grad",
     "batch_norm_grad",
     "max_pool2d_grad",
+    "batch_norm_max_pool2d_grad",
 ):
     _no_double_backward(_name)
 

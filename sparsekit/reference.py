@@ -207,3 +207,14 @@ def max_pool2d_grad(grad_output, taps, input_size, kernel_size, stride, padding,
         chosen = torch.where(taps == tap, grad_output, 0).flatten(2)
         grad.scatter_add_(2, pixel.nan_to_num().long().flatten(2).expand_as(chosen), chosen)
     return grad.view(input_size)
+
+
+def batch_norm_max_pool2d(input, weight, bias, relu, eps, *pool):
+    out, mean, var, _ = batch_norm(input, weight, bias, None, relu, eps)
+    out, taps = max_pool2d(out, *pool)
+    return out, mean, var, taps
+
+
+def batch_norm_max_pool2d_grad(grad_output, taps, input, weight, bias, mean, var, relu, eps, *pool):
+    grad = max_pool2d_grad(grad_output, taps, input.shape, *pool)
+    return batch_norm_grad(grad, input, None, weight, bias, mean, var, relu, eps)[:3]

@@ -12,6 +12,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/pool2d.h"
 
 namespace sparsekit {
 namespace {
@@ -123,45 +124,82 @@ std::vector<Sums> add_up(const BatchNorm& norm, int64_t first, int64_t count, co
   return totals;
 }
 
+// Of every channel of a block: y = x * scale + shift.
+struct Factors {
+  std::vector<float> scale, shift;
+};
+
+// Sets mean and var of a block of channels.
+Factors normalizing(const BatchNorm& norm, const float* x, int64_t first, int64_t count) {
+  const Kernels& k = kernels();
+  const double pixels = norm.batch * norm.pixels;
+  float* const mean = norm.mean + first;
+  float* const var = norm.var + first;
+  // Sums of what is left of the first image's mean: that is near enough to all images', or they are summed again.
+  for (int64_t c = 0; c < count; ++c) {
+    LongSums sums;
+    k.moments(x + (first + c) * norm.pixels, norm.pixels, 0, sums.stretch);
+    sums.fold();
+    mean[c] = static_cast<float>(sums.total()[0] / norm.pixels);
+  }
+  for (int pass = 0, near = 0; pass < 2 && !near; ++pass) {
+    const auto sums = add_up(norm, first, count, [&](int64_t c, int64_t at, int64_t floats, SpreadSums& spread) {
+      k.moments(x + at, floats, mean[c], spread);
+    });
+    near = 1;
+    for (int64_t c = 0; c < count; ++c) {
+      const double off = sums[c][0] / pixels, found = sums[c][1] / pixels - off * off;
+      const double variance = found < 0 ? 0 : found;  // NaN stays
+      near &= !(off * off > kNear * variance);
+      mean[c] = static_cast<float>(mean[c] + off);
+      var[c] = static_cast<float>(variance);
+    }
+  }
+  Factors factors{std::vector<float>(count), std::vector<float>(count)};
+  for (int64_t c = 0; c < count; ++c) {
+    const float scale = (norm.weight ? norm.weight[first + c] : 1) / std::sqrt(var[c] + norm.eps);
+    factors.scale[c] = scale;
+    factors.shift[c] = (norm.bias ? norm.bias[first + c] : 0) - mean[c] * scale;
+  }
+  return factors;
+}
+
+// The gradients of weight and bias of a block of channels, and what those of x are made of. add(grad, channel of the
+// block, offset, floats, sums) adds what begins there.
+template <class F>
+std::vector<NormGrad> gradients(const BatchNorm& norm, int64_t first, int64_t count, float* d_weight, float* d_bias,
+                                const F& add) {
+  const double pixels = norm.batch * norm.pixels;
+  std::vector<NormGrad> grads(count);
+  for (int64_t c = 0; c < count; ++c) {
+    const float mean = norm.mean[first + c], weight = norm.weight ? norm.weight[first + c] : 1;
+    const float scale = weight / std::sqrt(norm.var[first + c] + norm.eps);
+    grads[c] = {mean, scale, (norm.bias ? norm.bias[first + c] : 0) - mean * scale, norm.relu};
+  }
+  const auto sums = add_up(norm, first, count, [&](int64_t c, int64_t at, int64_t floats, SpreadSums& spread) {
+    add(grads[c], c, at, floats, spread);
+  });
+  for (int64_t c = 0; c < count; ++c) {
+    const double inverse = 1 / std::sqrt(norm.var[first + c] + norm.eps), a = grads[c].scale;
+    d_bias[first + c] = static_cast<float>(sums[c][0]);
+    d_weight[first + c] = static_cast<float>(sums[c][1] * inverse);
+    grads[c].of_x = static_cast<float>(-a * inverse * inverse * sums[c][1] / pixels);
+    grads[c].constant = static_cast<float>(-a * sums[c][0] / pixels);
+  }
+  return grads;
+}
+
 }  // namespace
 
 void batch_norm(const BatchNorm& norm, const float* x, const float* residual, float* y, uint8_t* positive) {
   use_huge_pages(y, norm.batch * norm.channels * norm.pixels);
-  const Kernels& k = kernels();
-  const double pixels = norm.batch * norm.pixels;
   const bool stream = streams(norm);
   each_block(norm, [&](int64_t first, int64_t count, int64_t soon) {
-    float* const mean = norm.mean + first;
-    float* const var = norm.var + first;
-    // Sums of what is left of the first image's mean: that is near enough to all images', or they are summed again.
-    for (int64_t c = 0; c < count; ++c) {
-      LongSums sums;
-      k.moments(x + (first + c) * norm.pixels, norm.pixels, 0, sums.stretch);
-      sums.fold();
-      mean[c] = static_cast<float>(sums.total()[0] / norm.pixels);
-    }
-    for (int pass = 0, near = 0; pass < 2 && !near; ++pass) {
-      const auto sums = add_up(norm, first, count, [&](int64_t c, int64_t at, int64_t floats, SpreadSums& spread) {
-        k.moments(x + at, floats, mean[c], spread);
-      });
-      near = 1;
-      for (int64_t c = 0; c < count; ++c) {
-        const double off = sums[c][0] / pixels, found = sums[c][1] / pixels - off * off;
-        const double variance = found < 0 ? 0 : found;  // NaN stays
-        near &= !(off * off > kNear * variance);
-        mean[c] = static_cast<float>(mean[c] + off);
-        var[c] = static_cast<float>(variance);
-      }
-    }
-    std::vector<float> scale(count), shift(count);
-    for (int64_t c = 0; c < count; ++c) {
-      scale[c] = (norm.weight ? norm.weight[first + c] : 1) / std::sqrt(var[c] + norm.eps);
-      shift[c] = (norm.bias ? norm.bias[first + c] : 0) - mean[c] * scale[c];
-    }
+    const Factors factors = normalizing(norm, x, first, count);
     const BlockWriter to(norm, y, count, stream);
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
-      k.normalize(to.plane(c, at), x + at, residual ? residual + at : nullptr, norm.pixels, scale[c], shift[c],
-                  norm.relu, to.streams(), bits_of(norm, positive, at), soon);
+      kernels().normalize(to.plane(c, at), x + at, residual ? residual + at : nullptr, norm.pixels, factors.scale[c],
+                          factors.shift[c], norm.relu, to.streams(), bits_of(norm, positive, at), soon);
       if (c + 1 == count) to.finish(at - c * norm.pixels);
     });
   });
@@ -183,25 +221,12 @@ void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, con
   use_huge_pages(dx, norm.batch * norm.channels * norm.pixels);
   if (d_residual) use_huge_pages(d_residual, norm.batch * norm.channels * norm.pixels);
   const Kernels& k = kernels();
-  const double pixels = norm.batch * norm.pixels;
   const bool stream = streams(norm);
   each_block(norm, [&](int64_t first, int64_t count, int64_t soon) {
-    std::vector<NormGrad> grads(count);
-    for (int64_t c = 0; c < count; ++c) {
-      const float mean = norm.mean[first + c], weight = norm.weight ? norm.weight[first + c] : 1;
-      const float scale = weight / std::sqrt(norm.var[first + c] + norm.eps);
-      grads[c] = {mean, scale, (norm.bias ? norm.bias[first + c] : 0) - mean * scale, norm.relu};
-    }
-    const auto sums = add_up(norm, first, count, [&](int64_t c, int64_t at, int64_t floats, SpreadSums& spread) {
-      k.norm_sums(grads[c], dy + at, x + at, bits_of(norm, positive, at), floats, spread);
-    });
-    for (int64_t c = 0; c < count; ++c) {
-      const double inverse = 1 / std::sqrt(norm.var[first + c] + norm.eps), a = grads[c].scale;
-      d_bias[first + c] = static_cast<float>(sums[c][0]);
-      d_weight[first + c] = static_cast<float>(sums[c][1] * inverse);
-      grads[c].of_x = static_cast<float>(-a * inverse * inverse * sums[c][1] / pixels);
-      grads[c].constant = static_cast<float>(-a * sums[c][0] / pixels);
-    }
+    const auto grads = gradients(norm, first, count, d_weight, d_bias,
+                                 [&](const NormGrad& grad, int64_t, int64_t at, int64_t floats, SpreadSums& sums) {
+                                   k.norm_sums(grad, dy + at, x + at, bits_of(norm, positive, at), floats, sums);
+                                 });
     const BlockWriter to(norm, dx, count, stream), residual(norm, d_residual, count, stream);
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
       k.norm_input_grad(grads[c], dy + at, x + at, bits_of(norm, positive, at), norm.pixels, to.plane(c, at),
@@ -209,6 +234,53 @@ void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, con
       if (c + 1 < count) return;
       to.finish(at - c * norm.pixels);
       residual.finish(at - c * norm.pixels);
+    });
+  });
+}
+
+void batch_norm_max_pool2d(const BatchNorm& norm, const Pool2dGeometry& g, const float* x, float* y, uint8_t* taps) {
+  const Kernels& k = kernels();
+  const PoolSplit split = pool_split(g);
+  const int64_t pooled = g.out_h * g.out_w;
+  each_block(norm, [&](int64_t first, int64_t count, int64_t soon) {
+    const Factors factors = normalizing(norm, x, first, count);
+    Scratch memory;
+    float* const plane = memory.get(norm.pixels);
+    float* const scratch = memory.get(split.floats);
+    each_plane(norm, first, count, [&](int64_t c, int64_t at) {
+      k.normalize(plane, x + at, nullptr, norm.pixels, factors.scale[c], factors.shift[c], norm.relu, false, nullptr,
+                  soon);
+      const int64_t to = at / norm.pixels * pooled;
+      k.max_pool_plane(g, split, plane, y + to, taps + to, scratch);
+    });
+  });
+}
+
+void batch_norm_max_pool2d_grad(const BatchNorm& norm, const Pool2dGeometry& g, const float* dy, const uint8_t* taps,
+                                const float* x, float* dx, float* d_weight, float* d_bias) {
+  use_huge_pages(dx, norm.batch * norm.channels * norm.pixels);
+  const Kernels& k = kernels();
+  const PoolSplit split = pool_split(g);
+  const int64_t pooled = g.out_h * g.out_w;
+  const bool stream = streams(norm) && norm.pixels % kAlign == 0;
+  each_block(norm, [&](int64_t first, int64_t count, int64_t soon) {
+    Scratch memory;
+    float* const planes = memory.get(norm.batch * count * norm.pixels);  // the gradient of what is pooled
+    float* const scratch = memory.get(split.floats);
+    auto before_pooling = [&](int64_t at) {
+      const int64_t image = at / (norm.channels * norm.pixels);
+      return planes + at - (image * (norm.channels - count) + first) * norm.pixels;
+    };
+    const auto grads =
+        gradients(norm, first, count, d_weight, d_bias,
+                  [&](const NormGrad& grad, int64_t, int64_t at, int64_t floats, SpreadSums& sums) {
+                    const int64_t from = at / norm.pixels * pooled;
+                    if (at % norm.pixels == 0)
+                      k.max_pool_grad_plane(g, split, dy + from, taps + from, before_pooling(at), scratch, false);
+                    k.norm_sums(grad, before_pooling(at), x + at, nullptr, floats, sums);
+                  });
+    each_plane(norm, first, count, [&](int64_t c, int64_t at) {
+      k.norm_input_grad(grads[c], before_pooling(at), x + at, nullptr, norm.pixels, dx + at, nullptr, stream, soon);
     });
   });
 }

@@ -36,4 +36,11 @@ void update(const Running& running, const BatchNorm& norm, double momentum);
 void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const uint8_t* positive, float* dx,
                      float* d_weight, float* d_bias, float* d_residual);
 
+// batch_norm without a residual, then max_pool2d_taps; what is pooled is never in memory as a whole.
+void batch_norm_max_pool2d(const BatchNorm& norm, const Pool2dGeometry& g, const float* x, float* y, uint8_t* taps);
+
+// Given the gradient dy of y: those of x, weight and bias.
+void batch_norm_max_pool2d_grad(const BatchNorm& norm, const Pool2dGeometry& g, const float* dy, const uint8_t* taps,
+                                const float* x, float* dx, float* d_weight, float* d_bias);
+
 }  // namespace sparsekit

@@ -25,9 +25,7 @@ void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out) {
   });
 }
 
-namespace {
-
-PoolSplit split_of(const Pool2dGeometry& g) {
+PoolSplit pool_split(const Pool2dGeometry& g) {
   constexpr int64_t kLanes = 16;  // at most, that are read and written at once
   // Taps reach so many columns of a part to the left and to the right of their window's place.
   const int64_t left = ceil_div(g.pad_left, g.stride_w), right = ceil_div((g.kernel_w - 1) * g.dilation_w, g.stride_w);
@@ -36,13 +34,11 @@ PoolSplit split_of(const Pool2dGeometry& g) {
   return {row, margin, g.in_h * g.stride_w * row + 3 * (row + margin)};
 }
 
-}  // namespace
-
 void max_pool2d_taps(const Pool2dGeometry& g, const float* x, float* y, uint8_t* taps) {
   const int64_t plane = g.in_h * g.in_w, out_plane = g.out_h * g.out_w, planes = g.batch * g.channels;
   use_huge_pages(y, planes * out_plane);
   parallel(planes, [&](int64_t begin, int64_t end) {
-    const PoolSplit split = split_of(g);
+    const PoolSplit split = pool_split(g);
     Scratch memory;
     float* const scratch = memory.get(split.floats);
     for (int64_t i = begin; i < end; ++i)
@@ -56,7 +52,7 @@ void max_pool2d_grad(const Pool2dGeometry& g, const float* dy, const uint8_t* ta
   const bool stream = g.stride_w == 2 && g.in_w % 16 == 0 && planes * plane >= kStreamFloats &&
                       reinterpret_cast<uintptr_t>(dx) % 64 == 0;
   parallel(planes, [&](int64_t begin, int64_t end) {
-    const PoolSplit split = split_of(g);
+    const PoolSplit split = pool_split(g);
     Scratch memory;
     float* const scratch = memory.get(split.floats);
     for (int64_t i = begin; i < end; ++i)

@@ -11,6 +11,9 @@ inline int64_t pool_scratch(const Pool2dGeometry& g) {
   return g.in_w + g.pad_left + g.out_w * g.stride_w + g.kernel_w * g.dilation_w + 64;
 }
 
+// How Kernels::max_pool_plane and its gradient split a plane.
+PoolSplit pool_split(const Pool2dGeometry& g);
+
 // The largest pixel of every window; the layouts are those of Kernels::max_pool_row.
 void max_pool2d(const Pool2dGeometry& g, const Images& in, const Images& out);
 

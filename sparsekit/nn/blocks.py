@@ -11,6 +11,7 @@ from torchvision.models import resnet
 from torchvision.ops import misc
 
 from .norm import BatchNorm2d, Normed, Sequential, chain, is_plain_norm, is_plain_relu, is_watched, normed
+from .pool import MaxPool2d
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -32,12 +33,14 @@ class Bottleneck(resnet.Bottleneck):
 
 
 class ResNet(resnet.ResNet):
-    """torchvision's ResNet, for the BatchNorm and the ReLU of its stem; ``[n, 3, h, w]`` to ``[n, classes]``."""
+    """torchvision's ResNet, for BatchNorm, ReLU and pooling of its stem; ``[n, 3, h, w]`` to ``[n, classes]``."""
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         if not _can_fuse(self):
             return super()._forward_impl(x)
-        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        x, pool = self.conv1(x), self.maxpool
+        is_plain = type(pool) is MaxPool2d and not is_watched(pool)
+        x = self.bn1.pooled(x, pool) if is_plain else pool(self.bn1(x, relu=True))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(self.avgpool(x).flatten(1))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import _ops
+from .pool import MaxPool2d
 from .sparse import SparseConv2d
 
 
@@ -48,6 +49,27 @@ class BatchNorm2d(nn.BatchNorm2d):
             out = out if residual is None else out + residual
             return F.relu(out) if relu else out
         out, mean, var, _ = _ops.call.batch_norm(input, self.weight, self.bias, residual, relu, self.eps)
+        if self.running_mean is not None:
+            self._update(mean, var, input.numel() // input.shape[1])
+        return out
+
+    def pooled(self, input: Tensor, pool: MaxPool2d) -> Tensor:
+        """``pool(relu(self(input)))``; in one go, without the large images between them, where both are fast.
+
+        Shape:
+            - input: ``[n, num_features, h, w]``
+            - returns: ``[n, num_features, oh, ow]``
+
+        Example:
+            >>> import torch, sparsekit as sk
+            >>> norm, pool = sk.nn.BatchNorm2d(8), sk.nn.MaxPool2d(3, stride=2, padding=1)
+            >>> norm.pooled(torch.randn(2, 8, 4, 4), pool).shape
+            torch.Size([2, 8, 2, 2])
+        """
+        geometry = pool.fast_geometry(input) if self._is_fast(input, None) else None
+        if geometry is None:
+            return pool(self(input, relu=True))
+        out, mean, var, _ = _ops.call.batch_norm_max_pool2d(input, self.weight, self.bias, True, self.eps, *geometry)
         if self.running_mean is not None:
             self._update(mean, var, input.numel() // input.shape[1])
         return out

@@ -26,7 +26,13 @@ class MaxPool2d(nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        pairs = [[*v] if isinstance(v, (tuple, list)) else [v, v] for v in self._geometry()]
+        geometry = self.fast_geometry(input)
+        return super().forward(input) if geometry is None else _ops.call.max_pool2d(input, *geometry)[0]
+
+    def fast_geometry(self, input: Tensor) -> tuple | None:
+        """What the C++ kernels take besides ``input``, ``[n, channels, h, w]``; None if they do not take it."""
+        how = self.kernel_size, self.stride, self.padding, self.dilation
+        pairs = [[*v] if isinstance(v, (tuple, list)) else [v, v] for v in how]
         is_fast = (
             self.training
             and not self.return_indices
@@ -40,7 +46,4 @@ class MaxPool2d(nn.MaxPool2d):
             and math.prod(pairs[0]) <= _ops.reference.MOST_TAPS
             and pairs[3] == [1, 1]
         )
-        return _ops.call.max_pool2d(input, *pairs, self.ceil_mode)[0] if is_fast else super().forward(input)
-
-    def _geometry(self) -> tuple:
-        return self.kernel_size, self.stride, self.padding, self.dilation
+        return (*pairs, self.ceil_mode) if is_fast else None

@@ -66,6 +66,28 @@ def test_what_pytorch_refuses_is_refused():
         ours(torch.randn(2, 5, 3, 3))
 
 
+@pytest.mark.parametrize("arguments", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
+def test_pooled_is_its_parts(arguments):
+    ours, theirs = pair(**arguments)
+    pools = sk.nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, 1)
+    for step in range(3):
+        x = torch.randn(3, 6, 9, 12)
+        if step == 2:  # what is not pooled in one go
+            x = x.to(memory_format=torch.channels_last)
+        results = []
+        for norm, pool in zip((ours, theirs), pools):
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            out = norm.pooled(leaf, pool) if norm is ours else pool(F.relu(norm(leaf)))
+            (out * torch.linspace(-1, 2, out.numel()).view_as(out)).sum().backward()
+            results.append([out, leaf.grad, *(p.grad for p in norm.parameters())])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        for key, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[key], value)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours.pooled(x, pools[0].eval()), pools[1](F.relu(theirs(x))))
+
+
 def test_nothing_is_differentiated_that_needs_no_gradient():
     ours, _ = pair()
     ours.requires_grad_(False)

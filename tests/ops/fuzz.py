@@ -287,6 +287,26 @@ def check_others(seed: int) -> None:
     found = [torch.full_like(t, NAN) for t in expected]
     native.batch_norm_grad(*found[:3], None if positive is None else found[3], *args)
     _alike("batch_norm_grad", context, found if positive is not None else found[:3], expected)
+    if all(n + 2 * p >= k for n, p, k in zip(size[2:], geometry[2], pool)):
+        _check_pooled(context, x, weight, bias, relu, geometry)
+
+
+def _check_pooled(context, x, weight, bias, relu, geometry) -> None:
+    """batch_norm_max_pool2d and its gradients are what the two ops do one after the other, to the bit."""
+    native, norm = torch.ops.sparsekit_cpu, (weight, bias)
+    found = [torch.full_like(t, 77) for t in _ops._batch_norm_max_pool2d_fake(x, *norm, relu, 1e-2, *geometry, False)]
+    native.batch_norm_max_pool2d(*found, x, *norm, relu, 1e-2, *geometry)
+    whole, expected = torch.full_like(x, NAN), [torch.full_like(t, 88) for t in found]
+    out, mean, var, taps = expected
+    native.batch_norm(whole, mean, var, None, x, *norm, None, relu, 1e-2)
+    native.max_pool2d_taps(out, taps, whole, *geometry)
+    assert all(map(torch.equal, found, expected)), f"batch_norm_max_pool2d: {context}"
+    grads, both = ([torch.full_like(t, NAN) for t in (x, mean, mean)] for _ in range(2))
+    dy = out.sin()
+    native.batch_norm_max_pool2d_grad(*grads, dy, taps, x, *norm, mean, var, relu, 1e-2, *geometry)
+    native.max_pool2d_grad(whole, dy, taps, *geometry)
+    native.batch_norm_grad(*both, None, whole, x, None, *norm, mean, var, relu, 1e-2)
+    assert all(map(torch.equal, grads, both)), f"batch_norm_max_pool2d_grad: {context}"
 
 
 def _alike(name: str, context: str, found, expected) -> None:

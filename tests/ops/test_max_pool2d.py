@@ -88,6 +88,33 @@ def test_opcheck_and_gradcheck(dtype):
         assert torch.autograd.gradcheck(lambda t: torch.ops.sparsekit.max_pool2d(t, *geometry)[0], x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("affine", [True, False])
+def test_opcheck_and_gradcheck_behind_a_norm(dtype, affine):
+    torch.manual_seed(0)
+    x, how = torch.randn(3, 3, 7, 6, dtype=dtype).requires_grad_(), (1e-2, [3, 2], [2, 2], [1, 0], [1, 1], True)
+    norm = [torch.randn(3, dtype=dtype).requires_grad_() if affine else None for _ in range(2)]
+    op = torch.ops.sparsekit.batch_norm_max_pool2d
+    for relu in (True, False):
+        torch.library.opcheck(op.default, (x, *norm, relu, *how), test_utils=OPCHECKS)
+        out, mean, var, taps = op(x, *norm, relu, *how)
+        normed, expected_mean, expected_var, _ = torch.ops.sparsekit.batch_norm(x, *norm, None, relu, 1e-2)
+        expected = torch.ops.sparsekit.max_pool2d(normed, *how[1:])
+        for ours, theirs in zip((out, mean, var, taps), (expected[0], expected_mean, expected_var, expected[1])):
+            torch.testing.assert_close(ours, theirs)
+        detached = (t if t is None else t.detach() for t in (x, *norm))
+        args = (torch.randn_like(out), taps, *detached, mean, var, relu, *how)
+        torch.library.opcheck(torch.ops.sparsekit.batch_norm_max_pool2d_grad.default, args, test_utils=OPCHECKS)
+        if dtype == torch.float64:
+            leaves = [x, *(t for t in norm if t is not None)]
+            assert torch.autograd.gradcheck(lambda *_, relu=relu: op(x, *norm, relu, *how)[0], leaves)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        (grad,) = torch.autograd.grad(op(x, *norm, True, *how)[0].square().sum(), x, create_graph=True)
+        grad.sum().backward()
+    with pytest.raises(ValueError, match="at most 255 taps"):
+        op(torch.randn(2, 3, 20, 20), None, None, True, 1e-2, [16, 16], [1, 1], [0, 0], [1, 1], False)
+
+
 @pytest.mark.parametrize(
     "arguments", [{"kernel_size": 2}, {"kernel_size": 3, "stride": (2, 1), "padding": 1, "ceil_mode": True}]
 )
