@@ -50,9 +50,8 @@ bool can_start_by_bits(const Walk& walk) {
 // a line that is written past the caches in two parts costs more than many whole ones.
 bool puts_together(const Walk& walk) {
   const Images& to = walk.target;
-  const int64_t floats = walk.images * walk.groups * walk.rows * walk.target_h * walk.target_w;
   return writes_in_place(walk) && walk.tile_h == 1 && walk.tile_w == walk.target_w && to.channel == walk.target_w &&
-         to.channel % kAlign != 0 && floats >= kStreamFloats;
+         to.channel % kAlign != 0 && walk.large();
 }
 
 // As PreparedWalk cuts it.
@@ -75,7 +74,8 @@ class PreparedWalk {
     splits_ =
         std::clamp<int64_t>(wanted / std::max<int64_t>(1, walk_.tiles() * walk_.groups), 1, ceil_div(walk_.rows, 16));
     if (puts_together(walk_)) splits_ = std::max(splits_, ceil_div(walk_.rows, kTogetherRows));
-    block_ = block_channels(walk_, csr, kStripLanes, 32);
+    // Only with one block is a large target written past the caches.
+    block_ = block_channels(walk_, csr, kStripLanes, walk_.pointwise() && !walk_.large() ? 16 : 32);
     blocks_ = ceil_div(std::max<int64_t>(1, walk_.source_channels), block_);
     results_ = walk_.result_stride();
     for (const Part& part : walk_.parts) {
@@ -114,8 +114,7 @@ class PreparedWalk {
       together_ = puts_together(walk_) && !epilogue.adds;
       in_place_ = starts_in_place_ && !together_ && !epilogue.adds;
       // A large target would evict everything on its way to memory, and each line would be read before it is written.
-      const int64_t floats = walk_.images * walk_.groups * walk_.rows * walk_.target_h * walk_.target_w;
-      streamed_ = floats >= kStreamFloats && in_place_ && prepared_.blocks_ == 1;
+      streamed_ = walk_.large() && in_place_ && prepared_.blocks_ == 1;
       // Where a tile serves several splits of the rows, all of its blocks stay packed until they are done.
       block_floats_ = prepared_.block_ * walk_.channel_stride;
       const int64_t packed_blocks = prepared_.splits_ > 1 ? prepared_.blocks_ : 1;

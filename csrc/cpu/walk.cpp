@@ -319,8 +319,7 @@ void write_target(const Walk& walk, const TileAt& tile, int64_t channel, int64_t
   const bool pairs = step_w == 2 && t.col == 1 && walk.target_w > 1;
   const int64_t rows = std::min(walk.target_h - tile.y * step_h, tile.h * step_h), row_floats = tile.w * step_w * t.col;
   // Rows that follow each other in a target that is too large for the caches are put together, and written past them.
-  const int64_t floats = walk.images * walk.groups * walk.rows * walk.target_h * walk.target_w;
-  const bool streams = t.col == 1 && walk.tile_w == walk.grid_w && t.row == walk.target_w && floats >= kStreamFloats;
+  const bool streams = t.col == 1 && walk.tile_w == walk.grid_w && t.row == walk.target_w && walk.large();
   Scratch scratch;
   float* const together = streams ? scratch.get(rows * walk.target_w) : nullptr;
   for (int64_t c = 0; c < count; ++c) {

@@ -64,6 +64,9 @@ struct Walk {
   int64_t tiles_w() const { return ceil_div(grid_w, tile_w); }
   int64_t row_lanes() const { return std::min(pitch, channel_stride); }  // of a channel in the packed block
   int64_t tiles() const { return images * tiles_h() * tiles_w(); }
+  bool pointwise() const { return parts.size() == 1 && parts[0].taps.size() == 1; }
+  // Whether results are too large for the caches.
+  bool large() const { return images * groups * rows * target_h * target_w >= kStreamFloats; }
   // Floats from one row of results to the next, where they are not written in place.
   int64_t result_stride() const { return round_up((tile_h - 1) * pitch + tile_w, kAlign) + kAlign; }
 };
