@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -209,15 +210,21 @@ void batch_norm_op(Tensor out, Tensor mean, Tensor var, std::optional<Tensor> po
              planes(out, "out", size), bits(positive, "positive", norm));
 }
 
+NormGrads norm_grads(const Tensor& grad_input, const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& input,
+                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, const Tensor& mean,
+                     const Tensor& var, bool relu, double eps) {
+  const BatchNorm norm = norm_of(input, weight, bias, mean, var, relu, eps);
+  const ImageSize size = image_size(input, "input");
+  return {norm, planes(input, "input", size), planes(grad_input, "grad_input", size),
+          channel_data(grad_weight, "grad_weight", norm.channels), channel_data(grad_bias, "grad_bias", norm.channels)};
+}
+
 void batch_norm_grad_op(Tensor grad_input, Tensor grad_weight, Tensor grad_bias, std::optional<Tensor> grad_residual,
                         Tensor grad_output, Tensor input, std::optional<Tensor> positive, std::optional<Tensor> weight,
                         std::optional<Tensor> bias, Tensor mean, Tensor var, bool relu, double eps) {
-  const BatchNorm norm = norm_of(input, weight, bias, mean, var, relu, eps);
   const ImageSize size = image_size(input, "input");
-  batch_norm_grad(norm, planes(grad_output, "grad_output", size), planes(input, "input", size),
-                  bits(positive, "positive", norm), planes(grad_input, "grad_input", size),
-                  channel_data(grad_weight, "grad_weight", norm.channels),
-                  channel_data(grad_bias, "grad_bias", norm.channels),
+  const NormGrads grads = norm_grads(grad_input, grad_weight, grad_bias, input, weight, bias, mean, var, relu, eps);
+  batch_norm_grad(grads, nullptr, planes(grad_output, "grad_output", size), bits(positive, "positive", grads.norm),
                   grad_residual ? planes(*grad_residual, "grad_residual", size) : nullptr);
 }
 
@@ -278,6 +285,20 @@ struct Network {
   }
 
   bool has_bits(int64_t layer) const { return relus[layer] && residuals[layer] >= 0; }
+
+  // Whether a layer's result is but a residual, before any ReLU: it is normalized where it is added.
+  bool is_branch(int64_t layer, int64_t outside) const {
+    bool reads = false;
+    for (int64_t source : inputs) reads |= source == outside + layer;
+    return !reads && layer + 1 < size() && !relus[layer] && residuals[layer] < 0 &&
+           std::count(residuals.begin(), residuals.end(), outside + layer) == 1;
+  }
+
+  // The layer whose branch is the residual of another; -1 if it is none.
+  int64_t branch_of(int64_t layer, int64_t outside) const {
+    const int64_t from = residuals[layer] - outside;
+    return from >= 0 && is_branch(from, outside) ? from : -1;
+  }
 };
 
 std::optional<Tensor> one_of(const Tensors& tensors, int64_t i) {
@@ -293,11 +314,24 @@ void conv2d_batch_norms_op(Tensors outs, Tensors products, Tensors means, Tensor
                 {outs.size(), products.size(), means.size(), vars.size(), values.size(), crows.size(), cols.size(),
                  eps.size(), momentums.size()},
                 {weights.size(), biases.size(), running_means.size(), running_vars.size(), batches.size()});
+  auto norm_at = [&](int64_t i) {
+    return norm_of(products[i], one_of(weights, i), one_of(biases, i), means[i], vars[i], relus[i], eps[i]);
+  };
+  auto run_update = [&](int64_t i) {
+    if (running_means.empty() || running_vars.empty() || batches.empty()) return;
+    const Tensor& counted = batches[i];
+    STD_TORCH_CHECK(
+        counted.is_cpu() && counted.scalar_type() == torch::headeronly::ScalarType::Long && counted.numel() == 1,
+        "batches must be one int64 on the CPU");
+    const BatchNorm norm = norm_at(i);
+    update({channel_data(running_means[i], "running_means", norm.channels),
+            channel_data(running_vars[i], "running_vars", norm.channels), static_cast<int64_t*>(counted.data_ptr())},
+           norm, momentums[i]);
+  };
   Tensors sources = outside;
   size_t bits_used = 0;
   for (int64_t i = 0; i < network.size(); ++i) {
     const Tensor &input = sources[inputs[i]], &product = products[i];
-    const auto weight = one_of(weights, i), bias = one_of(biases, i);
     std::optional<Tensor> residual, positive;
     if (residuals[i] >= 0) residual = sources[residuals[i]];
     if (network.has_bits(i)) {
@@ -306,17 +340,21 @@ void conv2d_batch_norms_op(Tensors outs, Tensors products, Tensors means, Tensor
     }
     run_forward(network.geometry(i, input, product), product, images(input, "input"), images(product, "product"),
                 values[i], crows[i], cols[i], std::nullopt);
-    batch_norm_op(outs[i], means[i], vars[i], positive, product, weight, bias, residual, relus[i], eps[i]);
     sources.push_back(outs[i]);
-    if (running_means.empty() || running_vars.empty() || batches.empty()) continue;
-    const Tensor& counted = batches[i];
-    STD_TORCH_CHECK(
-        counted.is_cpu() && counted.scalar_type() == torch::headeronly::ScalarType::Long && counted.numel() == 1,
-        "batches must be one int64 on the CPU");
-    const BatchNorm norm = norm_of(product, weight, bias, means[i], vars[i], relus[i], eps[i]);
-    update({channel_data(running_means[i], "running_means", norm.channels),
-            channel_data(running_vars[i], "running_vars", norm.channels), static_cast<int64_t*>(counted.data_ptr())},
-           norm, momentums[i]);
+    if (network.is_branch(i, outside.size())) continue;
+    const ImageSize size = image_size(product, "product");
+    const BatchNorm norm = norm_at(i);
+    const int64_t from = network.branch_of(i, outside.size());
+    if (from >= 0) {
+      const BatchNorm branch = norm_at(from);
+      batch_norm_sum(norm, planes(product, "product", size), &branch, planes(products[from], "product", size),
+                     planes(outs[i], "out", size), bits(positive, "positive", norm));
+      run_update(from);
+    } else {
+      batch_norm(norm, planes(product, "product", size), residual ? planes(*residual, "residual", size) : nullptr,
+                 planes(outs[i], "out", size), bits(positive, "positive", norm));
+    }
+    run_update(i);
   }
 }
 
@@ -334,10 +372,11 @@ void conv2d_batch_norms_grads_op(Tensors grad_outside, Tensors grad_values, Tens
                  means.size(), vars.size(), values.size(), crows.size(), cols.size(), t_crows.size(), t_cols.size(),
                  t_permutations.size(), eps.size()},
                 {weights.size(), biases.size()});
-  // The sum of a source's gradients; with bits, only where they are 1.
+  // The sum of a source's gradients; with bits, only where they are 1; or already that of a branch's product.
   struct Sum {
     std::optional<Tensor> grad, bits;
     bool ours = false;  // may be added to
+    std::optional<Tensor> of_product;
   };
   std::vector<Sum> sums(outside + network.size());
   if (other) sums[0].grad = other;
@@ -353,33 +392,47 @@ void conv2d_batch_norms_grads_op(Tensors grad_outside, Tensors grad_values, Tens
   };
   // Whether what comes next of a residual's source can do without what BatchNorm's gradient would write of it.
   auto takes_bits = [&](int64_t source, int64_t layer) {
-    if (source >= outside) return !relus[source - outside] && next_of(source, layer) < 0;
     const int64_t next = next_of(source, layer);
-    if (next < 0 || inputs[next] != source) return false;
+    if (source >= outside || next < 0 || inputs[next] != source) return false;
     return adds_by_bits(network.geometry(next, read[next], products[next]), images(products[next], "product"),
                         images(read[next], "read"));
+  };
+  auto grads_at = [&](int64_t i, const Tensor& of_product) {
+    return norm_grads(of_product, grad_weights[i], grad_biases[i], products[i], one_of(weights, i), one_of(biases, i),
+                      means[i], vars[i], relus[i], eps[i]);
   };
   size_t bits_left = positives.size();
   for (int64_t i = network.size() - 1; i >= 0; --i) {
     const Sum sum = sums[outside + i];
     sums[outside + i] = {};
-    STD_TORCH_CHECK(sum.grad, "layer ", i, " has no gradient");
-    std::optional<Tensor> positive = sum.bits, of_residual;
+    STD_TORCH_CHECK(sum.grad || sum.of_product, "layer ", i, " has no gradient");
+    std::optional<Tensor> positive, of_residual;
     if (network.has_bits(i)) {
       STD_TORCH_CHECK(bits_left > 0, "a ReLU of a sum with a residual needs positives");
       positive = positives[--bits_left];
     }
-    if (residuals[i] >= 0) {
+    const int64_t from = network.branch_of(i, outside);
+    if (from < 0 && residuals[i] >= 0) {
       Sum& residual = sums[residuals[i]];
       STD_TORCH_CHECK(!residual.grad, "no layer after layer ", i, " may read its residual");
       if (positive && takes_bits(residuals[i], i))
-        residual = {sum.grad, positive};
+        residual = {sum.grad, positive, false, std::nullopt};
       else
         residual.ours = true, residual.grad = of_residual = target(residuals[i], products[i]);
     }
-    const Tensor of_product = torch::stable::empty_like(products[i]);
-    batch_norm_grad_op(of_product, grad_weights[i], grad_biases[i], of_residual, *sum.grad, products[i], positive,
-                       one_of(weights, i), one_of(biases, i), means[i], vars[i], relus[i], eps[i]);
+    Tensor of_product = sum.of_product ? *sum.of_product : torch::stable::empty_like(products[i]);
+    if (!sum.of_product) {
+      const ImageSize size = image_size(products[i], "product");
+      const NormGrads grads = grads_at(i, of_product);
+      std::optional<NormGrads> branch;
+      if (from >= 0) {
+        sums[outside + from].of_product = torch::stable::empty_like(products[from]);
+        branch = grads_at(from, *sums[outside + from].of_product);
+      }
+      batch_norm_grad(grads, branch ? &*branch : nullptr, planes(*sum.grad, "grad_output", size),
+                      bits(positive, "positive", grads.norm),
+                      of_residual ? planes(*of_residual, "grad_residual", size) : nullptr);
+    }
     Sum& input = sums[inputs[i]];
     const bool adds = input.grad && !input.bits && input.ours;
     const Tensor grad = adds ? *input.grad : target(inputs[i], read[i]);
@@ -388,7 +441,7 @@ void conv2d_batch_norms_grads_op(Tensors grad_outside, Tensors grad_values, Tens
     run_grads(network.geometry(i, read[i], of_product), grad, grad_values[i], of_product, read[i], values[i], crows[i],
               cols[i], t_crows[i], t_cols[i], t_permutations[i], input.grad,
               input.bits ? bytes(*input.bits, "positive", planes) : nullptr);
-    input = {grad, std::nullopt, true};
+    input = {grad, std::nullopt, true, std::nullopt};
   }
 }
 

@@ -890,6 +890,17 @@ class NormedConv(NamedTuple):
         return self.relu and self.residual >= 0
 
 
+def _is_branch(layers: Sequence[NormedConv], index: int, outside: int) -> bool:
+    """Whether a layer's result is but a residual, before any ReLU: it is normalized where it is added."""
+    layer, source = layers[index], outside + index
+    return (
+        not layer.relu
+        and layer.residual < 0
+        and all(other.input != source for other in layers)
+        and sum(other.residual == source for other in layers) == 1
+    )
+
+
 class _NormedConvs(torch.autograd.Function):
     """All layers on the CPU in one call each way; and with ``fork`` the first from outside once more.
 
@@ -905,7 +916,10 @@ class _NormedConvs(torch.autograd.Function):
             size = output_size(sources[layer.input].shape, layer.channels, *layer.geometry[:4])
             product = outside[0].new_empty(size)
             residual = sources[layer.residual] if layer.has_bits else None
-            out, mean, var, positive = _batch_norm_fake(product, None, None, residual, layer.relu, layer.eps)
+            if _is_branch(layers, len(made), count):
+                out, mean, var = product, *(product.new_empty(layer.channels) for _ in range(2))  # never written
+            else:
+                out, mean, var, positive = _batch_norm_fake(product, None, None, residual, layer.relu, layer.eps)
             sources.append(out)
             made.append((product, mean, var))
             positives += [positive] if layer.has_bits else []

@@ -8,6 +8,7 @@
 #include <array>
 #include <cmath>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -192,14 +193,25 @@ std::vector<NormGrad> gradients(const BatchNorm& norm, int64_t first, int64_t co
 }  // namespace
 
 void batch_norm(const BatchNorm& norm, const float* x, const float* residual, float* y, uint8_t* positive) {
+  batch_norm_sum(norm, x, nullptr, residual, y, positive);
+}
+
+void batch_norm_sum(const BatchNorm& norm, const float* x, const BatchNorm* branch, const float* other, float* y,
+                    uint8_t* positive) {
   use_huge_pages(y, norm.batch * norm.channels * norm.pixels);
   const bool stream = streams(norm);
   each_block(norm, [&](int64_t first, int64_t count, int64_t soon) {
-    const Factors factors = normalizing(norm, x, first, count);
+    Factors factors = normalizing(norm, x, first, count);
+    std::vector<float> other_scale(count, 1.0f);
+    if (branch) {
+      Factors found = normalizing(*branch, other, first, count);
+      for (int64_t c = 0; c < count; ++c) factors.shift[c] += found.shift[c];
+      other_scale = std::move(found.scale);
+    }
     const BlockWriter to(norm, y, count, stream);
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
-      kernels().normalize(to.plane(c, at), x + at, residual ? residual + at : nullptr, norm.pixels, factors.scale[c],
-                          factors.shift[c], norm.relu, to.streams(), bits_of(norm, positive, at), soon);
+      kernels().normalize(to.plane(c, at), x + at, other ? other + at : nullptr, norm.pixels, factors.scale[c],
+                          factors.shift[c], other_scale[c], norm.relu, to.streams(), bits_of(norm, positive, at), soon);
       if (c + 1 == count) to.finish(at - c * norm.pixels);
     });
   });
@@ -216,25 +228,31 @@ void update(const Running& running, const BatchNorm& norm, double momentum) {
   }
 }
 
-void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const uint8_t* positive, float* dx,
-                     float* d_weight, float* d_bias, float* d_residual) {
-  use_huge_pages(dx, norm.batch * norm.channels * norm.pixels);
-  if (d_residual) use_huge_pages(d_residual, norm.batch * norm.channels * norm.pixels);
+void batch_norm_grad(const NormGrads& of, const NormGrads* branch, const float* dy, const uint8_t* positive,
+                     float* d_residual) {
   const Kernels& k = kernels();
-  const bool stream = streams(norm);
-  each_block(norm, [&](int64_t first, int64_t count, int64_t soon) {
-    const auto grads = gradients(norm, first, count, d_weight, d_bias,
-                                 [&](const NormGrad& grad, int64_t, int64_t at, int64_t floats, SpreadSums& sums) {
-                                   k.norm_sums(grad, dy + at, x + at, bits_of(norm, positive, at), floats, sums);
-                                 });
-    const BlockWriter to(norm, dx, count, stream), residual(norm, d_residual, count, stream);
-    each_plane(norm, first, count, [&](int64_t c, int64_t at) {
-      k.norm_input_grad(grads[c], dy + at, x + at, bits_of(norm, positive, at), norm.pixels, to.plane(c, at),
-                        residual.plane(c, at), to.streams(), soon);
-      if (c + 1 < count) return;
-      to.finish(at - c * norm.pixels);
-      residual.finish(at - c * norm.pixels);
-    });
+  const int64_t floats = of.norm.batch * of.norm.channels * of.norm.pixels;
+  const bool stream = streams(of.norm);
+  for (float* written : {of.dx, branch ? branch->dx : nullptr, d_residual})
+    if (written) use_huge_pages(written, floats);
+  each_block(of.norm, [&](int64_t first, int64_t count, int64_t soon) {
+    auto grads_of = [&](const NormGrads& of, float* d_residual) {
+      const BatchNorm& norm = of.norm;
+      const auto grads = gradients(norm, first, count, of.d_weight, of.d_bias,
+                                   [&](const NormGrad& grad, int64_t, int64_t at, int64_t floats, SpreadSums& sums) {
+                                     k.norm_sums(grad, dy + at, of.x + at, bits_of(norm, positive, at), floats, sums);
+                                   });
+      const BlockWriter to(norm, of.dx, count, stream), residual(norm, d_residual, count, stream);
+      each_plane(norm, first, count, [&](int64_t c, int64_t at) {
+        k.norm_input_grad(grads[c], dy + at, of.x + at, bits_of(norm, positive, at), norm.pixels, to.plane(c, at),
+                          residual.plane(c, at), to.streams(), soon);
+        if (c + 1 < count) return;
+        to.finish(at - c * norm.pixels);
+        residual.finish(at - c * norm.pixels);
+      });
+    };
+    grads_of(of, d_residual);
+    if (branch) grads_of(*branch, nullptr);  // dy comes from a cache
   });
 }
 
@@ -248,7 +266,7 @@ void batch_norm_max_pool2d(const BatchNorm& norm, const Pool2dGeometry& g, const
     float* const plane = memory.get(norm.pixels);
     float* const scratch = memory.get(split.floats);
     each_plane(norm, first, count, [&](int64_t c, int64_t at) {
-      k.normalize(plane, x + at, nullptr, norm.pixels, factors.scale[c], factors.shift[c], norm.relu, false, nullptr,
+      k.normalize(plane, x + at, nullptr, norm.pixels, factors.scale[c], factors.shift[c], 1, norm.relu, false, nullptr,
                   soon);
       const int64_t to = at / norm.pixels * pooled;
       k.max_pool_plane(g, split, plane, y + to, taps + to, scratch);

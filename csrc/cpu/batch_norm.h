@@ -22,6 +22,10 @@ inline int64_t bit_bytes(int64_t pixels) { return (pixels + 15) / 16 * 2; }  // 
 // tell where y is more than 0.
 void batch_norm(const BatchNorm& norm, const float* x, const float* residual, float* y, uint8_t* positive);
 
+// The same, where `other` is a residual, or, if there is a branch, what that normalizes before it is added.
+void batch_norm_sum(const BatchNorm& norm, const float* x, const BatchNorm* branch, const float* other, float* y,
+                    uint8_t* positive);
+
 // Statistics of all batches so far: mean and unbiased variance, [channels], and how many batches.
 struct Running {
   float *mean, *var;
@@ -31,10 +35,17 @@ struct Running {
 // One batch more, with norm's mean and var. momentum: how far the statistics move to them; negative: to the average.
 void update(const Running& running, const BatchNorm& norm, double momentum);
 
-// Given the gradient dy of y: those of x, weight, bias and, if d_residual is not null, of the residual. `positive` is
-// needed where there was a residual before ReLU, else it may be null.
-void batch_norm_grad(const BatchNorm& norm, const float* dy, const float* x, const uint8_t* positive, float* dx,
-                     float* d_weight, float* d_bias, float* d_residual);
+// A BatchNorm, its input, and where its gradients go.
+struct NormGrads {
+  BatchNorm norm;
+  const float* x;
+  float *dx, *d_weight, *d_bias;
+};
+
+// Given the gradient dy of y: those of x, weight and bias, of a branch too, and, if d_residual is not null, of the
+// residual. `positive` is needed where there was a residual or a branch before ReLU, else it may be null.
+void batch_norm_grad(const NormGrads& of, const NormGrads* branch, const float* dy, const uint8_t* positive,
+                     float* d_residual);
 
 // batch_norm without a residual, then max_pool2d_taps; what is pooled is never in memory as a whole.
 void batch_norm_max_pool2d(const BatchNorm& norm, const Pool2dGeometry& g, const float* x, float* y, uint8_t* taps);

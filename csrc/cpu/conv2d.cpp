@@ -42,8 +42,10 @@ bool can_start(const Walk& walk) { return walk.parts.size() == 1 && !walk.parts[
 
 bool can_start_by_bits(const Walk& walk) {
   const Images& to = walk.target;
-  return can_start(walk) && writes_in_place(walk) && walk.tile_w % kAlign == 0 && to.channel % kAlign == 0 &&
-         to.image % kAlign == 0 && to.row % kAlign == 0 && (walk.tile_h == 1 || walk.pitch % kAlign == 0);
+  const bool whole_plane = walk.tile_h == 1 && walk.tile_w == walk.target_w && to.channel == walk.target_w;
+  const bool whole_bytes = walk.tile_w % kAlign == 0 && to.channel % kAlign == 0 && to.row % kAlign == 0 &&
+                           (walk.tile_h == 1 || walk.pitch % kAlign == 0);
+  return can_start(walk) && writes_in_place(walk) && to.image % to.channel == 0 && (whole_plane || whole_bytes);
 }
 
 // Whether results are too large for the caches, and their rows follow each other without a gap, but not in whole lines:
@@ -157,7 +159,11 @@ class PreparedWalk {
             const bool elsewhere = b == 0 && starts_in_place_;
             out.start = elsewhere ? target_at(residual_, tile, channel) : out.data;
             out.start_stride = elsewhere ? walk_.target.channel : out.stride;
-            if (b == 0 && epilogue_.counts) out.counts = epilogue_.counts + (out.start - epilogue_.residual) / 8;
+            if (b == 0 && epilogue_.counts) {
+              const int64_t plane = walk_.target.channel, at = out.start - epilogue_.residual;
+              out.counts_stride = bit_bytes(plane);
+              out.counts = epilogue_.counts + at / plane * out.counts_stride + at % plane / 8;
+            }
           }
           out.stream = streamed_ && aligned(out.data, out.stride);
           const bool finish = b + 1 == blocks;

@@ -26,7 +26,7 @@ struct Epilogue {
   const float* bias = nullptr;      // [out_channels], or null
   const float* residual = nullptr;  // the size and strides of y, or null
   float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
-  // A bit for every float of the residual, from its first on: where it is 0, nothing is added; null: all of it is.
+  // A bit for every float of the residual, which is NCHW: where it is 0, nothing is added; null: all of it is.
   const uint8_t* counts = nullptr;
   bool adds = false;  // to what y holds already, without a residual
 };

@@ -111,6 +111,7 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   float* const out = results.data + first_lane;
   const float* const start = results.start ? results.start + first_lane : nullptr;
   const uint8_t* const counts = results.counts;
+  const int64_t counts_stride = results.counts_stride;
   const float* const bias = results.bias;
   const int32_t* const mask = results.mask ? results.mask + first_lane : nullptr;
   const bool far = rows.far;
@@ -151,7 +152,7 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
       const float* const from = start + row * start_stride;
       for (int v = 0; v < N; ++v) {
         Vec x = whole || v + 1 < N ? load(from + in_row(v)) : load(from + in_row(v), tail);
-        if (counts) x = where_positive(x, counts + row * start_stride / 8, first_lane + in_row(v));
+        if (counts) x = where_positive(x, counts + row * counts_stride, first_lane + in_row(v));
         sum[kSums - 1][v] = kSums == 1 ? add(x, first) : x;
       }
     }
@@ -1061,13 +1062,14 @@ void moments(const float* x, int64_t n, float mean, SpreadSums& sums) {
   });
 }
 
-void normalize(float* y, const float* x, const float* other, int64_t n, float scale, float shift, bool relu,
-               bool stream, uint8_t* positive, int64_t soon) {
+void normalize(float* y, const float* x, const float* other, int64_t n, float scale, float shift, float other_scale,
+               bool relu, bool stream, uint8_t* positive, int64_t soon) {
   const Vec factor = broadcast(scale), summand = broadcast(shift), low = broadcast(relu ? 0 : kLowest);
+  const Vec other_factor = broadcast(other_scale);
   each_register(y, n, stream, [=](int64_t i, int64_t lanes) {
     __builtin_prefetch(x + i + soon, 0, 2);
     Vec v = fma(some(x + i, lanes), factor, summand);
-    if (other) prefetch_far(other + i), v = add(v, some(other + i, lanes));
+    if (other) prefetch_far(other + i), v = fma(some(other + i, lanes), other_factor, v);
     if (positive) put_positive(positive, i, v);
     return max(low, v);
   });

@@ -63,9 +63,10 @@ struct Results {
   bool stream;          // write past the caches; wants rows aligned to 64 bytes; not with runs
   float low, high;      // bounds that results are clamped to; infinite where there are none
   int64_t jump = 0;     // of data and start
-  // A bit for every float from `start` on, for spmm: where it is 0, so is what the sum starts from. start_stride is
-  // then a multiple of 16. Null: all of it counts.
+  // A bit for every float of a row of `start`, for spmm: where it is 0, so is what the sum starts from; and bytes from
+  // one row to the next. Null: all of it counts.
   const uint8_t* counts = nullptr;
+  int64_t counts_stride = 0;
 };
 
 enum class Activation : int64_t { none, sigmoid, silu, hardsigmoid, hardswish };
@@ -159,10 +160,11 @@ struct Kernels {
   // Adds x - mean and (x - mean)^2 of n floats.
   void (*moments)(const float* x, int64_t n, float mean, SpreadSums& sums);
 
-  // y = x * scale + shift + other, at least 0 with relu; NaN stays NaN. other may be null, and positive, which gets a
-  // bit for every y: 0 where it is 0 or less. stream: as of Results. soon: floats from x to what will be read next.
-  void (*normalize)(float* y, const float* x, const float* other, int64_t n, float scale, float shift, bool relu,
-                    bool stream, uint8_t* positive, int64_t soon);
+  // y = x * scale + shift + other * other_scale, at least 0 with relu; NaN stays NaN. other may be null, and positive,
+  // which gets a bit for every y: 0 where it is 0 or less. stream: as of Results. soon: floats from x to what will be
+  // read next.
+  void (*normalize)(float* y, const float* x, const float* other, int64_t n, float scale, float shift,
+                    float other_scale, bool relu, bool stream, uint8_t* positive, int64_t soon);
 
   // Adds g and g * (x - mean).
   void (*norm_sums)(const NormGrad& grad, const float* dy, const float* x, const uint8_t* positive, int64_t n,

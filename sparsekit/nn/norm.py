@@ -118,7 +118,7 @@ def chain(
     like = outside[0]
     if not _ops.takes_batch_norms(like):
         return None
-    sizes = [t.shape for t in outside]
+    sizes, geometries = [t.shape for t in outside], []
     for layer in layers:
         conv = layer.conv
         geometry = conv._plain_geometry if _is_ours(conv) else None
@@ -128,13 +128,12 @@ def chain(
         if not conv.runs_sparse(like if layer.input == 0 else like.new_empty(()).expand(sizes[layer.input])):
             return None
         sizes.append(_ops.output_size(sizes[layer.input], conv.out_channels, *geometry[:4]))
+        geometries.append(geometry)
     found = []
-    for conv, norm, relu, input, residual in layers:
+    for (conv, norm, relu, input, residual), geometry in zip(layers, geometries):
         running = norm.running_mean, norm.running_var, norm.num_batches_tracked
         of_norm = norm.weight, norm.bias, running, norm.momentum, norm.eps, relu
-        found.append(
-            _ops.NormedConv(conv.compressed_weight(), conv.pattern, conv._plain_geometry, *of_norm, input, residual)
-        )
+        found.append(_ops.NormedConv(conv.compressed_weight(), conv.pattern, geometry, *of_norm, input, residual))
     return _ops.conv2d_batch_norms(outside, found, fork)
 
 
