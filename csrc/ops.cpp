@@ -358,8 +358,8 @@ void conv2d_batch_norms_op(Tensors outs, Tensors products, Tensors means, Tensor
   }
 }
 
-// grad_outside: of what comes from outside and is an input or, before a ReLU, a residual; read holds every layer's
-// input. other is added to the gradient of the first from outside.
+// grad_outside: the gradients of what comes from outside, all of which some layer must read. read: every layer's input.
+// other: what is added to the gradient of the first from outside.
 void conv2d_batch_norms_grads_op(Tensors grad_outside, Tensors grad_values, Tensors grad_weights, Tensors grad_biases,
                                  std::optional<Tensor> other, Tensor grad_output, Tensors read, Tensors products,
                                  Tensors means, Tensors vars, Tensors positives, Tensors values, Tensors crows,
@@ -426,6 +426,8 @@ void conv2d_batch_norms_grads_op(Tensors grad_outside, Tensors grad_values, Tens
       const NormGrads grads = grads_at(i, of_product);
       std::optional<NormGrads> branch;
       if (from >= 0) {
+        STD_TORCH_CHECK(image_size(products[from], "product") == size,
+                        "a branch must have the size of what it is added to");
         sums[outside + from].of_product = torch::stable::empty_like(products[from]);
         branch = grads_at(from, *sums[outside + from].of_product);
       }
@@ -437,10 +439,10 @@ void conv2d_batch_norms_grads_op(Tensors grad_outside, Tensors grad_values, Tens
     const bool adds = input.grad && !input.bits && input.ours;
     const Tensor grad = adds ? *input.grad : target(inputs[i], read[i]);
     const ImageSize size = image_size(read[i], "read");
-    const int64_t planes = size[0] * size[1] * bit_bytes(size[2] * size[3]);
+    const int64_t byte_count = size[0] * size[1] * bit_bytes(size[2] * size[3]);
     run_grads(network.geometry(i, read[i], of_product), grad, grad_values[i], of_product, read[i], values[i], crows[i],
               cols[i], t_crows[i], t_cols[i], t_permutations[i], input.grad,
-              input.bits ? bytes(*input.bits, "positive", planes) : nullptr);
+              input.bits ? bytes(*input.bits, "positive", byte_count) : nullptr);
     input = {grad, std::nullopt, true, std::nullopt};
   }
 }
@@ -577,9 +579,8 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
       "int[] dilation) -> ()");
   m.def(
       "batch_norm_max_pool2d_grad(Tensor(a!) grad_input, Tensor(b!) grad_weight, Tensor(c!) grad_bias, "
-      "Tensor grad_output, Tensor taps, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool "
-      "relu, "
-      "float eps, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
+      "Tensor grad_output, Tensor taps, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
+      "bool relu, float eps, int[] kernel_size, int[] stride, int[] padding, int[] dilation) -> ()");
   m.def(
       "conv2d_batch_norms(Tensor(a!)[] outs, Tensor(b!)[] products, Tensor(c!)[] means, Tensor(d!)[] vars, "
       "Tensor(e!)[] positives, Tensor(f!)[] running_means, Tensor(g!)[] running_vars, Tensor(h!)[] batches, "
