@@ -18,9 +18,9 @@ class BasicBlock(resnet.BasicBlock):
     """torchvision's block of two 3 x 3 convolutions; ``[n, c, h, w]`` to ``[n, c', h', w']``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (
-            super().forward(x) if not _can_fuse(self) else _run(self, x, [self.conv1, self.conv2], [self.bn1, self.bn2])
-        )
+        if not _can_fuse(self):
+            return super().forward(x)
+        return _run(self, x, [self.conv1, self.conv2], [self.bn1, self.bn2])
 
 
 class Bottleneck(resnet.Bottleneck):
