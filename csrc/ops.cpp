@@ -290,7 +290,7 @@ struct Network {
   bool is_branch(int64_t layer, int64_t outside) const {
     bool reads = false;
     for (int64_t source : inputs) reads |= source == outside + layer;
-    return !reads && layer + 1 < size() && !relus[layer] && residuals[layer] < 0 &&
+    return !reads && !relus[layer] && residuals[layer] < 0 &&
            std::count(residuals.begin(), residuals.end(), outside + layer) == 1;
   }
 

@@ -917,7 +917,8 @@ class _NormedConvs(torch.autograd.Function):
             product = outside[0].new_empty(size)
             residual = sources[layer.residual] if layer.has_bits else None
             if _is_branch(layers, len(made), count):
-                out, mean, var = product, *(product.new_empty(layer.channels) for _ in range(2))  # never written
+                # Its result is not written; something must stand in its place.
+                out, mean, var = product, *(product.new_empty(layer.channels) for _ in range(2))
             else:
                 out, mean, var, positive = _batch_norm_fake(product, None, None, residual, layer.relu, layer.eps)
             sources.append(out)

@@ -45,8 +45,7 @@ void each_plane(const BatchNorm& norm, int64_t first, int64_t count, const F& f)
     for (int64_t c = 0; c < count; ++c) f(c, (n * norm.channels + first + c) * norm.pixels);
 }
 
-constexpr int64_t kAlign = 16;  // floats in a cache line
-constexpr double kNear = 16;    // times the variance: square of the distance to the mean that costs no digits
+constexpr double kNear = 16;  // times the variance: square of the distance to the mean that costs no digits
 
 // Whether results are too large for the caches, and their planes large enough to be written past them.
 bool streams(const BatchNorm& norm) {

@@ -17,6 +17,8 @@
 
 namespace sparsekit {
 
+constexpr int64_t kAlign = 16;  // floats in a cache line, and in the widest register
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
@@ -144,7 +146,7 @@ class Scratch {
   // Begins with a cache line.
   float* get(int64_t floats) {
     Memory& memory = mine();
-    floats = round_up(floats, kLine) + kBehind;
+    floats = round_up(floats, kAlign) + kBehind;
     for (; memory.block < memory.blocks.size(); ++memory.block, memory.used = 0)
       if (memory.used + floats <= memory.blocks[memory.block].floats()) break;
     if (memory.block == memory.blocks.size()) memory.blocks.emplace_back(floats);
@@ -153,7 +155,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kLine = 16, kBehind = 64;  // floats; so many may be read behind what is asked for
+  static constexpr int64_t kBehind = 64;  // floats that may be read behind what is asked for
 
   struct Memory {
     std::vector<HugeMemory> blocks;

@@ -16,7 +16,6 @@
 namespace sparsekit {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kAlign = 16;  // floats in a cache line, and in the widest register
 // Chosen by measurement (benchmarks/layers.py) for 32 KB of first-level cache; 48 KB would gain nothing by more.
 constexpr int64_t kBlockFloats = 7 * 1024;  // that a strip reads while they stay there
 constexpr int64_t kMostShifted = 80;        // lanes of a row that is shifted, for one strip holds all of it

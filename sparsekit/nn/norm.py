@@ -56,6 +56,13 @@ class BatchNorm2d(nn.BatchNorm2d):
     def pooled(self, input: Tensor, pool: MaxPool2d) -> Tensor:
         """``pool(relu(self(input)))``; in one go, without the large images between them, where both are fast.
 
+        Args:
+            input: what is normalized.
+            pool: to which nobody listens, for its hooks are not called.
+
+        Raises:
+            ValueError, RuntimeError: as ``nn.BatchNorm2d`` and ``nn.MaxPool2d``.
+
         Shape:
             - input: ``[n, num_features, h, w]``
             - returns: ``[n, num_features, oh, ow]``

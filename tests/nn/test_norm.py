@@ -86,6 +86,10 @@ def test_pooled_is_its_parts(arguments):
             torch.testing.assert_close(ours.state_dict()[key], value)
     ours.eval(), theirs.eval()
     torch.testing.assert_close(ours.pooled(x, pools[0].eval()), pools[1](F.relu(theirs(x))))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        ours.train().pooled(torch.randn(2, 6), pools[0].train())
+    with pytest.raises(RuntimeError, match="pad should be"):
+        ours.pooled(torch.randn(2, 6, 8, 8), sk.nn.MaxPool2d(2, padding=2))
 
 
 def test_nothing_is_differentiated_that_needs_no_gradient():
@@ -198,8 +202,8 @@ BLOCKS = {
 }
 
 
-def downsampled(before, after, *first):
-    return nn.Sequential(*first, nn.Conv2d(before, after, 1, 1 if first else 2, bias=False), nn.BatchNorm2d(after))
+def downsampled(before, after):
+    return nn.Sequential(nn.Conv2d(before, after, 1, 2, bias=False), nn.BatchNorm2d(after))
 
 
 def sparse_block(make):
