@@ -15,7 +15,8 @@ struct BatchNorm {
   bool relu;
 };
 
-// A tensor's bits, one for every float: a plane's begin at a byte of their own, and are filled up to whole registers.
+// A tensor's bits, one for every float: a plane's begin at a byte of their own, and are filled up with zeros to whole
+// registers.
 inline int64_t bit_bytes(int64_t pixels) { return (pixels + 15) / 16 * 2; }  // of a plane
 
 // y = relu((x - mean) / sqrt(var + eps) * weight + bias + residual); residual may be null, and positive, the bits that

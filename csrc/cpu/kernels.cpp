@@ -1066,11 +1066,12 @@ void normalize(float* y, const float* x, const float* other, int64_t n, float sc
                bool relu, bool stream, uint8_t* positive, int64_t soon) {
   const Vec factor = broadcast(scale), summand = broadcast(shift), low = broadcast(relu ? 0 : kLowest);
   const Vec other_factor = broadcast(other_scale);
+  if (positive && n > 0) positive[(n - 1) / 16 * 2 + 1] = 0;  // registers may end before it
   each_register(y, n, stream, [=](int64_t i, int64_t lanes) {
     __builtin_prefetch(x + i + soon, 0, 2);
     Vec v = fma(some(x + i, lanes), factor, summand);
     if (other) prefetch_far(other + i), v = fma(some(other + i, lanes), other_factor, v);
-    if (positive) put_positive(positive, i, v);
+    if (positive) put_positive(positive, i, lanes == kLanes ? v : only(v, lanes));
     return max(low, v);
   });
 }

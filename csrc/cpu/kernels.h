@@ -161,8 +161,8 @@ struct Kernels {
   void (*moments)(const float* x, int64_t n, float mean, SpreadSums& sums);
 
   // y = x * scale + shift + other * other_scale, at least 0 with relu; NaN stays NaN. other may be null, and positive,
-  // which gets a bit for every y: 0 where it is 0 or less. stream: as of Results. soon: floats from x to what will be
-  // read next.
+  // which gets a bit for every y, 0 where it is 0 or less and behind the last, up to a multiple of 16. stream: as of
+  // Results. soon: floats from x to what will be read next.
   void (*normalize)(float* y, const float* x, const float* other, int64_t n, float scale, float shift,
                     float other_scale, bool relu, bool stream, uint8_t* positive, int64_t soon);
 

@@ -64,6 +64,17 @@ def test_results_that_are_written_past_the_caches(shape, isa):
         assert off.float().mean() < 1e-5
 
 
+@pytest.mark.parametrize("isa", sk.available_backends()[1:])
+@pytest.mark.parametrize("pixels", [1, 4, 5, 8, 9, 15, 16, 17, 24, 100])
+def test_bits_are_the_references_and_all_of_them_are_written(pixels, isa):
+    x, weight, bias, other = (t.detach() for t in case((2, 3, 1, pixels)))
+    out, mean, var, bits = sk.reference.batch_norm(x, weight, bias, other, True, 1e-3)
+    found = bits.clone().fill_(0xFF)
+    with sk.use_isa(isa):
+        torch.ops.sparsekit_cpu.batch_norm(out, mean, var, found, x, weight, bias, other, True, 1e-3)
+    assert torch.equal(found, bits)
+
+
 @pytest.mark.parametrize("isa", sk.available_backends())
 def test_statistics(isa):
     x = torch.randn(8, 5, 9, 9, generator=torch.Generator().manual_seed(0))
