@@ -15,37 +15,15 @@ namespace {
 // Registers of lanes per strip, and at most. More would not lower the load rate much and would need a larger tile.
 constexpr int kStrip = kLanes == 16 ? 4 : 8;
 constexpr int kMostStrip = kLanes == 16 ? 5 : 8;
-constexpr int kLineFloats = 16;   // in a cache line
-constexpr int kFarAhead = 256;    // non-zeros, that their prefetch is ahead
+constexpr int kLineFloats = 16;              // in a cache line
+constexpr int kLine = kLineFloats / kLanes;  // its registers
+constexpr int kFarAhead = 256;               // non-zeros, that their prefetch is ahead
 constexpr int kFarFloats = 1024;  // the same, of planes that are read one after the other: CPUs look ahead less
 
 inline void prefetch_far(const float* p) { __builtin_prefetch(p + kFarFloats, 0, 2); }
 
 inline Vec some(const float* p, int64_t lanes) { return lanes == kLanes ? load(p) : load(p, lanes); }
 inline void put(float* p, Vec v, int64_t lanes) { lanes == kLanes ? store(p, v) : store(p, v, lanes); }
-
-// Whole numbers in [0, 255] as bytes.
-inline void put_bytes(uint8_t* p, Vec v, int64_t lanes) {
-#if defined(__AVX512F__)
-  _mm512_mask_cvtepi32_storeu_epi8(p, first(lanes), _mm512_cvtps_epi32(v));
-#else
-  float all[kLanes];
-  store(all, v);
-  for (int64_t i = 0; i < lanes; ++i) p[i] = (uint8_t)(int)all[i];
-#endif
-}
-
-inline Vec some_bytes(const uint8_t* p, int64_t lanes) {
-  uint8_t bytes[kLanes] = {};
-  __builtin_memcpy(bytes, p, lanes);
-#if defined(__AVX512F__)
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes)));
-#else
-  float all[kLanes];
-  for (int i = 0; i < kLanes; ++i) all[i] = bytes[i];
-  return load(all);
-#endif
-}
 
 // The share of a strip in what is wanted soon.
 Soon share_of(Soon soon, int64_t strip, int64_t strips) {
@@ -134,11 +112,11 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
     const int64_t row = order[r], soon = order[r + Rows::kAhead];
     if (kAsks || kDoes & kAhead) ahead.step();
     if (kAsks ? !results.stream : !(kDoes & kStreams))
-      for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + in_row(v), 1);
+      for (int v = 0; v < N; v += kLine) __builtin_prefetch(out + soon * stride + in_row(v), 1);
     if (read_elsewhere) {
-      for (int v = 0; v < N; ++v) __builtin_prefetch(start + soon * start_stride + in_row(v));
+      for (int v = 0; v < N; v += kLine) __builtin_prefetch(start + soon * start_stride + in_row(v));
       // What follows in the row is the next strip, or the next tile.
-      for (int v = 0; v < N; ++v) __builtin_prefetch(start + row * start_stride + in_row(v) + N * kLanes, 0, 2);
+      for (int v = 0; v < N; v += kLine) __builtin_prefetch(start + row * start_stride + in_row(v) + N * kLanes, 0, 2);
     }
     for (int64_t i = 0, length = far ? begin[r + 1] - begin[r] : 0; i < length; i += kLineFloats) {
       __builtin_prefetch(offsets + kFarAhead + i, 0, 2);
@@ -312,7 +290,7 @@ void gemm_strip(const float* lanes, const uint32_t* offsets, const float* values
   float* const out = results.data + row * results.stride + first_lane;
   const int64_t stride = results.stride;
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; ++v) __builtin_prefetch(out + (r < rows ? r : 0) * stride + v * kLanes, 1);
+    for (int v = 0; v < N; v += kLine) __builtin_prefetch(out + (r < rows ? r : 0) * stride + v * kLanes, 1);
   Vec sum[R][N];
   for (int r = 0; r < R; ++r) {
     const Vec first = results.bias && r < rows ? broadcast(results.bias[row + r]) : zero();
@@ -542,33 +520,23 @@ void sddmm(const Tile& tile, const Rows& rows, const float* dy, int64_t dy_strid
 void interleave(float* to, int64_t to_row, const float* even, const float* odd, int64_t even_row, int64_t odd_row,
                 int64_t rows, int64_t cols) {
   for (int64_t r = 0; r < rows; ++r, to += to_row, even += even_row, odd += odd_row) {
-    int64_t c = 0;
-#if defined(__AVX512F__)
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    for (; c < cols; c += 2 * kLanes) {
+    for (int64_t c = 0; c < cols; c += 2 * kLanes) {
       const int64_t n = cols - c < 2 * kLanes ? cols - c : 2 * kLanes;
-      const Vec a = load(even + c / 2, (n + 1) / 2), b = load(odd + c / 2, n / 2);
-      store(to + c, _mm512_permutex2var_ps(a, low, b), n < kLanes ? n : kLanes);
-      if (n > kLanes) store(to + c + kLanes, _mm512_permutex2var_ps(a, high, b), n - kLanes);
+      const Vec a = some(even + c / 2, (n + 1) / 2), b = some(odd + c / 2, n / 2);
+      put(to + c, zip_first(a, b), n < kLanes ? n : kLanes);
+      if (n > kLanes) put(to + c + kLanes, zip_second(a, b), n - kLanes);
     }
-#endif
-    for (; c < cols; ++c) to[c] = c % 2 ? odd[c / 2] : even[c / 2];
   }
 }
 
 // Lane i is from[i * stride], for n lanes.
 inline Vec every(const float* from, int64_t stride, int64_t n) {
   if (stride == 1) return some(from, n);
-#if defined(__AVX512F__)
   if (stride == 2) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const int64_t floats = 2 * n - 1;
-    const Vec low = load(from, floats < kLanes ? floats : kLanes);
-    const Vec high = floats > kLanes ? load(from + kLanes, floats - kLanes) : zero();
-    return _mm512_permutex2var_ps(low, even, high);
+    const Vec low = some(from, floats < kLanes ? floats : kLanes);
+    return even_lanes(low, floats > kLanes ? load(from + kLanes, floats - kLanes) : zero());
   }
-#endif
   float lanes[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = from[i * stride];
   return load(lanes);
@@ -576,23 +544,15 @@ inline Vec every(const float* from, int64_t stride, int64_t n) {
 
 void split(float* even, float* odd, int64_t to_row, const float* from, int64_t from_row, int64_t rows,
            int64_t even_cols, int64_t odd_cols) {
+  const int64_t floats = 2 * even_cols - 1 > 2 * odd_cols ? 2 * even_cols - 1 : 2 * odd_cols;
+  auto left = [](int64_t n) { return n < 0 ? 0 : n < kLanes ? n : kLanes; };
   for (int64_t r = 0; r < rows; ++r, even += to_row, odd += to_row, from += from_row) {
-    int64_t c = 0;
-#if defined(__AVX512F__)
-    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i odds = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-    auto left = [](int64_t n) { return n < 0 ? 0 : n < kLanes ? n : kLanes; };
-    const int64_t floats = 2 * even_cols - 1 > 2 * odd_cols ? 2 * even_cols - 1 : 2 * odd_cols;
-    for (; 2 * c < floats; c += kLanes) {
-      const Vec low = load(from + 2 * c, left(floats - 2 * c));
-      const Vec high = load(from + 2 * c + kLanes, left(floats - 2 * c - kLanes));
-      store(even + c, _mm512_permutex2var_ps(low, evens, high), left(even_cols - c));
-      store(odd + c, _mm512_permutex2var_ps(low, odds, high), left(odd_cols - c));
+    for (int64_t c = 0; 2 * c < floats; c += kLanes) {
+      const Vec low = some(from + 2 * c, left(floats - 2 * c));
+      const Vec high = some(from + 2 * c + kLanes, left(floats - 2 * c - kLanes));
+      put(even + c, even_lanes(low, high), left(even_cols - c));
+      put(odd + c, odd_lanes(low, high), left(odd_cols - c));
     }
-#else
-    for (; c < even_cols; ++c) even[c] = from[2 * c];
-    for (c = 0; c < odd_cols; ++c) odd[c] = from[2 * c + 1];
-#endif
   }
 }
 
@@ -604,17 +564,10 @@ void gather(float* to, int64_t to_row, const float* from, int64_t from_row, int6
       for (; c + kLanes <= cols; c += kLanes) store(to + c, load(from + c));
       if (c < cols) store(to + c, load(from + c, cols - c), cols - c);
     } else {
-      int64_t c = 0;
-#if defined(__AVX512F__)
-      if (from_col == 2) {
-        // One float less than two registers may be there to read at the end of the row.
-        for (; c < cols; c += kLanes) {
-          const int64_t n = cols - c < kLanes ? cols - c : kLanes;
-          store(to + c, every(from + 2 * c, 2, n), n);
-        }
+      for (int64_t c = 0; c < cols; c += kLanes) {
+        const int64_t n = cols - c < kLanes ? cols - c : kLanes;
+        put(to + c, every(from + c * from_col, from_col, n), n);
       }
-#endif
-      for (; c < cols; ++c) to[c] = from[c * from_col];
     }
   }
 }
@@ -631,16 +584,13 @@ void add_spread(float* to, int64_t to_row, int64_t to_col, const float* from, in
                 int64_t cols) {
   for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
     int64_t c = 0;
-#if defined(__AVX512F__)
     constexpr int64_t kHalf = kLanes / 2;
-    constexpr __mmask16 kEven = 0x5555;
     for (; to_col == 2 && c < cols; c += kHalf) {
-      const int64_t n = cols - c < kHalf ? 2 * (cols - c) - 1 : kLanes;
-      const Vec spread = _mm512_maskz_expand_ps(kEven, load(from + c, cols - c < kHalf ? cols - c : kHalf));
-      const Vec old = load(to + 2 * c, n);
-      store(to + 2 * c, _mm512_mask_add_ps(old, kEven, old, spread), n);
+      const int64_t n = cols - c < kHalf ? cols - c : kHalf, reach = n < kHalf ? 2 * n - 1 : kLanes;
+      // -0 changes nothing that it is added to.
+      const Vec spread = zip_first(load(from + c, n), broadcast(-0.f));
+      put(to + 2 * c, add(some(to + 2 * c, reach), spread), reach);
     }
-#endif
     for (; c < cols; ++c) to[c * to_col] += from[c];
   }
 }
@@ -766,19 +716,12 @@ void pool_row_nchw(const Pool2dGeometry& g, const Images& in, const Images& out,
 
 // A row of `cols` floats from those at even and odd places.
 inline void join(float* to, const float* even, const float* odd, int64_t cols, bool stream) {
-#if defined(__AVX512F__)
-  if (stream) {
-    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    for (int64_t c = 0; c < cols; c += 2 * kLanes) {
-      const Vec a = load(even + c / 2), b = load(odd + c / 2);
-      stream_store(to + c, _mm512_permutex2var_ps(a, low, b));
-      if (c + kLanes < cols) stream_store(to + c + kLanes, _mm512_permutex2var_ps(a, high, b));
-    }
-    return;
+  if (!stream) return interleave(to, 0, even, odd, 0, 0, 1, cols);
+  for (int64_t c = 0; c < cols; c += 2 * kLanes) {
+    const Vec a = load(even + c / 2), b = load(odd + c / 2);
+    stream_store(to + c, zip_first(a, b));
+    if (c + kLanes < cols) stream_store(to + c + kLanes, zip_second(a, b));
   }
-#endif
-  interleave(to, 0, even, odd, 0, 0, 1, cols);
 }
 
 // Where the taps of a row of a kernel are, one after the other: column i of the windows' row reads column i + shift of

@@ -44,6 +44,33 @@ inline Vec shift_in_last(Vec a, Vec b) {
 inline Vec shift_in_first(Vec a, Vec b) {
   return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b), _mm512_castps_si512(a), 1));
 }
+// The even or odd lanes of a, then those of b.
+inline Vec even_lanes(Vec a, Vec b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return _mm512_permutex2var_ps(a, even, b);
+}
+inline Vec odd_lanes(Vec a, Vec b) {
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  return _mm512_permutex2var_ps(a, odd, b);
+}
+// Lanes of a and b in turns: those of the first halves, and of the second.
+inline Vec zip_first(Vec a, Vec b) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return _mm512_permutex2var_ps(a, first, b);
+}
+inline Vec zip_second(Vec a, Vec b) {
+  const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return _mm512_permutex2var_ps(a, second, b);
+}
+// n whole numbers in [0, 255] as bytes, and back.
+inline void put_bytes(uint8_t* p, Vec v, int64_t n) {
+  _mm512_mask_cvtepi32_storeu_epi8(p, first(n), _mm512_cvtps_epi32(v));
+}
+inline Vec some_bytes(const uint8_t* p, int64_t n) {
+  alignas(kLanes) uint8_t bytes[kLanes] = {};
+  __builtin_memcpy(bytes, p, n);
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_load_si128((const __m128i*)bytes)));
+}
 // `yes` where a is more than b or NaN, else `no`.
 inline Vec where_more(Vec a, Vec b, Vec yes, Vec no) {
   const __mmask16 more = _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
@@ -119,6 +146,31 @@ inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 inline Vec max_or_nan(Vec a, Vec b) {
   return _mm256_blendv_ps(b, a, _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
 }
+inline Vec even_lanes(Vec a, Vec b) {
+  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8));
+}
+inline Vec odd_lanes(Vec a, Vec b) {
+  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8));
+}
+inline Vec zip_first(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+inline Vec zip_second(Vec a, Vec b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+inline void put_bytes(uint8_t* p, Vec v, int64_t n) {
+  const __m256i whole = _mm256_cvtps_epi32(v);
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+  __builtin_memcpy(p, &bytes, n);
+}
+inline Vec some_bytes(const uint8_t* p, int64_t n) {
+  int64_t bytes = 0;
+  __builtin_memcpy(&bytes, p, n);
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes)));
+}
 inline Vec where_more(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no, yes, _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
 }
@@ -182,6 +234,18 @@ inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
 inline Vec max_or_nan(Vec a, Vec b) { return (a > b) | (a != a) ? a : b; }
+inline Vec even_lanes(Vec a, Vec b) { return Vec{a[0], a[2], b[0], b[2]}; }
+inline Vec odd_lanes(Vec a, Vec b) { return Vec{a[1], a[3], b[1], b[3]}; }
+inline Vec zip_first(Vec a, Vec b) { return Vec{a[0], b[0], a[1], b[1]}; }
+inline Vec zip_second(Vec a, Vec b) { return Vec{a[2], b[2], a[3], b[3]}; }
+inline void put_bytes(uint8_t* p, Vec v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = (uint8_t)(int)v[i];
+}
+inline Vec some_bytes(const uint8_t* p, int64_t n) {
+  Vec v = zero();
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
 inline Vec where_more(Vec a, Vec b, Vec yes, Vec no) { return (a > b) | (a != a) ? yes : no; }
 inline Vec where_equal(Vec a, Vec b, Vec v) { return a == b ? v : zero(); }
 using Mask = const int32_t*;
