@@ -586,7 +586,8 @@ void add_spread(float* to, int64_t to_row, int64_t to_col, const float* from, in
     int64_t c = 0;
     constexpr int64_t kHalf = kLanes / 2;
     for (; to_col == 2 && c < cols; c += kHalf) {
-      const int64_t n = cols - c < kHalf ? cols - c : kHalf, reach = n < kHalf ? 2 * n - 1 : kLanes;
+      // What lies behind the last column may be another thread's.
+      const int64_t n = cols - c < kHalf ? cols - c : kHalf, reach = c + kHalf < cols ? kLanes : 2 * n - 1;
       // -0 changes nothing that it is added to.
       const Vec spread = zip_first(load(from + c, n), broadcast(-0.f));
       put(to + 2 * c, add(some(to + 2 * c, reach), spread), reach);

@@ -54,7 +54,7 @@ class Case:
         dilation = r.choice([(1, 1), (1, 1), (1, 1), (2, 2), (3, 1)][: 2 if large else 5])
         padding = tuple(r.choice([0, 1, 1, 2, 3]) for _ in range(4)) if r.random() < 0.5 else (r.choice([0, 1, 3]),) * 4
         need = [dilation[i] * (kernel[i] - 1) + 1 - padding[2 * i] - padding[2 * i + 1] for i in (0, 1)]
-        choices = [1, 2, 5, 7, 8, 13, 14, 17, 28, 33] if not large else [7, 14, 28, 56]
+        choices = [1, 2, 5, 7, 8, 13, 14, 15, 17, 28, 33] if not large else [7, 14, 28, 56]
         size = tuple(max(n, 1, r.choice(choices)) for n in need)
         return Case(
             seed, r.choice([1, 1, 2, 3, 5, 16, 19, 32]), *channels, size, kernel, stride, padding, dilation, groups,
