@@ -287,7 +287,10 @@ def plot(machines: list[dict]) -> bytes:
             heights = [parts[part] for parts in bars.values()]
             axes.bar(list(bars), heights, bottom=bottom, label=part)
             bottom = [b + h for b, h in zip(bottom, heights)]
-        axes.set(ylabel="ms a step", title=f"{MAIN}, {main['threads']} threads of an {results['cpu']}, float32")
+        axes.set(
+            ylabel="ms a step",
+            title=f"{MAIN}, {main['threads']} threads of an {results['cpu']} ({main['isa']}), float32",
+        )
         axes.tick_params(axis="x", labelsize=7)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -298,7 +301,8 @@ def plot(machines: list[dict]) -> bytes:
 def main() -> None:
     torch.set_num_threads(2)
     keep_freed_memory()
-    name = re.sub("[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", cpu_name().lower())).strip("-")
+    machine = f"{cpu_name()} {sk.backend()}"  # CPUs of several generations may call themselves the same
+    name = re.sub("[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", machine.lower())).strip("-")
     path = RESULTS / f"{name}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     measure(results, lambda: path.write_text(json.dumps(results, indent=1) + "\n"))
