@@ -131,7 +131,7 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
       for (int v = 0; v < N; ++v) {
         Vec x = whole || v + 1 < N ? load(from + in_row(v)) : load(from + in_row(v), tail);
         if (counts) x = where_positive(x, counts + row * counts_stride, first_lane + in_row(v));
-        sum[kSums - 1][v] = kSums == 1 ? add(x, first) : x;
+        sum[kSums - 1][v] = kSums == 1 && has_bias ? add(x, first) : x;
       }
     }
     if (kAsks ? pairs > 0 : (kDoes & kHasPairs) != 0) {
@@ -182,7 +182,8 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
       for (int v = 0; v < N; ++v) sum[0][v] = max(low, sum[0][v]);
       if (capped)
         for (int v = 0; v < N; ++v) sum[0][v] = min(high, sum[0][v]);
-      for (int v = 0; v < N; ++v) sum[0][v] = keep(sum[0][v], kept[v]);
+      if (mask)
+        for (int v = 0; v < N; ++v) sum[0][v] = keep(sum[0][v], kept[v]);
     }
     float* const to = out + row * stride;
     for (int v = 0; v < N; ++v) {
@@ -569,6 +570,12 @@ void gather(float* to, int64_t to_row, const float* from, int64_t from_row, int6
         put(to + c, every(from + c * from_col, from_col, n), n);
       }
     }
+  }
+}
+
+void clear(float* to, int64_t to_row, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; ++r, to += to_row) {
+    for (int64_t c = 0; c < cols; c += kLanes) put(to + c, zero(), cols - c < kLanes ? cols - c : kLanes);
   }
 }
 
@@ -1059,10 +1066,12 @@ void norm_input_grad(const NormGrad& grad, const float* dy, const float* x, cons
 }  // namespace
 
 extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
+                                kLanes == 16 ? 64 : 32,
                                 spmm,
                                 gemm,
                                 sddmm,
                                 gather,
+                                clear,
                                 scatter,
                                 add_spread,
                                 interleave,

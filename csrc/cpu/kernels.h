@@ -104,6 +104,7 @@ struct PoolSplit {
 
 struct Kernels {
   const char* name;
+  int64_t strip_lanes;  // that spmm holds in few registers, so that many channels of them fit the first-level cache
 
   // results[r][lane] = clamp(bias[r] + start[r][lane] + sum of value * tile[offset + lane]), over `lanes` lanes. NaN
   // stays NaN. Touches no lane of results and start beyond `lanes`; may read the tile up to the next multiple of 16.
@@ -119,6 +120,9 @@ struct Kernels {
   // to[r * to_row + c] = from[r * from_row + c * from_col]
   void (*gather)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows,
                  int64_t cols);
+
+  // to[r * to_row + c] = 0
+  void (*clear)(float* to, int64_t to_row, int64_t rows, int64_t cols);
 
   // to[r * to_row + c * to_col] = from[r * from_row + c]
   void (*scatter)(float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows,

@@ -138,7 +138,22 @@ inline __m256i first(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 inline Vec load(const float* p, int64_t n) { return _mm256_maskload_ps(p, first(n)); }
-inline void store(float* p, Vec v, int64_t n) { _mm256_maskstore_ps(p, first(n), v); }
+// By parts: a masked store is slow microcode on some CPUs.
+inline void store(float* p, Vec v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  __m128 part = _mm256_castps256_ps128(v);
+  if (n & 4) {
+    _mm_storeu_ps(p, part);
+    part = _mm256_extractf128_ps(v, 1);
+    p += 4;
+  }
+  if (n & 2) {
+    _mm_storel_pi((__m64*)p, part);
+    part = _mm_movehl_ps(part, part);
+    p += 2;
+  }
+  if (n & 1) _mm_store_ss(p, part);
+}
 inline Vec only(Vec v, int64_t n) { return _mm256_and_ps(v, _mm256_castsi256_ps(first(n))); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }

@@ -179,6 +179,17 @@ Channels channels_of(const Walk& walk, int64_t group, int64_t block, int64_t blo
 
 namespace {
 
+// The rows of all channels, or the channels of all rows: `count` times `rows` of them, in the order of the source.
+struct Runs {
+  int64_t count, to, from, rows, to_row, from_row;
+};
+
+Runs runs_of(const Walk& walk, int64_t rows, int64_t channels) {
+  const int64_t channel = walk.source.channel, row = walk.step_h * walk.source.row;
+  if (rows == 1 || channel < row) return {rows, walk.pitch, row, channels, walk.channel_stride, channel};
+  return {channels, walk.channel_stride, channel, rows, walk.pitch, row};
+}
+
 // What a phase has of a tile: `rows` x `cols` pixels from `from` on, which go to `to`, in every channel.
 struct Piece {
   float* to;
@@ -198,23 +209,21 @@ Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels ch
   const int64_t top = from < to ? std::clamp<int64_t>(-y0, 0, rows) : rows;
   const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
   float* phase = block + p.base;
+  auto clear = [&](int64_t row, int64_t end, int64_t col, int64_t cols) {
+    if (row >= end || cols <= 0) return;
+    const Runs runs = runs_of(walk, end - row, channels.count);
+    for (int64_t i = 0; i < runs.count; ++i)
+      kernels().clear(phase + row * walk.pitch + col + i * runs.to, runs.to_row, runs.rows, cols);
+  };
+  clear(0, top, 0, lanes);
+  clear(bottom, rows, 0, lanes);
   // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
-  const bool clears_columns = walk.tile_w < walk.grid_w || (walk.reused && (from > 0 || to < lanes));
-  if (top > 0 || bottom < rows || clears_columns)
-    for (int64_t c = 0; c < channels.count; ++c)
-      for (int64_t r = 0; r < rows; ++r) {
-        float* packed = phase + c * walk.channel_stride + r * walk.pitch;
-        const bool missing = r < top || r >= bottom;
-        if (missing || clears_columns) {
-          std::fill(packed, packed + (missing ? lanes : from), 0.0f);
-          std::fill(packed + (missing ? lanes : to), packed + lanes, 0.0f);
-        }
-      }
+  if (walk.tile_w < walk.grid_w || walk.reused) {
+    clear(top, bottom, 0, from);
+    clear(top, bottom, to, lanes - to);
+  }
   // Behind the last row: what taps find there; behind others it is what the next begins with.
-  const int64_t behind = walk.tile_w + walk.left + walk.right - lanes;
-  if (walk.reused && behind > 0 && p.down >= 0)
-    for (int64_t c = 0; c < channels.count; ++c)
-      std::fill_n(phase + c * walk.channel_stride + (rows - 1) * walk.pitch + lanes, behind, 0.0f);
+  if (walk.reused && p.down >= 0) clear(rows - 1, rows, lanes, walk.tile_w + walk.left + walk.right - lanes);
   return {phase + top * walk.pitch + from,
           s.data + tile.image * s.image + channels.first * s.channel + ((y0 + top) * walk.step_h + p.offset_h) * s.row +
               ((x0 + from) * walk.step_w + p.offset_w) * s.col,
@@ -236,9 +245,10 @@ void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float*
         const Piece other = piece_of(walk, q, tile, channels, block);
         const Piece &even = p.offset_w ? other : piece, &odd = p.offset_w ? piece : other;
         if (even.rows == odd.rows && odd.from == even.from + 1) {
-          for (int64_t c = 0; c < count; ++c)
-            k.split(even.to + c * walk.channel_stride, odd.to + c * walk.channel_stride, walk.pitch,
-                    even.from + c * s.channel, row, even.rows, even.cols, odd.cols);
+          const Runs runs = runs_of(walk, even.rows, count);
+          for (int64_t j = 0; j < runs.count; ++j)
+            k.split(even.to + j * runs.to, odd.to + j * runs.to, runs.to_row, even.from + j * runs.from, runs.from_row,
+                    runs.rows, even.cols, odd.cols);
           ++i;
           continue;
         }
@@ -247,11 +257,10 @@ void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float*
     if (s.channel == 1) {
       for (int64_t r = 0; r < piece.rows; ++r)
         k.transpose(piece.to + r * walk.pitch, walk.channel_stride, piece.from + r * row, col, piece.cols, count);
-    } else if (piece.rows == 1) {
-      k.gather(piece.to, walk.channel_stride, piece.from, s.channel, col, count, piece.cols);
     } else {
-      for (int64_t c = 0; c < count; ++c)
-        k.gather(piece.to + c * walk.channel_stride, walk.pitch, piece.from + c * s.channel, row, col, piece.rows,
+      const Runs runs = runs_of(walk, piece.rows, count);
+      for (int64_t j = 0; j < runs.count; ++j)
+        k.gather(piece.to + j * runs.to, runs.to_row, piece.from + j * runs.from, runs.from_row, col, runs.rows,
                  piece.cols);
     }
   }

@@ -18,7 +18,7 @@ namespace sparsekit {
 namespace {
 
 // Chosen by measurement (benchmarks/peers.py).
-constexpr int64_t kStripVectors = 4, kMostStripVectors = 5;  // registers of lanes that spmm holds
+constexpr int64_t kStripVectors = 4;           // lines of lanes that spmm holds
 constexpr int64_t kFewestTasks = 4;            // of a layer, by splitting its rows, for threads that share an image
 constexpr int64_t kRowNnz = 13;                // non-zeros of a row in a block of channels, at least
 constexpr int64_t kPackedFloats = 320 * 1024;  // of a packed source that the second-level cache holds as a whole
@@ -412,8 +412,7 @@ void Program::clear_around(const Frame& frame, int64_t tensor, bool above, bool 
     if (below) std::fill_n(image + layout.runs * run, layout.down * run + kAlign, 0.0f);
   } else if (above) {
     std::fill(image - layout.lead, image, 0.0f);
-    for (int64_t c = 0; c < channels; ++c)
-      std::fill(image + c * layout.channel + layout.lanes, image + (c + 1) * layout.channel, 0.0f);
+    kernels().clear(image + layout.lanes, layout.channel, channels, layout.channel - layout.lanes);
   }
 }
 
@@ -422,10 +421,8 @@ void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, in
   const Layout& layout = this->layout(tensor);
   for (int64_t y = first; y < last; ++y) {
     const int64_t to = layout.runs == 1 && y + 1 == layout.h ? layout.lanes - y * layout.pitch : layout.pitch;
-    for (int64_t c = 0; c < tensors_[tensor].size.channels; ++c) {
-      float* const row = data(frame, tensor) + y * row_stride(tensor) + c * layout.channel;
-      std::fill(row + layout.w, row + to, 0.0f);
-    }
+    kernels().clear(data(frame, tensor) + y * row_stride(tensor) + layout.w, layout.channel,
+                    tensors_[tensor].size.channels, to - layout.w);
   }
 }
 
@@ -440,22 +437,30 @@ void Program::finish() {
   uses_ = {};
 }
 
+// Taps that share lines of a tensor want long strips, and so do long rows, whose channels are neighbours.
+int64_t Program::strip_vectors(const Conv& conv) const {
+  const int64_t few = kernels().strip_lanes / kAlign;
+  if (layout(conv.out).pitch > few * kAlign) return kStripVectors;
+  for (const Term& term : conv.terms)
+    if (term.direct && !term.walk.pointwise()) return kStripVectors;
+  return few;
+}
+
 void Program::choose_strips(Conv& conv) {
   const Layout& layout = this->layout(conv.out);
-  auto even = [](int64_t vectors) {
-    return std::max(ceil_div(vectors, kMostStripVectors), (vectors + kStripVectors / 2) / kStripVectors);
-  };
+  const int64_t wanted = strip_vectors(conv), most = wanted + wanted / 4;
+  auto even = [=](int64_t vectors) { return std::max(ceil_div(vectors, most), (vectors + wanted / 2) / wanted); };
   const int64_t row = layout.pitch / kAlign;
   if (layout.runs > 1) {
-    if (row > kMostStripVectors) conv.parts = even(row);
-    conv.strips = ceil_div(layout.h, std::max<int64_t>(1, kStripVectors / row)) * conv.parts;
+    if (row > most) conv.parts = even(row);
+    conv.strips = ceil_div(layout.h, std::max<int64_t>(1, wanted / row)) * conv.parts;
     return;
   }
   bool shifts = false;
   for (const Term& term : conv.terms) shifts |= term.shifts;
   if (shifts) conv.unit = layout.pitch % kAlign ? 2 * layout.pitch / kAlign : row;
   const int64_t vectors = layout.lanes / kAlign;
-  conv.strips = shifts ? ceil_div(vectors, std::max<int64_t>(1, kStripVectors / conv.unit) * conv.unit) : even(vectors);
+  conv.strips = shifts ? ceil_div(vectors, std::max<int64_t>(1, wanted / conv.unit) * conv.unit) : even(vectors);
 }
 
 Program::Strip Program::strip(const Conv& conv, int64_t index) const {
@@ -481,8 +486,9 @@ void Program::add_conv_steps(Conv& conv) {
     term.shifts = term.direct && layout.shifting && (walk.left || walk.right) && !term.is_dense;
     walk.lead = term.direct ? 0 : round_up(walk.left, kAlign) - walk.left;
     place_phases(walk);
-    term.block = walk.groups > 1 ? term.channels()
-                                 : block_channels(walk, term.weight, kStripLanes, kRowNnz, first_level_floats());
+    term.block = walk.groups > 1
+                     ? term.channels()
+                     : block_channels(walk, term.weight, strip_vectors(conv) * kAlign, kRowNnz, first_level_floats());
     term.blocks = ceil_div(term.channels(), term.block);
     if (term.direct) {
       walk.phases[0].base = 0;
