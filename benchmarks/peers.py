@@ -4,7 +4,7 @@ dense engines in bfloat16 and INT8 beside them, marked as such.
 Every engine runs in a process of its own (benchmarks/peer_worker.py) on the same weights and images, all with two
 threads, in turns of random order; a figure is the median over rounds of a round's median. DeepSparse's licence allows
 evaluation: it lives in an environment of its own, and nothing but this benchmark knows of it. Outputs are compared.
-Figures go to benchmarks/results/peers.json; a peer that cannot be started is named and left out.
+Figures go to benchmarks/results/peers, a file for every CPU; a peer that cannot be started is named and left out.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import sparsekit as sk
+from benchmarks import machines
 from benchmarks.peer_worker import PEERS
 from benchmarks.readme import fill
 from benchmarks.timing import median, spread
-from sparsekit.engine.tuning import cpu_name
 from sparsekit.job import resnet50
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
+ROOT = machines.ROOT
+RESULTS = ROOT / "benchmarks" / "results" / "peers"
 OWN_ENVIRONMENT = {
     "deepsparse": ".venv-deepsparse",
     **dict.fromkeys(("onnxruntime", "openvino", "bf16 openvino", "int8 onnxruntime", "int8 openvino"), ".venv-onnx"),
@@ -131,10 +132,11 @@ def table(results: dict) -> str:
     """Milliseconds an image in Markdown, and our time over DeepSparse's and the fastest dense engine's."""
     names = list(dict.fromkeys(name for cell in results["cells"].values() for name in cell))
     lines = [
-        f"ResNet-50 at 224 × 224, float32, 2 threads of an {results['cpu']}, torch {results['torch']}; uniform sparsity, "
-        f"conv1 and fc dense. Milliseconds an image, medians of {results['rounds']} alternating rounds; dense is the "
-        "fastest of the dense float32 engines in the row; bf16 and int8 are dense in other precisions, which change what "
-        "the model computes. Over DeepSparse below 1 means that sparsekit is faster. `make bench-peers` makes this table.",
+        f"ResNet-50 at 224 × 224, float32, 2 threads of an {results['cpu']} ({results['isa']}), torch {results['torch']}, "
+        f"at commit {results['commit']}; uniform sparsity, conv1 and fc dense. Milliseconds an image, medians of "
+        f"{results['rounds']} alternating rounds; dense is the fastest of the dense float32 engines in the row; bf16 and "
+        "int8 are dense in other precisions, which change what the model computes. Over DeepSparse below 1 means that "
+        "sparsekit is faster. `make bench-peers` makes this table.",
         "",
         "| sparsity, batch | " + " | ".join(names) + " | over DeepSparse | faster than dense |",
         "| --- |" + " ---: |" * (len(names) + 2),
@@ -149,33 +151,33 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict, path: Path) -> None:
-    """Milliseconds an image over sparsity, a line for each engine and a panel for each batch size."""
+def plot(everywhere: list[dict], path: Path) -> None:
+    """Milliseconds an image over sparsity: a line for each engine, a row for each machine, a panel for each batch size."""
     from matplotlib.figure import Figure
 
-    cells = {tuple(key.split(" %, ")): cell for key, cell in results["cells"].items()}
-    batches = sorted({batch for _, batch in cells}, key=int)
-    figure = Figure(figsize=(4 * len(batches), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
-    for panel, batch in zip(panels, batches):
-        levels = [level for level, b in cells if b == batch]
-        for name in dict.fromkeys(name for (_, b), cell in cells.items() if b == batch for name in cell):
-            points = [(level, cells[level, batch][name]) for level in levels if name in cells[level, batch]]
-            style = {"linewidth": 2.5, "color": "black"} if name == "sparsekit" else {}
-            (line,) = panel.plot(
-                [level for level, _ in points],
-                [row["milliseconds"] for _, row in points],
-                marker="o",
-                label=name,
-                **style,
-            )
-            p99 = [row["p99"] for _, row in points]
-            panel.plot([level for level, _ in points], p99, linestyle=":", color=line.get_color())
-        panel.set(title=f"batch {batch}", xlabel="sparsity, %", ylim=(0, None))
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ms an image (dotted: 99th percentile)")
-    panels[-1].legend()
+    batches = sorted({key.split(" %, ")[1] for results in everywhere for key in results["cells"]}, key=int)
+    figure = Figure(figsize=(4 * len(batches), 3.6 * len(everywhere)), layout="constrained")
+    rows = figure.subplots(len(everywhere), len(batches), sharey="row", squeeze=False)
+    for panels, results in zip(rows, everywhere):
+        cells = {tuple(key.split(" %, ")): cell for key, cell in results["cells"].items()}
+        for panel, batch in zip(panels, batches):
+            lines(panel, {float(level): cell for (level, b), cell in cells.items() if b == batch})
+            panel.set(title=f"{results['cpu']} ({results['isa']}), batch {batch}", xlabel="sparsity, %", ylim=(0, None))
+            panel.title.set_fontsize(9)
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel("ms an image (dotted: 99th percentile)")
+        panels[-1].legend(fontsize=7)
     figure.savefig(path, dpi=120)
+
+
+def lines(panel: Any, cells: dict[float, dict]) -> None:
+    """A line for each engine over sparsity, and its 99th percentile."""
+    for name in dict.fromkeys(name for cell in cells.values() for name in cell):
+        levels = [level for level in cells if name in cells[level]]
+        style = {"linewidth": 2.5, "color": "black"} if name == "sparsekit" else {}
+        values = {which: [cells[level][name][which] for level in levels] for which in ("milliseconds", "p99")}
+        (line,) = panel.plot(levels, values["milliseconds"], marker="o", label=name, **style)
+        panel.plot(levels, values["p99"], linestyle=":", color=line.get_color())
 
 
 def main() -> None:
@@ -189,8 +191,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     names = ["sparsekit", *(name for name in args.peers if name != "sparsekit")]
-    results = {"cpu": cpu_name(), "torch": torch.__version__, "rounds": args.rounds}
-    results["cells"] = json.loads(RESULTS.read_text())["cells"] if args.keep else {}
+    path = machines.file_in(RESULTS)
+    results = machines.here() | {"rounds": args.rounds}
+    results["cells"] = machines.read(path).get("cells", {}) if args.keep else {}
     with tempfile.TemporaryDirectory() as folder:
         for level in args.sparsity:
             model = export(level, Path(folder))
@@ -201,9 +204,10 @@ def main() -> None:
                 print("  " + ", ".join(f"{name} {row['milliseconds']:.2f}" for name, row in cell.items()), flush=True)
                 in_order = sorted(results["cells"].items(), key=lambda cell: [float(n) for n in cell[0].split(" %, ")])
                 results["cells"] = dict(in_order)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    fill("peers", table(results))
-    plot(results, ROOT / "docs" / "peers.png")
+                machines.write(path, results)
+    everywhere = machines.all_in(RESULTS)
+    fill("peers", "\n\n".join(map(table, everywhere)))
+    plot(everywhere, ROOT / "docs" / "peers.png")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ docs/training.png.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,16 +26,15 @@ from torch import nn
 from torchvision.transforms import v2
 
 import sparsekit as sk
+from benchmarks import machines
 from benchmarks.readme import fill
 from benchmarks.timing import interleave, keep_freed_memory, median
 from sparsekit import bench
-from sparsekit.engine.tuning import cpu_name
 from sparsekit.pruning import first_and_last
 from sparsekit.transfer.models import MobileNetV1, replace_head_
 from sparsekit.transfer.report import png, pyplot
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "training"
+RESULTS = machines.ROOT / "benchmarks" / "results" / "training"
 MAIN = "ResNet-50, batch 16"
 MODELS = {
     "ResNet-50": torchvision.models.resnet50,
@@ -194,8 +193,9 @@ def linear_epoch(sparsity: float = 0.95, batch: int = 16, batches: int = 16) -> 
     return {"images": len(photos), "batch": batch} | {name: median(seconds) for name, seconds in times.items()}
 
 
-def measure(results: dict, save: Callable[[], None]) -> None:
-    """Fill ``results`` with what is missing in it; start anew if nothing is, or if it is of other code."""
+def measure(results: dict, save: Callable[[], None], again: list[str]) -> None:
+    """Fill ``results`` with what is missing in it and with parts ``again``; without these, start anew if nothing is
+    missing, or if it is of other code."""
     parts: dict[str, Callable] = {name: lambda case=case: in_own_process(steps, *case) for name, case in CASES.items()}
     parts["autocast"] = autocast
     parts["mask updates"] = mask_updates
@@ -204,8 +204,12 @@ def measure(results: dict, save: Callable[[], None]) -> None:
         for way, s in (("dense", 0.95), *((w, s) for s in (0.8, 0.95) for w in ("sparse", "compressed")))
     }
     parts["linear epoch"] = linear_epoch
-    here = {"cpu": cpu_name(), "torch": torch.__version__, "commit": commit()}
-    if any(results.get(key) != value for key, value in here.items()) or parts.keys() <= results.keys():
+    here = machines.here()
+    if again:
+        results.setdefault("again", {}).update(dict.fromkeys(again, here["commit"]))
+        for name in again:
+            results.pop(name)
+    elif any(results.get(key) != value for key, value in here.items()) or parts.keys() <= results.keys():
         results.clear()
         results.update(here)
     for name, part in parts.items():
@@ -215,12 +219,6 @@ def measure(results: dict, save: Callable[[], None]) -> None:
             print(name, json.dumps(results[name]), flush=True)
 
 
-def commit() -> str:
-    """The commit that is checked out."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def table(results: dict) -> str:
     """A machine's figures in Markdown."""
     main = results[MAIN]
@@ -228,7 +226,7 @@ def table(results: dict) -> str:
     fastest = dense["fastest"]
     lines = [
         f"A training step at 224 × 224 (forward, backward, SGD with momentum), float32, {main['threads']} threads of an "
-        f"{results['cpu']} ({main['isa']}), torch {results['torch']}, at commit {results['commit']}. Speed-up over the "
+        f"{results['cpu']} ({results['isa']}), torch {results['torch']}, at commit {results['commit']}. Speed-up over the "
         "fastest dense way, ± half the distance between the quartiles; conv1, fc and depthwise layers are dense. "
         + (
             "The models take turns, and every step that is timed follows one of the same model. "
@@ -267,16 +265,17 @@ def table(results: dict) -> str:
         f"{(eager + loading) / (epoch['engine'] + loading):.1f}×. Under bfloat16 autocast sparse layers compute in float32, "
         "and BatchNorm is PyTorch's; a step at 95 %: "
         + ", ".join(f"{way} {milliseconds:.0f} ms" for way, milliseconds in results["autocast"].items())
-        + ".",
+        + "."
+        + "".join(f" Measured again at {at}: {name}." for name, at in results.get("again", {}).items()),
     ]
     return "\n".join(lines)
 
 
-def plot(machines: list[dict]) -> bytes:
+def plot(everywhere: list[dict]) -> bytes:
     """A PNG: milliseconds of the parts of a step, dense and sparse, on every machine."""
     plt = pyplot()
-    figure, rows = plt.subplots(len(machines), 1, figsize=(10, 4 * len(machines)), squeeze=False)
-    for axes, results in zip(rows[:, 0], machines):
+    figure, rows = plt.subplots(len(everywhere), 1, figsize=(10, 4 * len(everywhere)), squeeze=False)
+    for axes, results in zip(rows[:, 0], everywhere):
         main = results[MAIN]
         bars = {f"dense\n{main['dense']['fastest']}": main["dense"]["parts"]}
         for name in main["sparse"]:
@@ -289,7 +288,7 @@ def plot(machines: list[dict]) -> bytes:
             bottom = [b + h for b, h in zip(bottom, heights)]
         axes.set(
             ylabel="ms a step",
-            title=f"{MAIN}, {main['threads']} threads of an {results['cpu']} ({main['isa']}), float32",
+            title=f"{MAIN}, {main['threads']} threads of an {results['cpu']} ({results['isa']}), float32",
         )
         axes.tick_params(axis="x", labelsize=7)
         axes.legend(frameon=False)
@@ -299,16 +298,19 @@ def plot(machines: list[dict]) -> bytes:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--again", nargs="+", default=[], metavar="PART", help="parts to measure anew, keeping the others"
+    )
+    args = parser.parse_args()
     torch.set_num_threads(2)
     keep_freed_memory()
-    machine = f"{cpu_name()} {sk.backend()}"  # CPUs of several generations may call themselves the same
-    name = re.sub("[^a-z0-9]+", "-", re.sub(r"\(.*?\)", "", machine.lower())).strip("-")
-    path = RESULTS / f"{name}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    measure(results, lambda: path.write_text(json.dumps(results, indent=1) + "\n"))
-    machines = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    fill("training", "\n\n".join(map(table, machines)))
-    (ROOT / "docs" / "training.png").write_bytes(plot(machines))
+    path = machines.file_in(RESULTS)
+    results = machines.read(path)
+    measure(results, lambda: machines.write(path, results), args.again)
+    everywhere = machines.all_in(RESULTS)
+    fill("training", "\n\n".join(map(table, everywhere)))
+    (machines.ROOT / "docs" / "training.png").write_bytes(plot(everywhere))
 
 
 if __name__ == "__main__":
