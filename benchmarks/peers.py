@@ -161,12 +161,14 @@ def plot(everywhere: list[dict], path: Path) -> None:
     for panels, results in zip(rows, everywhere):
         cells = {tuple(key.split(" %, ")): cell for key, cell in results["cells"].items()}
         for panel, batch in zip(panels, batches):
-            lines(panel, {float(level): cell for (level, b), cell in cells.items() if b == batch})
+            here = {float(level): cell for (level, b), cell in cells.items() if b == batch}
+            lines(panel, here)
+            panel.set_visible(bool(here))
             panel.set(title=f"{results['cpu']} ({results['isa']}), batch {batch}", xlabel="sparsity, %", ylim=(0, None))
             panel.title.set_fontsize(9)
             panel.grid(alpha=0.3)
         panels[0].set_ylabel("ms an image (dotted: 99th percentile)")
-        panels[-1].legend(fontsize=7)
+        panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
 
