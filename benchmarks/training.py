@@ -142,6 +142,11 @@ def peak_memory(way: str, sparsity: float) -> float:
     return _megabytes("VmHWM") - before
 
 
+def peak_memories() -> dict:
+    ways = [("dense", 0.95), *((way, s) for s in (0.8, 0.95) for way in ("sparse", "compressed"))]
+    return {f"{way}, {100 * s:g} %": in_own_process(peak_memory, way, s, environment=EXACT_MEMORY) for way, s in ways}
+
+
 def _megabytes(field: str) -> float:
     """Of this process: VmRSS, now, or VmHWM, at most so far. What getrusage says is inherited."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
@@ -193,26 +198,29 @@ def linear_epoch(sparsity: float = 0.95, batch: int = 16, batches: int = 16) -> 
     return {"images": len(photos), "batch": batch} | {name: median(seconds) for name, seconds in times.items()}
 
 
+def parts() -> dict[str, Callable]:
+    """What is measured, one after another."""
+    cases = {name: lambda case=case: in_own_process(steps, *case) for name, case in CASES.items()}
+    return cases | {
+        "autocast": autocast,
+        "mask updates": mask_updates,
+        "peak memory": peak_memories,
+        "linear epoch": linear_epoch,
+    }
+
+
 def measure(results: dict, save: Callable[[], None], again: list[str]) -> None:
     """Fill ``results`` with what is missing in it and with parts ``again``; without these, start anew if nothing is
     missing, or if it is of other code."""
-    parts: dict[str, Callable] = {name: lambda case=case: in_own_process(steps, *case) for name, case in CASES.items()}
-    parts["autocast"] = autocast
-    parts["mask updates"] = mask_updates
-    parts["peak memory"] = lambda: {
-        f"{way}, {100 * s:g} %": in_own_process(peak_memory, way, s, environment=EXACT_MEMORY)
-        for way, s in (("dense", 0.95), *((w, s) for s in (0.8, 0.95) for w in ("sparse", "compressed")))
-    }
-    parts["linear epoch"] = linear_epoch
     here = machines.here()
-    if again:
+    if again and results:
         results.setdefault("again", {}).update(dict.fromkeys(again, here["commit"]))
         for name in again:
-            results.pop(name)
-    elif any(results.get(key) != value for key, value in here.items()) or parts.keys() <= results.keys():
+            results.pop(name, None)
+    elif any(results.get(key) != value for key, value in here.items()) or parts().keys() <= results.keys():
         results.clear()
         results.update(here)
-    for name, part in parts.items():
+    for name, part in parts().items():
         if name not in results:
             results[name] = part()
             save()
@@ -300,7 +308,12 @@ def plot(everywhere: list[dict]) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--again", nargs="+", default=[], metavar="PART", help="parts to measure anew, keeping the others"
+        "--again",
+        nargs="+",
+        default=[],
+        choices=list(parts()),
+        metavar="PART",
+        help="measure these anew, keep the others",
     )
     args = parser.parse_args()
     torch.set_num_threads(2)
