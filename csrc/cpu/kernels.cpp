@@ -66,8 +66,9 @@ enum Does : unsigned {
   kFinishes = 4,  // clamps or masks
   kHasPairs = 8,
   kAhead = 16,     // prefetches what is wanted soon
-  kStreams = 32,   // with kStarts and kAhead only
-  kAnything = 64,  // asks at run time; has a short last register where others cannot
+  kStreams = 32,   // with kStarts, kCounts and kAhead only
+  kCounts = 64,    // where bits say so; with kStarts, kStreams and kAhead only
+  kAnything = 128  // asks at run time; has a short last register where others cannot
 };
 
 // A strip of N registers, `tail` lanes in the last. All lanes are neighbours, or those of kRun registers if that is not
@@ -88,11 +89,11 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   const float* const lanes = tile.lanes + first_lane;
   float* const out = results.data + first_lane;
   const float* const start = results.start ? results.start + first_lane : nullptr;
-  const uint8_t* const counts = results.counts;
+  const uint8_t* const counts = kAsks || kDoes & kCounts ? results.counts : nullptr;
   const int64_t counts_stride = results.counts_stride;
   const float* const bias = results.bias;
   const int32_t* const mask = results.mask ? results.mask + first_lane : nullptr;
-  const bool far = rows.far;
+  const bool far = kAsks && rows.far;
   const bool starts = kAsks ? start != nullptr : kDoes & kStarts;
   const bool has_bias = kAsks ? bias != nullptr : (kDoes & kHasBias) != 0;
   const bool capped = results.high < kInfinity;
@@ -101,13 +102,18 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   const bool stream = kAsks ? results.stream && whole : (kDoes & kStreams) != 0;
   const bool read_elsewhere = starts && (start != out || results.stream);
   const Vec low = broadcast(results.low), high = broadcast(results.high);
-  Mask kept[N];
-  for (int v = 0; v < N; ++v) kept[v] = mask_of(mask ? mask + v * kLanes : nullptr);
   // Where a register is, from the first of its row on.
   const int64_t tile_jump = tile.jump, jump = results.jump;
   constexpr int kTogether = kRun ? kRun : N;
   auto in_tile = [=](int v) { return v / kTogether * tile_jump + v % kTogether * kLanes; };
   auto in_row = [=](int v) { return v / kTogether * jump + v % kTogether * kLanes; };
+  // Mostly, all lanes are kept but some in the last register of a run.
+  Mask kept[N];
+  bool only_ends = true;
+  for (int v = 0; v < N; ++v) {
+    kept[v] = mask_of(mask ? mask + v * kLanes : nullptr);
+    if ((v + 1) % kTogether) only_ends &= keeps_all(kept[v]);
+  }
   for (int64_t r = 0; r < count; ++r) {
     const int64_t row = order[r], soon = order[r + Rows::kAhead];
     if (kAsks || kDoes & kAhead) ahead.step();
@@ -182,8 +188,11 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
       for (int v = 0; v < N; ++v) sum[0][v] = max(low, sum[0][v]);
       if (capped)
         for (int v = 0; v < N; ++v) sum[0][v] = min(high, sum[0][v]);
-      if (mask)
+      if (!only_ends) {
         for (int v = 0; v < N; ++v) sum[0][v] = keep(sum[0][v], kept[v]);
+      } else if (mask) {
+        for (int v = kTogether - 1; v < N; v += kTogether) sum[0][v] = keep(sum[0][v], kept[v]);
+      }
     }
     float* const to = out + row * stride;
     for (int v = 0; v < N; ++v) {
@@ -211,15 +220,19 @@ SpmmStrip strip_that(unsigned does) {
 template <int N, int kRun>
 SpmmStrip strip_that_streams(unsigned does) {
   constexpr unsigned kBoth = kStarts | kAhead;
-  switch (does & kBoth) {
+  switch (does & (kBoth | kCounts)) {
     case 0:
       return spmm_strip<N, kRun, kStreams>;
     case kStarts:
       return spmm_strip<N, kRun, kStreams | kStarts>;
     case kAhead:
       return spmm_strip<N, kRun, kStreams | kAhead>;
-    default:
+    case kBoth:
       return spmm_strip<N, kRun, kStreams | kBoth>;
+    case kCounts | kStarts:
+      return spmm_strip<N, kRun, kStreams | kCounts | kStarts>;
+    default:
+      return spmm_strip<N, kRun, kStreams | kCounts | kBoth>;
   }
 }
 
@@ -230,6 +243,8 @@ SpmmStrip strip_of(int64_t vectors, int64_t run, unsigned does) {
   if (vectors == N && (kRun ? run == kRun : run >= N))
     return does & kAnything  ? spmm_strip<N, kRun, kAnything>
            : does & kStreams ? strip_that_streams<N, kRun>(does)
+           : does & kCounts
+               ? (does & kAhead ? spmm_strip<N, kRun, kCounts | kStarts | kAhead> : spmm_strip<N, kRun, kCounts | kStarts>)
                              : strip_that<N, kRun>(does);
   if constexpr (kNext < N && N % kNext == 0) {
     if (vectors == N) return strip_of<N, kNext>(vectors, run, does);
@@ -250,7 +265,10 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
   unsigned does = (results.start ? kStarts : 0) | (results.bias ? kHasBias : 0) |
                   (results.mask || clamps ? kFinishes : 0) | (rows.pairs ? kHasPairs : 0) |
                   (tile.soon.data ? kAhead : 0);
-  if (results.stream) does |= does & (kHasBias | kFinishes | kHasPairs) ? kAnything : kStreams;
+  constexpr unsigned kOftenAlone = kHasBias | kFinishes | kHasPairs;
+  if (rows.far || ((results.stream || results.counts) && does & kOftenAlone)) does |= kAnything;
+  if (results.stream) does |= kStreams;
+  if (results.counts) does |= kCounts;
   if (tile.run < lanes) {
     const int64_t runs = lanes / tile.run, vectors = tile.run / kLanes, most = runs_at_once(vectors);
     const int64_t strips = (runs + most - 1) / most;

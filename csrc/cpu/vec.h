@@ -83,6 +83,7 @@ using Mask = __mmask16;
 inline Mask mask_of(const int32_t* mask) {
   return mask ? _mm512_movepi32_mask(_mm512_loadu_si512(mask)) : (__mmask16)-1;
 }
+inline bool keeps_all(Mask mask) { return mask == (__mmask16)-1; }
 inline Vec keep(Vec v, Mask mask) { return _mm512_maskz_mov_ps(mask, v); }
 // v, 0 where x <= 0.
 inline Vec where_positive(Vec v, Vec x) {
@@ -190,12 +191,12 @@ inline Vec where_more(Vec a, Vec b, Vec yes, Vec no) {
   return _mm256_blendv_ps(no, yes, _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
 }
 inline Vec where_equal(Vec a, Vec b, Vec v) { return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ), v); }
-using Mask = const int32_t*;
-inline Mask mask_of(const int32_t* mask) { return mask; }
-inline Vec keep(Vec v, Mask mask) {
-  if (!mask) return v;
-  return _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(v), _mm256_loadu_si256((const __m256i*)mask)));
+using Mask = Vec;
+inline Mask mask_of(const int32_t* mask) {
+  return mask ? _mm256_loadu_ps((const float*)mask) : _mm256_castsi256_ps(_mm256_set1_epi32(-1));
 }
+inline bool keeps_all(Mask mask) { return _mm256_movemask_ps(mask) == 0xff; }
+inline Vec keep(Vec v, Mask mask) { return _mm256_and_ps(v, mask); }
 inline Vec where_positive(Vec v, Vec x) { return _mm256_and_ps(_mm256_cmp_ps(x, zero(), _CMP_NLE_UQ), v); }
 inline void put_positive(uint8_t* bits, int64_t i, Vec x) {
   bits[i / 8] = (uint8_t)_mm256_movemask_ps(_mm256_cmp_ps(x, zero(), _CMP_NLE_UQ));
@@ -265,6 +266,11 @@ inline Vec where_more(Vec a, Vec b, Vec yes, Vec no) { return (a > b) | (a != a)
 inline Vec where_equal(Vec a, Vec b, Vec v) { return a == b ? v : zero(); }
 using Mask = const int32_t*;
 inline Mask mask_of(const int32_t* mask) { return mask; }
+inline bool keeps_all(Mask mask) {
+  for (int i = 0; mask && i < kLanes; ++i)
+    if (!mask[i]) return false;
+  return true;
+}
 inline Vec keep(Vec v, Mask mask) {
   for (int i = 0; mask && i < kLanes; ++i) v[i] = mask[i] ? v[i] : 0;
   return v;
