@@ -730,9 +730,13 @@ def program_floats(program: int) -> int:
     return torch.ops.sparsekit_cpu.program_floats(program)
 
 
-def run_program(outputs: Sequence[Tensor], inputs: Sequence[Tensor], program: int) -> None:
-    """Run it on images ``[n, channels, h, w]``, NCHW or channels_last."""
-    torch.ops.sparsekit_cpu.run_program(outputs, [_dense_layout(input) for input in inputs], program)
+def run_program(outputs: Sequence[Tensor], inputs: Sequence[Tensor], program: int, share: bool = False) -> None:
+    """Run it on images ``[n, channels, h, w]``, NCHW or channels_last.
+
+    ``share``: two threads work on every image, not only on those that are left when each has had as many as the others.
+    The results are the same.
+    """
+    torch.ops.sparsekit_cpu.run_program(outputs, [_dense_layout(input) for input in inputs], program, share)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------

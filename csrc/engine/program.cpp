@@ -685,8 +685,9 @@ void Program::give_back(std::unique_ptr<Memory> memory) {
   free_.push_back(std::move(memory));
 }
 
-void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images) {
+void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images, bool share) {
   const int64_t threads = torch::stable::get_num_threads();
+  const size_t shared = share ? alone_ : 0;  // steps of a whole image that threads share
   const int64_t teams = alone_ == 0 ? 1 : std::clamp<int64_t>(threads / kTeam, 1, std::max<int64_t>(1, images));
   auto first_of = [=](int64_t all, int64_t team) { return all * team / teams; };
   std::deque<Team> members;
@@ -708,16 +709,16 @@ void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& 
                      [&](int64_t first, int64_t last) { steps_[s].run(frame(image, i), first, last); });
     };
     auto alone = [&](int64_t image, int64_t i) {
-      for (size_t s = alone_; s < steps_.size(); ++s) steps_[s].run(frame(image, i), 0, steps_[s].items);
+      for (size_t s = shared; s < steps_.size(); ++s) steps_[s].run(frame(image, i), 0, steps_[s].items);
     };
     const int64_t whole = (end - begin) / size * size;  // images of which every member can have as many
-    if (alone_ == 0) {
+    if (shared == 0) {
       member.share(whole, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) alone(begin + i, rank);
       });
     } else {
       for (int64_t at = begin; at < begin + whole; at += size) {
-        for (int64_t i = 0; i < size; ++i) together(at + i, i, alone_);
+        for (int64_t i = 0; i < size; ++i) together(at + i, i, shared);
         member.share(size, [&](int64_t first, int64_t last) {
           for (int64_t i = first; i < last; ++i) alone(at + i, i);
         });

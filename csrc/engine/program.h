@@ -7,9 +7,10 @@
 //
 // Tensors share memory as soon as they are not read any more; who writes one writes the zeros around it, too.
 //
-// Two threads share an image: each computes the same rows in every layer, so that it finds them in its own caches.
-// Small layers at the end of the chain, which have no rows to share out, are computed by every thread for an image of
-// its own.
+// Every thread computes an image of its own. The last ones, of which there are fewer than threads, are shared by two
+// threads each: both compute the same rows in every layer, so that they find them in their own caches. Where half a
+// tensor fits these and a whole one does not, that can be faster for all images; small layers at the end of the chain,
+// which have no rows to share out, stay a matter of one thread.
 #pragma once
 
 #include <functional>
@@ -60,8 +61,8 @@ class Program {
   void add_store(int64_t in, int64_t output);
   void finish();
 
-  // Several threads may call it at once.
-  void run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images);
+  // Several threads may call it at once. share: whether threads share every image.
+  void run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images, bool share);
 
   const Size& size(int64_t tensor) const { return tensor < 0 ? inputs_.at(-1 - tensor) : tensors_.at(tensor).size; }
   const std::vector<Size>& inputs() const { return inputs_; }

@@ -225,14 +225,14 @@ std::vector<Images> checked(const std::vector<Tensor>& tensors, const std::vecto
   return all;
 }
 
-void run_program_op(std::vector<Tensor> outputs, std::vector<Tensor> inputs, int64_t number) {
+void run_program_op(std::vector<Tensor> outputs, std::vector<Tensor> inputs, int64_t number, bool share) {
   const auto b = programs().at(number);
   STD_TORCH_CHECK(b->finished, "program ", number, " is not finished");
   STD_TORCH_CHECK(!inputs.empty() && inputs[0].dim() == 4, "inputs must have 4 dimensions");
   const int64_t batch = inputs[0].size(0);
   const auto from = checked(inputs, b->program.inputs(), batch, "inputs");
   const auto to = checked(outputs, b->program.outputs(), batch, "outputs");
-  b->program.run(from, to, batch);
+  b->program.run(from, to, batch, share);
 }
 
 }  // namespace
@@ -260,7 +260,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
   m.def("program_store(int program, int input, int output) -> ()");
   m.def("finish_program(int program) -> ()");
   m.def("program_floats(int program) -> int");
-  m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program) -> ()");
+  m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program, bool share) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {

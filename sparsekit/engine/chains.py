@@ -59,12 +59,12 @@ class Chain:
             function(self.number, *args, **kwargs)
         _ops.finish_program(self.number)
 
-    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The values of ``outputs``, NCHW, given those of ``inputs``."""
+    def run(self, inputs: Sequence[Tensor], share: bool = False) -> list[Tensor]:
+        """The values of ``outputs``, NCHW, given those of ``inputs``. ``share``: as of :func:`_ops.run_program`."""
         batch = len(inputs[0])
         outputs = [inputs[0].new_empty(batch, *_image(size)) for size in self._out_sizes]
         if batch:
-            _ops.run_program(outputs, inputs, self.number)
+            _ops.run_program(outputs, inputs, self.number, share)
         return [out.view(batch, *size) for out, size in zip(outputs, self._out_sizes)]
 
 

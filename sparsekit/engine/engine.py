@@ -31,10 +31,10 @@ def compile(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], autot
     Args:
         model: any module in eval mode, on the CPU; it is not changed.
         example_inputs: what ``model`` is called with, ``[n, channels, h, w]`` for a CNN: a tensor, or a tuple of them.
-        autotune: measure every layer, sparse against dense, and which part of the batch to run at a time, instead of
-            following the cost table. Measurements are kept on disk (:mod:`sparsekit.engine.tuning`). With False the
-            same model gives the same plan, and bit-identical results for any number of threads where all layers run
-            sparse.
+        autotune: measure every layer, sparse against dense, which part of the batch to run at a time, and whether
+            threads share images, instead of following the cost table. Measurements are kept on disk
+            (:mod:`sparsekit.engine.tuning`). With False the same model gives the same plan, and bit-identical results
+            for any number of threads where all layers run sparse.
 
     Returns:
         An :class:`Engine`.

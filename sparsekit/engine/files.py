@@ -1,6 +1,6 @@
 """An engine in one safetensors file: the plan as JSON in its metadata, weights compressed.
 
-Version 2. A weight with zeros is stored as ``<name>:values`` ``[nnz]``, ``:crow_indices`` and ``:col_indices``, the
+Version 3. A weight with zeros is stored as ``<name>:values`` ``[nnz]``, ``:crow_indices`` and ``:col_indices``, the
 other tensors under their names. A file can name ATen ops of a plan and nothing else: no code is in it.
 """
 
@@ -23,7 +23,7 @@ from .chains import check as check_chain
 from .plan import ACTIVATIONS, Call, Compressed, Const, Layer, Plan, Ref, resolve
 
 FORMAT = "sparsekit.engine"
-VERSION = 2
+VERSION = 3
 DIMENSIONS = {"conv2d": 4, "linear": 2}  # of weights
 
 
@@ -189,6 +189,8 @@ def _checked(choices: dict, plan: Plan) -> dict:
                 raise ValueError(f"layer {step.name} runs {saved['layers'][str(i)][0]!r}")
         if not (saved["part"] is None or saved["part"] > 0):
             raise ValueError(f"part is {saved['part']}")
+        if not isinstance(saved["share"], bool):
+            raise ValueError(f"share is {saved['share']}")
         sizes = {int(slot): [int(n) for n in size] for slot, size in saved["sizes"].items()}
         chains = [[int(number) for number in numbers] for numbers in saved["chains"]]
         for numbers in chains:

@@ -55,6 +55,7 @@ class Schedule:
         spec: how its outputs nest.
         sizes: per slot of ``plan.per_image``, the dimensions after the batch.
         part: images that are run at a time; None runs the whole batch.
+        share: whether two threads share every image of a chain.
         layers, choices: by the number of their step.
     """
 
@@ -63,6 +64,7 @@ class Schedule:
         self.spec = torch.utils._pytree.treespec_loads(plan.output_spec)
         self.sizes: dict[int, list[int]] = {}
         self.part: int | None = None
+        self.share = False
         self.layers = {n: Prepared(s, plan) for n, s in enumerate(plan.steps) if isinstance(s, Layer)}
         self.choices = {number: Choice() for number in self.layers}
         self._functions = [None if isinstance(s, Layer) else _function(s.target) for s in plan.steps]
@@ -85,7 +87,7 @@ class Schedule:
         run_layer = run_layer or self._run_layer
         for item, unused, function in items:
             if isinstance(item, Chain):
-                for slot, out in zip(item.outputs, item.run([slots[slot] for slot in item.inputs])):
+                for slot, out in zip(item.outputs, item.run([slots[slot] for slot in item.inputs], self.share)):
                     slots[slot] = out
             elif isinstance(step := self.plan.steps[item], Call):
                 args = [self._value(v, slots) for v in step.args]
@@ -153,6 +155,8 @@ class Schedule:
         with tuning.Cache() as cache:
             self._measure_layers(inputs, shapes, cache)
             self._tune_chains(inputs, cache)
+            if self.chains and len(inputs[0]) >= torch.get_num_threads() > 1:
+                self._tune_share(inputs, cache)
             if self.plan.batched and len(inputs[0]) > 1:
                 self._tune_part(inputs, cache)
 
@@ -282,6 +286,18 @@ class Schedule:
         for number in {n for chain in self.chains for n in chain.numbers} & self.layers.keys():
             self.layers[number].unpack()  # which alone has packed
 
+    def _tune_share(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
+        def run(share: bool) -> Callable:
+            def run() -> None:
+                self.share = share
+                self.run(inputs)
+
+            return run
+
+        ways = {"share": run(True), "own": run(False)}
+        seconds = cache.seconds(f"share-{self.part}-{self._key(inputs)}", ways, MODEL_SECONDS)
+        self.share = seconds["share"] < LEAST_GAIN * seconds["own"]
+
     def _tune_part(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
         def run_in(part: int | None) -> Callable:
             def run() -> None:
@@ -339,6 +355,7 @@ class Schedule:
         return {
             "sizes": self.sizes,
             "part": self.part,
+            "share": self.share,
             "layers": {str(n): [c.backend, c.reason, c.seconds] for n, c in self.choices.items()},
             "chains": [chain.numbers for chain in self.chains],
         }
@@ -350,7 +367,7 @@ class Schedule:
             choice.backend, choice.reason, seconds = saved["layers"][str(number)]
             choice.seconds = None if seconds is None else tuple(seconds)
         self.join(saved["chains"])
-        self.part = saved["part"]
+        self.part, self.share = saved["part"], saved["share"]
 
 
 def _faster(seconds: tuple[float, float]) -> str:
