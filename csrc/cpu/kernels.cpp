@@ -217,22 +217,26 @@ SpmmStrip strip_that(unsigned does) {
   }
 }
 
+// The same for what asks for kStreams or kCounts.
 template <int N, int kRun>
-SpmmStrip strip_that_streams(unsigned does) {
-  constexpr unsigned kBoth = kStarts | kAhead;
-  switch (does & (kBoth | kCounts)) {
-    case 0:
+SpmmStrip rare_strip_that(unsigned does) {
+  switch (does & (kStarts | kAhead | kStreams | kCounts)) {
+    case kStreams:
       return spmm_strip<N, kRun, kStreams>;
-    case kStarts:
+    case kStreams | kStarts:
       return spmm_strip<N, kRun, kStreams | kStarts>;
-    case kAhead:
+    case kStreams | kAhead:
       return spmm_strip<N, kRun, kStreams | kAhead>;
-    case kBoth:
-      return spmm_strip<N, kRun, kStreams | kBoth>;
+    case kStreams | kStarts | kAhead:
+      return spmm_strip<N, kRun, kStreams | kStarts | kAhead>;
     case kCounts | kStarts:
-      return spmm_strip<N, kRun, kStreams | kCounts | kStarts>;
+      return spmm_strip<N, kRun, kCounts | kStarts>;
+    case kCounts | kStarts | kAhead:
+      return spmm_strip<N, kRun, kCounts | kStarts | kAhead>;
+    case kCounts | kStarts | kStreams:
+      return spmm_strip<N, kRun, kCounts | kStarts | kStreams>;
     default:
-      return spmm_strip<N, kRun, kStreams | kCounts | kBoth>;
+      return spmm_strip<N, kRun, kCounts | kStarts | kStreams | kAhead>;
   }
 }
 
@@ -241,11 +245,9 @@ template <int N = kMostStrip, int kRun = 0>
 SpmmStrip strip_of(int64_t vectors, int64_t run, unsigned does) {
   constexpr int kNext = kRun ? 2 * kRun : kLineFloats / kLanes;
   if (vectors == N && (kRun ? run == kRun : run >= N))
-    return does & kAnything  ? spmm_strip<N, kRun, kAnything>
-           : does & kStreams ? strip_that_streams<N, kRun>(does)
-           : does & kCounts
-               ? (does & kAhead ? spmm_strip<N, kRun, kCounts | kStarts | kAhead> : spmm_strip<N, kRun, kCounts | kStarts>)
-                             : strip_that<N, kRun>(does);
+    return does & kAnything              ? spmm_strip<N, kRun, kAnything>
+           : does & (kStreams | kCounts) ? rare_strip_that<N, kRun>(does)
+                                         : strip_that<N, kRun>(does);
   if constexpr (kNext < N && N % kNext == 0) {
     if (vectors == N) return strip_of<N, kNext>(vectors, run, does);
   }
@@ -703,7 +705,8 @@ struct Sum {
   static Vec join(Vec a, Vec b) { return add(a, b); }
 };
 
-// Pixels are the lanes: each column of the window's rows is joined, then neighbouring columns are. finish(row) comes
+// Pixels are the lanes: each column of the window's rows is joined, then neighbouring columns are, a few channels at a
+// time: what was stored a moment ago cannot be loaded yet in other registers than those it came from. finish(row) comes
 // last.
 template <class How, class Finish>
 void pool_row_nchw(const Pool2dGeometry& g, const Images& in, const Images& out, int64_t y, float* scratch,
@@ -712,31 +715,37 @@ void pool_row_nchw(const Pool2dGeometry& g, const Images& in, const Images& out,
   const Taps down(top, g.kernel_h, g.dilation_h, g.in_h);
   const int64_t reach = (g.out_w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
   const int64_t width = reach > g.pad_left + g.in_w ? reach : g.pad_left + g.in_w;
-  float* const columns = scratch;
-  for (int64_t c = 0; c < width; ++c) columns[c] = How::kNothing;
-  for (int64_t c = 0; c < g.channels; ++c) {
-    const float* const image = in.data + c * in.channel + top * in.row;
-    float* const best = columns + g.pad_left;
-    float* const to = out.data + c * out.channel + y * out.row;
-    if (down.first >= down.last) {
-      for (int64_t x = 0; x < g.out_w; ++x) to[x] = How::kNothing;
-      continue;
+  // There are floats enough behind what is wanted.
+  auto taps = [&](const float* from, int64_t n) {
+    return g.stride_w == 2 ? even_lanes(load(from), load(from + kLanes)) : every(from, g.stride_w, n);
+  };
+  for (int64_t i = 0; i < kPoolChannels * width; ++i) scratch[i] = How::kNothing;
+  for (int64_t first = 0; first < g.channels; first += kPoolChannels) {
+    const int64_t end = first + kPoolChannels < g.channels ? first + kPoolChannels : g.channels;
+    float* columns = scratch;
+    for (int64_t c = first; c < end && down.first < down.last; ++c, columns += width) {
+      const float* const image = in.data + c * in.channel + (top + down.first * g.dilation_h) * in.row;
+      for (int64_t x = 0; x < g.in_w; x += kLanes) {
+        const int64_t n = g.in_w - x < kLanes ? g.in_w - x : kLanes;
+        const float* from = image + x;
+        Vec v = some(from, n);
+        for (int64_t ky = down.first + 1; ky < down.last; ++ky)
+          v = How::join(some(from += g.dilation_h * in.row, n), v);
+        put(columns + g.pad_left + x, v, n);
+      }
     }
-    for (int64_t x = 0; x < g.in_w; x += kLanes) {
-      const int64_t n = g.in_w - x < kLanes ? g.in_w - x : kLanes;
-      const float* from = image + down.first * g.dilation_h * in.row + x;
-      Vec v = some(from, n);
-      for (int64_t ky = down.first + 1; ky < down.last; ++ky) v = How::join(some(from += g.dilation_h * in.row, n), v);
-      put(best + x, v, n);
+    columns = scratch;
+    for (int64_t c = first; c < end; ++c, columns += width) {
+      float* const to = out.data + c * out.channel + y * out.row;
+      for (int64_t x = 0; x < g.out_w; x += kLanes) {
+        const int64_t n = g.out_w - x < kLanes ? g.out_w - x : kLanes;
+        const float* from = columns + x * g.stride_w;
+        Vec v = taps(from, n);
+        for (int64_t kx = 1; kx < g.kernel_w; ++kx) v = How::join(taps(from += g.dilation_w, n), v);
+        put(to + x, v, n);
+      }
+      finish(to);
     }
-    for (int64_t x = 0; x < g.out_w; x += kLanes) {
-      const int64_t n = g.out_w - x < kLanes ? g.out_w - x : kLanes;
-      const float* from = columns + x * g.stride_w;
-      Vec v = every(from, g.stride_w, n);
-      for (int64_t kx = 1; kx < g.kernel_w; ++kx) v = How::join(every(from += g.dilation_w, g.stride_w, n), v);
-      put(to + x, v, n);
-    }
-    finish(to);
   }
 }
 

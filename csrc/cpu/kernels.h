@@ -93,6 +93,9 @@ struct NormGrad {
   float of_x = 0, constant = 0;  // dx = scale * g + of_x * (x - mean) + constant
 };
 
+// Channels that pooling of rows has in hand at once.
+constexpr int64_t kPoolChannels = 4;
+
 // Taps of a kernel of max pooling, at most; also the tap of a window that has no pixel.
 constexpr int kMostTaps = 255;
 

@@ -8,7 +8,7 @@ namespace sparsekit {
 
 // Floats that Kernels::max_pool_row and avg_pool_row want as scratch.
 inline int64_t pool_scratch(const Pool2dGeometry& g) {
-  return g.in_w + g.pad_left + g.out_w * g.stride_w + g.kernel_w * g.dilation_w + 64;
+  return kPoolChannels * (g.in_w + g.pad_left + g.out_w * g.stride_w + g.kernel_w * g.dilation_w + 64);
 }
 
 // How Kernels::max_pool_plane and its gradient split a plane.

@@ -159,9 +159,7 @@ inline Vec only(Vec v, int64_t n) { return _mm256_and_ps(v, _mm256_castsi256_ps(
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
-inline Vec max_or_nan(Vec a, Vec b) {
-  return _mm256_blendv_ps(b, a, _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ), _mm256_cmp_ps(a, a, _CMP_UNORD_Q)));
-}
+inline Vec max_or_nan(Vec a, Vec b) { return _mm256_or_ps(max(a, b), _mm256_cmp_ps(a, b, _CMP_UNORD_Q)); }
 inline Vec even_lanes(Vec a, Vec b) {
   const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
   return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8));
