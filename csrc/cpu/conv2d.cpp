@@ -61,7 +61,8 @@ void cut(Walk& walk) {
   const int64_t channels = std::max<int64_t>(1, walk.source_channels);
   const int64_t fits = kTileFloats / channels / kStripLanes * kStripLanes;
   merge_rows(walk);
-  choose_tile(walk, walk.direct ? direct_lanes(walk) : std::clamp(fits, kStripLanes, kTileLanes), 16, true);
+  choose_tile(walk, walk.direct ? direct_lanes(walk) : std::clamp(fits, kStripLanes, kTileLanes), 16,
+              kernels().shifts_sums);
 }
 
 }  // namespace

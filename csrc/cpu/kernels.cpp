@@ -15,6 +15,7 @@ namespace {
 // Registers of lanes per strip, and at most. More would not lower the load rate much and would need a larger tile.
 constexpr int kStrip = kLanes == 16 ? 4 : 8;
 constexpr int kMostStrip = kLanes == 16 ? 5 : 8;
+constexpr bool kShiftsSums = kLanes == 16;
 constexpr int kLineFloats = 16;              // in a cache line
 constexpr int kLine = kLineFloats / kLanes;  // its registers
 constexpr int kFarAhead = 256;               // non-zeros, that their prefetch is ahead
@@ -80,7 +81,7 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   constexpr int kSums = N >= 6 || (N >= 5 && kRegisters < 32) ? 1 : N >= 2 ? 2 : 4;
   constexpr float kInfinity = __builtin_inff();
   constexpr bool kAsks = (kDoes & kAnything) != 0;
-  const int64_t count = rows.count, pairs = kAsks || kDoes & kHasPairs ? rows.pairs : 0;
+  const int64_t count = rows.count, pairs = kShiftsSums && (kAsks || kDoes & kHasPairs) ? rows.pairs : 0;
   const int64_t stride = results.stride, start_stride = results.start_stride;
   const int32_t* const order = rows.order;
   const int32_t* const begin = rows.begin;
@@ -140,8 +141,8 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
         sum[kSums - 1][v] = kSums == 1 && has_bias ? add(x, first) : x;
       }
     }
-    if (kAsks ? pairs > 0 : (kDoes & kHasPairs) != 0) {
 #if defined(__AVX512F__)
+    if (kAsks ? pairs > 0 : (kDoes & kHasPairs) != 0) {
       Vec from_left[N], from_right[N];
       for (int v = 0; v < N; ++v) from_left[v] = from_right[v] = zero();
       for (int64_t i = 0; i < pairs; ++i, offsets += 2, values += 2) {
@@ -156,14 +157,8 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
         sum[kSums - 1][v] =
             add(sum[kSums - 1][v], shift_in_first(from_right[v], v + 1 < N ? from_right[v + 1] : zero()));
       }
-#else
-      for (int64_t i = 0; i < 2 * pairs; ++i, ++offsets, ++values) {
-        const Vec w = broadcast(*values);
-        const float* const x = lanes + *offsets + (i % 2 ? 1 : -1);
-        for (int v = 0; v < N; ++v) sum[0][v] = fma(w, load(x + in_tile(v)), sum[0][v]);
-      }
-#endif
     }
+#endif
     int64_t left = begin[r + 1] - begin[r] - 2 * pairs;
     for (; left >= 4; left -= 4, offsets += 4, values += 4) {
       const Weights w = load4(values);
@@ -212,6 +207,8 @@ template <int N, int kRun, unsigned kDoes = 0, unsigned kBit = kAhead>
 SpmmStrip strip_that(unsigned does) {
   if constexpr (kBit == 0) {
     return spmm_strip<N, kRun, kDoes>;
+  } else if constexpr (kBit == kHasPairs && !kShiftsSums) {
+    return strip_that<N, kRun, kDoes, kBit / 2>(does);
   } else {
     return does & kBit ? strip_that<N, kRun, kDoes | kBit, kBit / 2>(does) : strip_that<N, kRun, kDoes, kBit / 2>(does);
   }
@@ -1093,6 +1090,7 @@ void norm_input_grad(const NormGrad& grad, const float* dy, const float* x, cons
 }  // namespace
 
 extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
+                                kShiftsSums,
                                 kLanes == 16 ? 64 : 32,
                                 spmm,
                                 gemm,

@@ -21,7 +21,7 @@ struct Rows {
   const float* values;      // [nnz]
   int64_t count;
   // Every slot begins with so many pairs of non-zeros that belong one lane to the left and to the right of their
-  // offsets; for spmm over rows of lanes that are whole registers and end with a zero.
+  // offsets; for spmm with Kernels::shifts_sums, over rows of lanes that are whole registers and end with a zero.
   int64_t pairs = 0;
   bool far = false;  // offsets and values come from memory so far away that they are prefetched
 };
@@ -107,6 +107,7 @@ struct PoolSplit {
 
 struct Kernels {
   const char* name;
+  bool shifts_sums;     // whether spmm takes Rows::pairs: shifting registers by a lane is cheap
   int64_t strip_lanes;  // that spmm holds in few registers, so that many channels of them fit the first-level cache
 
   // results[r][lane] = clamp(bias[r] + start[r][lane] + sum of value * tile[offset + lane]), over `lanes` lanes. NaN

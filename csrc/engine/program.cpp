@@ -483,7 +483,8 @@ void Program::add_conv_steps(Conv& conv) {
     walk.tile_h = walk.grid_h;
     walk.tile_w = walk.grid_w;
     walk.pitch = layout.pitch;
-    term.shifts = term.direct && layout.shifting && (walk.left || walk.right) && !term.is_dense;
+    term.shifts =
+        kernels().shifts_sums && term.direct && layout.shifting && (walk.left || walk.right) && !term.is_dense;
     walk.lead = term.direct ? 0 : round_up(walk.left, kAlign) - walk.left;
     place_phases(walk);
     term.block = walk.groups > 1
