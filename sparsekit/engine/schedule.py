@@ -22,10 +22,11 @@ BACKENDS = ("sparse", "dense")
 # Below this fraction of zeros nobody measures whether sparse is faster.
 LOWEST_SPARSITY = 0.3
 # Parts of the batch that tuning tries, each if the one before was a gain: a part's activations may fit a cache where
-# the batch's do not. With chains, whose time per image does not depend on the batch, the first is taken untried: it
-# also keeps what feeds them small enough for malloc to have the memory at hand.
+# the batch's do not. With chains, whose time per image does not depend on the batch, the first is taken untried, or
+# more images where the tensors outside of chains are so small that malloc has the memory at hand.
 PARTS = (8, 4, 2, 1)
 PART_PIXELS = PARTS[0] * 224 * 224  # of smaller images more fit the same
+AT_HAND = 32 << 20  # bytes; glibc gives larger blocks back
 # Seconds after which tuning compares no longer: backends of a layer, and ways to run all of the model.
 LAYER_SECONDS, MODEL_SECONDS = 0.03, 1.0
 LEAST_GAIN = 0.97
@@ -115,9 +116,12 @@ class Schedule:
 
     def _with_unused(self, items: Sequence) -> list[tuple]:
         """Items, each with the slots that nobody reads after it, and, of a call, with the function that runs it."""
-        uses = [(item.inputs, item.outputs) if isinstance(item, Chain) else self.plan.uses(item) for item in items]
-        unused = last_uses(uses, self.plan.outputs)
+        unused = last_uses([self._uses(item) for item in items], self.plan.outputs)
         return [(item, slots, self._function_of(item, slots)) for item, slots in zip(items, unused)]
+
+    def _uses(self, item) -> tuple[list[int], list[int]]:
+        """The slots that an item reads and writes."""
+        return (item.inputs, item.outputs) if isinstance(item, Chain) else self.plan.uses(item)
 
     def _function_of(self, item, unused: list[int]) -> Callable | None:
         """Writes into its first argument where it can, and nobody reads that afterwards."""
@@ -242,12 +246,15 @@ class Schedule:
 
     def join(self, chains: list[list[int]]) -> None:
         """Make chains of these steps, and of no others."""
+        if chains != [chain.numbers for chain in self.chains]:
+            self._make(chains)
+        outside = [slot for item, *_ in self._items for slot in self._uses(item)[1]]
+        largest = 4 * max((math.prod(self.sizes.get(slot, [])) for slot in outside), default=1)
         pixels = max(1, math.prod(self.sizes.get(0, [1])[1:]))
-        images = max(PARTS[0], PART_PIXELS // pixels, 4 * torch.get_num_threads())
+        images = max(PARTS[0], PART_PIXELS // pixels, 4 * torch.get_num_threads(), AT_HAND // max(1, largest))
         self.part = images if chains and self.plan.batched else None
-        if chains == [chain.numbers for chain in self.chains]:
-            return
 
+    def _make(self, chains: list[list[int]]) -> None:
         def weight_of(number: int) -> tuple:
             layer = self.layers[number]
             return *layer.compressed(), layer.bias, list(layer.size[2:]), self._dense_in_chain(number)
