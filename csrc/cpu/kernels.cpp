@@ -159,8 +159,22 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
       }
     }
 #endif
-    int64_t left = begin[r + 1] - begin[r] - 2 * pairs;
-    for (; left >= 4; left -= 4, offsets += 4, values += 4) {
+    const int64_t left = begin[r + 1] - begin[r] - 2 * pairs;
+    if (left & 1) {
+      const Vec w = broadcast(*values);
+      const float* const x = lanes + *offsets;
+      for (int v = 0; v < N; ++v) sum[0][v] = fma(w, load(x + in_tile(v)), sum[0][v]);
+      ++offsets, ++values;
+    }
+    if (left & 2) {
+      const Vec w0 = broadcast(values[0]), w1 = broadcast(values[1]);
+      const float* const x0 = lanes + offsets[0];
+      const float* const x1 = lanes + offsets[1];
+      for (int v = 0; v < N; ++v) sum[0][v] = fma(w0, load(x0 + in_tile(v)), sum[0][v]);
+      for (int v = 0; v < N; ++v) sum[1 % kSums][v] = fma(w1, load(x1 + in_tile(v)), sum[1 % kSums][v]);
+      offsets += 2, values += 2;
+    }
+    for (int64_t fours = left >> 2; fours > 0; --fours, offsets += 4, values += 4) {
       const Weights w = load4(values);
       const float* const x0 = lanes + offsets[0];
       const float* const x1 = lanes + offsets[1];
@@ -171,11 +185,6 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
       for (int v = 0; v < N; ++v) sum[1 % kSums][v] = fma(w1, load(x1 + in_tile(v)), sum[1 % kSums][v]);
       for (int v = 0; v < N; ++v) sum[2 % kSums][v] = fma(w2, load(x2 + in_tile(v)), sum[2 % kSums][v]);
       for (int v = 0; v < N; ++v) sum[3 % kSums][v] = fma(w3, load(x3 + in_tile(v)), sum[3 % kSums][v]);
-    }
-    for (; left > 0; --left, ++offsets, ++values) {
-      const Vec w = broadcast(*values);
-      const float* const x = lanes + *offsets;
-      for (int v = 0; v < N; ++v) sum[0][v] = fma(w, load(x + in_tile(v)), sum[0][v]);
     }
     for (int s = 1; s < kSums; ++s)
       for (int v = 0; v < N; ++v) sum[0][v] = add(sum[0][v], sum[s][v]);
