@@ -232,6 +232,9 @@ def table(results: dict) -> str:
     main = results[MAIN]
     dense, names = main["dense"], list(main["sparse"])
     fastest = dense["fastest"]
+    by_commit: dict[str, list[str]] = {}
+    for name, commit in results.get("again", {}).items():
+        by_commit.setdefault(commit, []).append(name)
     lines = [
         f"A training step at 224 × 224 (forward, backward, SGD with momentum), float32, {main['threads']} threads of an "
         f"{results['cpu']} ({results['isa']}), torch {results['torch']}, at commit {results['commit']}. Speed-up over the "
@@ -274,7 +277,7 @@ def table(results: dict) -> str:
         "and BatchNorm is PyTorch's; a step at 95 %: "
         + ", ".join(f"{way} {milliseconds:.0f} ms" for way, milliseconds in results["autocast"].items())
         + "."
-        + "".join(f" Measured again at {at}: {name}." for name, at in results.get("again", {}).items()),
+        + "".join(f" Measured again at {at}: {'; '.join(names)}." for at, names in by_commit.items()),
     ]
     return "\n".join(lines)
 
