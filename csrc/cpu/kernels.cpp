@@ -68,8 +68,8 @@ enum Does : unsigned {
   kHasPairs = 8,
   kAhead = 16,     // prefetches what is wanted soon
   kStreams = 32,   // with kStarts, kCounts and kAhead only
-  kCounts = 64,    // where bits say so; with kStarts, kStreams and kAhead only
-  kAnything = 128  // asks at run time; has a short last register where others cannot
+  kCounts = 64,    // starts from what counts, as bits say; with kStarts, kStreams and kAhead only
+  kAnything = 128  // asks at run time; can have a short last register, and weights that are far away
 };
 
 // A strip of N registers, `tail` lanes in the last. All lanes are neighbours, or those of kRun registers if that is not
@@ -223,7 +223,7 @@ SpmmStrip strip_that(unsigned does) {
   }
 }
 
-// The same for what asks for kStreams or kCounts.
+// The same for kStreams and kCounts; what counts is what it starts from.
 template <int N, int kRun>
 SpmmStrip rare_strip_that(unsigned does) {
   switch (does & (kStarts | kAhead | kStreams | kCounts)) {
@@ -273,8 +273,8 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
   unsigned does = (results.start ? kStarts : 0) | (results.bias ? kHasBias : 0) |
                   (results.mask || clamps ? kFinishes : 0) | (rows.pairs ? kHasPairs : 0) |
                   (tile.soon.data ? kAhead : 0);
-  constexpr unsigned kOftenAlone = kHasBias | kFinishes | kHasPairs;
-  if (rows.far || ((results.stream || results.counts) && does & kOftenAlone)) does |= kAnything;
+  const bool rare = does & (kHasBias | kFinishes | kHasPairs) && (results.stream || results.counts);
+  if (rare || rows.far) does |= kAnything;
   if (results.stream) does |= kStreams;
   if (results.counts) does |= kCounts;
   if (tile.run < lanes) {

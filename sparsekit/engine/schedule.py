@@ -253,6 +253,7 @@ class Schedule:
         pixels = max(1, math.prod(self.sizes.get(0, [1])[1:]))
         images = max(PARTS[0], PART_PIXELS // pixels, 4 * torch.get_num_threads(), AT_HAND // max(1, largest))
         self.part = images if chains and self.plan.batched else None
+        self.share = False
 
     def _make(self, chains: list[list[int]]) -> None:
         def weight_of(number: int) -> tuple:

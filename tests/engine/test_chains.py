@@ -11,7 +11,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit import _ops
-from sparsekit.engine import chains, files
+from sparsekit.engine import chains, files, tuning
 from sparsekit.engine.plan import Layer
 
 from .common import assert_as_good, own_cache, schedule_of  # noqa: F401
@@ -264,6 +264,35 @@ def test_chains_run_in_parts_of_a_batch():
     part = schedule_of(engine).part
     assert part == max(8 * 224 * 224 // pixels, 4 * torch.get_num_threads())
     assert_as_good(engine, model, torch.randn(part + 1, 16, 120, 120))
+
+
+def test_chains_run_more_images_where_little_lies_outside():
+    model = prune(nn.Sequential(Block(16, 8, 1), nn.AdaptiveAvgPool2d(1)), 0.8)
+    x = torch.randn(2, 16, 120, 120)
+    engine = chained(model, x)
+    assert schedule_of(engine).part == (32 << 20) // (4 * engine(x).shape[1])
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_tuning_lets_threads_share_images_where_that_is_faster(faster, tmp_path, monkeypatch):
+    times = {"sparse": 0.5, "chained": 0.1, "share": 0.5 if faster else 1.0}
+
+    def seconds(cache, key, ways, limit=None):
+        for run in ways.values():
+            run()
+        return {way: times.get(way, 1.0) for way in ways}
+
+    monkeypatch.setattr(tuning.Cache, "seconds", seconds)
+    monkeypatch.setattr(tuning.Cache, "known", lambda cache, key: {"sparse": 0.5, "dense": 1.0})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.randn(4, 16, 28, 28)
+    engine = sk.compile(prune(Block(16, 8, 1), 0.8).eval(), x)
+    assert chains_of(engine) and schedule_of(engine).share == faster
+    engine.save(tmp_path / "engine")
+    loaded = sk.load(tmp_path / "engine")
+    assert schedule_of(loaded).share == faster
+    assert torch.equal(loaded(x), engine(x))
+    assert not schedule_of(engine.decide_(x)).share
 
 
 @pytest.mark.parametrize("size", [(7, 7), (14, 14), (28, 28), (20, 20)])
