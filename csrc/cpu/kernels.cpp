@@ -1099,6 +1099,7 @@ void norm_input_grad(const NormGrad& grad, const float* dy, const float* x, cons
 }  // namespace
 
 extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
+                                kLanes,
                                 kShiftsSums,
                                 kLanes == 16 ? 64 : 32,
                                 spmm,

@@ -107,6 +107,7 @@ struct PoolSplit {
 
 struct Kernels {
   const char* name;
+  int64_t lanes;        // of a register
   bool shifts_sums;     // whether spmm takes Rows::pairs: shifting registers by a lane is cheap
   int64_t strip_lanes;  // that spmm holds in few registers, so that many channels of them fit the first-level cache
 
@@ -162,7 +163,7 @@ struct Kernels {
   void (*max_pool_grad_plane)(const Pool2dGeometry& g, const PoolSplit& split, const float* dy, const uint8_t* taps,
                               float* dx, float* scratch, bool stream);
 
-  // to[lane] = p(from[lane]) over `lanes` lanes, a multiple of 16; `to` may be `from`. NaN stays NaN.
+  // to[lane] = p(from[lane]) over `lanes` lanes, whole registers; `to` may be `from`. NaN stays NaN.
   void (*pointwise)(const Pointwise& p, float* to, const float* from, int64_t lanes);
 
   // Adds x - mean and (x - mean)^2 of n floats.

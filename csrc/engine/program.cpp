@@ -255,8 +255,10 @@ void Program::add_mean(int64_t in, int64_t out) {
     float sums[kAlign] = {};  // lanes without a pixel are zero
     for (int64_t run = 0; run < layout(in).runs; ++run) {
       const float* const from = lanes(frame, in, c, run);
-      for (int64_t i = 0; i < layout(in).lanes; i += kAlign)
+      const int64_t count = layout(in).lanes, whole = count / kAlign * kAlign;
+      for (int64_t i = 0; i < whole; i += kAlign)
         for (int64_t k = 0; k < kAlign; ++k) sums[k] += from[i + k];
+      for (int64_t i = whole; i < count; ++i) sums[i - whole] += from[i];
     }
     double total = 0;
     for (float sum : sums) total += sum;
@@ -326,13 +328,16 @@ void Program::set_layouts() {
     }
     if (by_rows) {
       layout.runs = layout.h;
-      layout.lanes = layout.channel = layout.pitch;
+      layout.channel = layout.pitch;
+      // Strips of several rows want rows of whole lines.
+      layout.lanes = 2 * layout.pitch > kStripVectors * kAlign ? round_up(layout.w, kernels().lanes) : layout.pitch;
       layout.lead = round_up(layout.side, kAlign);
     } else {
       layout.lead = round_up(layout.up * layout.pitch + layout.side, kAlign);
-      layout.lanes = round_up((layout.h - 1) * layout.pitch + layout.w, kAlign);
+      layout.lanes = round_up((layout.h - 1) * layout.pitch + layout.w, kernels().lanes);
       // What lies behind a plane serves the next as what lies before it.
-      layout.channel = layout.lanes + std::max(layout.lead, round_up(layout.down * layout.pitch + layout.side, kAlign));
+      const int64_t behind = std::max(layout.lead, layout.down * layout.pitch + layout.side);
+      layout.channel = round_up(layout.lanes + behind, kAlign);
       // An odd number of lines: the planes of a strip spread over all sets of a cache.
       if (layout.channel / kAlign % 2 == 0) layout.channel += kAlign;
     }
@@ -402,13 +407,18 @@ void Program::add_step(int64_t items, int64_t writes, Work work) {
                     }});
 }
 
-// Zeros that taps find beyond an image's rows, and of planes also between these, as a part of those above.
+// Zeros that taps find beyond an image's rows, and what is beside or between these that no layer writes, as a part of
+// those above.
 void Program::clear_around(const Frame& frame, int64_t tensor, bool above, bool below) const {
   const Layout& layout = this->layout(tensor);
   const int64_t run = run_stride(tensor), channels = tensors_[tensor].size.channels;
   float* const image = data(frame, tensor);
   if (layout.runs > 1) {
-    if (above) std::fill(image - layout.up * run - layout.lead, image, 0.0f);
+    if (above) {
+      std::fill(image - layout.up * run - layout.lead, image, 0.0f);
+      if (layout.lanes < layout.channel)
+        kernels().clear(image + layout.lanes, layout.channel, layout.runs * channels, layout.channel - layout.lanes);
+    }
     if (below) std::fill_n(image + layout.runs * run, layout.down * run + kAlign, 0.0f);
   } else if (above) {
     std::fill(image - layout.lead, image, 0.0f);
@@ -420,7 +430,9 @@ void Program::clear_around(const Frame& frame, int64_t tensor, bool above, bool 
 void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const {
   const Layout& layout = this->layout(tensor);
   for (int64_t y = first; y < last; ++y) {
-    const int64_t to = layout.runs == 1 && y + 1 == layout.h ? layout.lanes - y * layout.pitch : layout.pitch;
+    const int64_t to = layout.runs > 1     ? layout.lanes
+                       : y + 1 == layout.h ? layout.lanes - y * layout.pitch
+                                           : layout.pitch;
     kernels().clear(data(frame, tensor) + y * row_stride(tensor) + layout.w, layout.channel,
                     tensors_[tensor].size.channels, to - layout.w);
   }
@@ -450,7 +462,7 @@ void Program::choose_strips(Conv& conv) {
   const Layout& layout = this->layout(conv.out);
   const int64_t wanted = strip_vectors(conv), most = wanted + wanted / 4;
   auto even = [=](int64_t vectors) { return std::max(ceil_div(vectors, most), (vectors + wanted / 2) / wanted); };
-  const int64_t row = layout.pitch / kAlign;
+  const int64_t row = ceil_div(std::min(layout.lanes, layout.pitch), kAlign);
   if (layout.runs > 1) {
     if (row > most) conv.parts = even(row);
     conv.strips = ceil_div(layout.h, std::max<int64_t>(1, wanted / row)) * conv.parts;
@@ -459,20 +471,21 @@ void Program::choose_strips(Conv& conv) {
   bool shifts = false;
   for (const Term& term : conv.terms) shifts |= term.shifts;
   if (shifts) conv.unit = layout.pitch % kAlign ? 2 * layout.pitch / kAlign : row;
-  const int64_t vectors = layout.lanes / kAlign;
+  const int64_t vectors = ceil_div(layout.lanes, kAlign);
   conv.strips = shifts ? ceil_div(vectors, std::max<int64_t>(1, wanted / conv.unit) * conv.unit) : even(vectors);
 }
 
 Program::Strip Program::strip(const Conv& conv, int64_t index) const {
   const Layout& layout = this->layout(conv.out);
   if (layout.runs == 1) {
-    const int64_t units = ceil_div(layout.lanes / kAlign, conv.unit), unit = conv.unit * kAlign;
+    const int64_t units = ceil_div(ceil_div(layout.lanes, kAlign), conv.unit), unit = conv.unit * kAlign;
     const int64_t begin = units * index / conv.strips * unit, end = units * (index + 1) / conv.strips * unit;
     return {0, 1, begin, std::min(layout.lanes, end) - begin};
   }
-  const int64_t vectors = layout.pitch / kAlign, part = index % conv.parts, rows = index / conv.parts;
-  const int64_t of = conv.strips / conv.parts, row = layout.h * rows / of, lane = vectors * part / conv.parts;
-  return {row, layout.h * (rows + 1) / of - row, lane * kAlign, (vectors * (part + 1) / conv.parts - lane) * kAlign};
+  const int64_t vectors = ceil_div(layout.lanes, kAlign), part = index % conv.parts, rows = index / conv.parts;
+  const int64_t of = conv.strips / conv.parts, row = layout.h * rows / of, lane = vectors * part / conv.parts * kAlign;
+  const int64_t end = std::min(layout.lanes, vectors * (part + 1) / conv.parts * kAlign);
+  return {row, layout.h * (rows + 1) / of - row, lane, end - lane};
 }
 
 void Program::add_conv_steps(Conv& conv) {

@@ -161,8 +161,9 @@ class Block(nn.Module):
         return F.relu(self.c(F.relu(self.b(F.relu(self.a(x))))) + self.shortcut(x))
 
 
-# Widths whose planes get rows of whole lines (14, 28, 56), of half a line more (7), or neither (20).
-@pytest.mark.parametrize("size", [7, 14, 20, 28, 56])
+# Widths whose planes get rows of whole lines (14, 28), of which not all is computed (56, 72), of half a line
+# more (7), or neither (20).
+@pytest.mark.parametrize("size", [7, 14, 20, 28, 56, 72])
 @pytest.mark.parametrize("isa", ISAS)
 def test_residual_blocks(size, isa):
     torch.manual_seed(0)
@@ -353,8 +354,9 @@ def test_inputs_and_outputs():
 
 
 def test_nan_stays_in_its_image_and_where_the_weights_are():
-    model = prune(nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)), 0.5).eval()
-    for size in ((14, 14), (7, 7), (5, 9)):
+    layers = [nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3, 2, padding=1)]
+    model = prune(nn.Sequential(*layers), 0.5).eval()
+    for size in ((14, 14), (7, 7), (5, 9), (6, 28), (5, 72), (4, 56)):
         x = torch.randn(3, 4, *size)
         engine = chained(model, x)
         clean = engine(x)
