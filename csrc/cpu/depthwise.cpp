@@ -80,7 +80,7 @@ float* plane_of(const Images& images, int64_t image, int64_t channel) {
 void copy_x(const Conv2dGeometry& g, const Images& x, const float* plane, const Frame& frame, float* to) {
   const int64_t rows = std::min(g.in_h, full_h(g) + (g.kernel_h - 1) * g.dilation_h - g.pad_top);
   const int64_t cols = std::min(g.in_w, frame.pitch - g.pad_left);
-  kernels().gather(to + g.pad_top * frame.pitch + g.pad_left, frame.pitch, plane, x.row, 1, rows, cols);
+  kernels().gather(to + g.pad_top * frame.pitch + g.pad_left, frame.pitch, plane, x.row, 1, rows, cols, 0);
 }
 
 // The output planes of a walk: every one of taps over the frame of a source plane, then the pixels at every step.
@@ -100,7 +100,7 @@ void each_output(const Conv2dGeometry& g, const Taps& taps, const Frame& frame, 
       out.bias = bias ? bias + channel : nullptr;
       out.low = -kInfinity, out.high = kInfinity;
       kernels().spmm(Tile{source}, taps.row(channel), out, frame.lanes);
-      kernels().gather(plane_of(y, image, channel), y.row, result, step_h * frame.pitch, step_w, rows, cols);
+      kernels().gather(plane_of(y, image, channel), y.row, result, step_h * frame.pitch, step_w, rows, cols, 0);
     }
   });
 }

@@ -570,31 +570,38 @@ inline Vec every(const float* from, int64_t stride, int64_t n) {
 }
 
 void split(float* even, float* odd, int64_t to_row, const float* from, int64_t from_row, int64_t rows,
-           int64_t even_cols, int64_t odd_cols) {
+           int64_t even_cols, int64_t odd_cols, int64_t room) {
   const int64_t floats = 2 * even_cols - 1 > 2 * odd_cols ? 2 * even_cols - 1 : 2 * odd_cols;
   auto left = [](int64_t n) { return n < 0 ? 0 : n < kLanes ? n : kLanes; };
   for (int64_t r = 0; r < rows; ++r, even += to_row, odd += to_row, from += from_row) {
-    for (int64_t c = 0; 2 * c < floats; c += kLanes) {
+    int64_t c = 0;
+    for (; c + kLanes <= even_cols && c + kLanes <= odd_cols; c += kLanes) {
+      const Vec low = load(from + 2 * c), high = load(from + 2 * c + kLanes);
+      store(even + c, even_lanes(low, high));
+      store(odd + c, odd_lanes(low, high));
+    }
+    for (; 2 * c < floats; c += kLanes) {
       const Vec low = some(from + 2 * c, left(floats - 2 * c));
       const Vec high = some(from + 2 * c + kLanes, left(floats - 2 * c - kLanes));
-      put(even + c, even_lanes(low, high), left(even_cols - c));
-      put(odd + c, odd_lanes(low, high), left(odd_cols - c));
+      put(even + c, even_lanes(low, high), c + kLanes <= room ? kLanes : left(even_cols - c));
+      put(odd + c, odd_lanes(low, high), c + kLanes <= room ? kLanes : left(odd_cols - c));
     }
   }
 }
 
 void gather(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows,
-            int64_t cols) {
+            int64_t cols, int64_t room) {
   for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
+    int64_t c = 0;
     if (from_col == 1) {
-      int64_t c = 0;
       for (; c + kLanes <= cols; c += kLanes) store(to + c, load(from + c));
-      if (c < cols) store(to + c, load(from + c, cols - c), cols - c);
-    } else {
-      for (int64_t c = 0; c < cols; c += kLanes) {
-        const int64_t n = cols - c < kLanes ? cols - c : kLanes;
-        put(to + c, every(from + c * from_col, from_col, n), n);
-      }
+    } else if (from_col == 2) {
+      // A register more than its last float is read from.
+      for (; c + kLanes < cols; c += kLanes) store(to + c, even_lanes(load(from + 2 * c), load(from + 2 * c + kLanes)));
+    }
+    for (; c < cols; c += kLanes) {
+      const int64_t n = cols - c < kLanes ? cols - c : kLanes;
+      put(to + c, every(from + c * from_col, from_col, n), c + kLanes <= room ? kLanes : n);
     }
   }
 }
@@ -607,7 +614,7 @@ void clear(float* to, int64_t to_row, int64_t rows, int64_t cols) {
 
 void scatter(float* to, int64_t to_row, int64_t to_col, const float* from, int64_t from_row, int64_t rows,
              int64_t cols) {
-  if (to_col == 1) return gather(to, to_row, from, from_row, 1, rows, cols);
+  if (to_col == 1) return gather(to, to_row, from, from_row, 1, rows, cols, 0);
   for (int64_t r = 0; r < rows; ++r, to += to_row, from += from_row) {
     for (int64_t c = 0; c < cols; ++c) to[c * to_col] = from[c];
   }

@@ -122,9 +122,10 @@ struct Kernels {
   // non-zeros of every slot must be a multiple of 4.
   void (*sddmm)(const Tile& tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad);
 
-  // to[r * to_row + c] = from[r * from_row + c * from_col]
+  // to[r * to_row + c] = from[r * from_row + c * from_col]. Where a row has room for as many floats, its last register
+  // is written as a whole, with zeros behind the columns.
   void (*gather)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t from_col, int64_t rows,
-                 int64_t cols);
+                 int64_t cols, int64_t room);
 
   // to[r * to_row + c] = 0
   void (*clear)(float* to, int64_t to_row, int64_t rows, int64_t cols);
@@ -142,9 +143,10 @@ struct Kernels {
                      int64_t rows, int64_t cols);
 
   // The inverse for even_cols + odd_cols columns, of which the counts differ by at most one or the longer is cut short:
-  // even[r * to_row + c] = from[r * from_row + 2 * c], odd[r * to_row + c] = from[r * from_row + 2 * c + 1]
+  // even[r * to_row + c] = from[r * from_row + 2 * c], odd[r * to_row + c] = from[r * from_row + 2 * c + 1]. room: as
+  // of gather.
   void (*split)(float* even, float* odd, int64_t to_row, const float* from, int64_t from_row, int64_t rows,
-                int64_t even_cols, int64_t odd_cols);
+                int64_t even_cols, int64_t odd_cols, int64_t room);
 
   // Row y of max pooling, all channels of one image; a window's pixels outside of the image do not count, NaN wins. The
   // layouts are NCHW and channels_last; NCHW to channels_last is not there. scratch: pool_scratch(g) floats.
