@@ -32,6 +32,7 @@ def read(path: Path) -> dict:
 
 
 def write(path: Path, results: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 

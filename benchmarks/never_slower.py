@@ -2,14 +2,14 @@
 
 Every convolutional classifier of torchvision at 0, 50 and 70 % sparsity (uniform, magnitude), batch 4, 224 x 224, two
 threads: the engine against the better of eager NCHW and eager channels_last, both with BatchNorm folded; median of 15
-alternating runs, twice. Figures go to benchmarks/results/never_slower.json; models that are there are not measured again.
+alternating runs, twice. All models take hours, so figures are kept one by one, with the commit they are of, in
+benchmarks/results/never_slower, a file for every CPU; those that are there are not measured again. The table of all
+machines goes to docs/never_slower.md, a summary to README.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
 import torchvision
@@ -17,14 +17,15 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 import sparsekit as sk
+from benchmarks import machines
+from benchmarks.readme import fill
 from sparsekit import bench
-from sparsekit.engine.tuning import cpu_name
 from sparsekit.profile import seconds_in_turns
 
-RESULTS = Path(__file__).parent / "results" / "never_slower.json"
+RESULTS = machines.ROOT / "benchmarks" / "results" / "never_slower"
 SPARSITIES = (0.0, 0.5, 0.7)
 TRANSFORMERS = ("vit", "swin", "maxvit")
-BATCH, RUNS, TIMES = 4, 15, 2
+BATCH, RUNS, TIMES, LIMIT = 4, 15, 2, 1.05
 
 
 def names() -> list[str]:
@@ -66,6 +67,42 @@ def measure(name: str, sparsity: float, runs: int = RUNS, times: int = TIMES) ->
     }
 
 
+def cell(name: str, sparsity: float) -> str:
+    return f"{name}, {100 * sparsity:g} %"
+
+
+def machine_of(results: dict) -> str:
+    return f"{results['cpu']} ({results['isa']}), torch {results['torch']}"
+
+
+def summary(results: dict) -> str:
+    """A sentence about a machine: how many were measured, and which of them are slower."""
+    best = {key: min(one["ratios"]) for key, one in results["cells"].items()}
+    slower = [f"{key} ({ratio:.2f})" for key, ratio in sorted(best.items(), key=lambda i: -i[1]) if ratio > LIMIT]
+    return (
+        f"{machine_of(results)}: {len(best)} of {len(names()) * len(SPARSITIES)} measured, "
+        f"{f'{len(slower)} slower: ' + ', '.join(slower) if slower else 'none slower'}."
+    )
+
+
+def table(results: dict) -> str:
+    """The engine's time over PyTorch's in Markdown, a row for every model; the better of the two measurements."""
+    lines = [
+        f"{summary(results)} Batch {BATCH}, 2 threads; the engine's time over that of the faster of NCHW eager and "
+        f"channels_last eager, medians of {RUNS} alternating runs, the better of {TIMES} measurements.",
+        "",
+        "| model | " + " | ".join(f"{100 * sparsity:g} %" for sparsity in SPARSITIES) + " | at commit |",
+        "| --- |" + " ---: |" * (len(SPARSITIES) + 1),
+    ]
+    for name in names():
+        known = [results["cells"].get(cell(name, sparsity)) for sparsity in SPARSITIES]
+        if any(known):
+            ratios = [f"{min(one['ratios']):.2f}" if one else "" for one in known]
+            commits = dict.fromkeys(one["commit"] for one in known if one)
+            lines.append(f"| {name} | " + " | ".join([*ratios, ", ".join(commits)]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", default=names())
@@ -73,19 +110,23 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     bench.keep_freed_memory()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"cpu": cpu_name(), "models": {}}
+    path = machines.file_in(RESULTS)
+    here = machines.here()
+    commit = here.pop("commit")
+    results = here | {"cells": machines.read(path).get("cells", {})}
     for name in args.models:
         for sparsity in SPARSITIES:
-            cell = f"{name}, {100 * sparsity:g} %"
-            if cell not in results["models"] or args.again:
-                results["models"][cell] = measure(name, sparsity)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            ratios = results["models"][cell]["ratios"]
-            print(
-                f"{cell}: {' '.join(f'{r:.2f}' for r in ratios)}{'  slower' if min(ratios) > 1.05 else ''}", flush=True
-            )
-    worst = max(results["models"].items(), key=lambda item: min(item[1]["ratios"]))
-    print(f"worst, the better of two: {worst[0]} {min(worst[1]['ratios']):.2f}")
+            key = cell(name, sparsity)
+            if key in results["cells"] and not args.again:
+                continue
+            ratios = (measured := measure(name, sparsity))["ratios"]
+            results["cells"][key] = {"commit": commit} | measured
+            machines.write(path, results)
+            slower = "  slower" if min(ratios) > LIMIT else ""
+            print(f"{key}: {' '.join(f'{ratio:.2f}' for ratio in ratios)}{slower}", flush=True)
+    everywhere = machines.all_in(RESULTS)
+    fill("never slower", "\n\n".join(map(table, everywhere)), machines.ROOT / "docs" / "never_slower.md")
+    fill("never slower", "\n".join(map(summary, everywhere)))
 
 
 if __name__ == "__main__":
