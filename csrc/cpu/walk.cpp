@@ -182,16 +182,16 @@ namespace {
 // The rows of all channels, or the channels of all rows: `count` times `rows` of them, in the order of the source.
 struct Runs {
   int64_t count, to, from, rows, to_row, from_row;
-  int64_t room = 0;  // from a row's first pixel to the next one's, if zeros may be written between
 };
 
 Runs runs_of(const Walk& walk, int64_t rows, int64_t channels) {
   const int64_t channel = walk.source.channel, row = walk.step_h * walk.source.row;
-  Runs runs{channels, walk.channel_stride, channel, rows, walk.pitch, row};
-  if (rows == 1 || channel < row) runs = {rows, walk.pitch, row, channels, walk.channel_stride, channel};
-  if (walk.reused) runs.room = runs.to_row;
-  return runs;
+  if (rows == 1 || channel < row) return {rows, walk.pitch, row, channels, walk.channel_stride, channel};
+  return {channels, walk.channel_stride, channel, rows, walk.pitch, row};
 }
+
+// From a row's first pixel to that of its neighbour in memory, if zeros may be written between.
+int64_t room_of(const Walk& walk) { return walk.reused ? walk.row_lanes() : 0; }
 
 // What a phase has of a tile: `rows` x `cols` pixels from `from` on, which go to `to`, in every channel.
 struct Piece {
@@ -222,10 +222,11 @@ Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels ch
   clear(bottom, rows, 0, lanes);
   // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
   if (walk.tile_w < walk.grid_w || walk.reused) {
-    const Runs runs = runs_of(walk, bottom - top, channels.count);
-    if (s.channel != 1 && round_up(to - from, kernels().lanes) == runs.room) {
-      // What lies between the pixels of two rows is written with those of the first.
-      kernels().clear(phase + top * walk.pitch, runs.to, top < bottom ? runs.count : 0, from);
+    if (s.channel != 1 && round_up(to - from, kernels().lanes) == room_of(walk)) {
+      // What lies between the pixels of two neighbours is written with those of the first: rows of a channel, or
+      // channels of a row.
+      const bool by_rows = walk.pitch > walk.channel_stride;
+      clear(top, by_rows ? bottom : std::min(top + 1, bottom), 0, from);
     } else {
       clear(top, bottom, 0, from);
       clear(top, bottom, to, lanes - to);
@@ -257,7 +258,7 @@ void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float*
           const Runs runs = runs_of(walk, even.rows, count);
           for (int64_t j = 0; j < runs.count; ++j)
             k.split(even.to + j * runs.to, odd.to + j * runs.to, runs.to_row, even.from + j * runs.from, runs.from_row,
-                    runs.rows, even.cols, odd.cols, runs.room);
+                    runs.rows, even.cols, odd.cols, room_of(walk));
           ++i;
           continue;
         }
@@ -270,7 +271,7 @@ void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float*
       const Runs runs = runs_of(walk, piece.rows, count);
       for (int64_t j = 0; j < runs.count; ++j)
         k.gather(piece.to + j * runs.to, runs.to_row, piece.from + j * runs.from, runs.from_row, col, runs.rows,
-                 piece.cols, runs.room);
+                 piece.cols, room_of(walk));
     }
   }
 }
