@@ -71,16 +71,13 @@ def cell(name: str, sparsity: float) -> str:
     return f"{name}, {100 * sparsity:g} %"
 
 
-def machine_of(results: dict) -> str:
-    return f"{results['cpu']} ({results['isa']}), torch {results['torch']}"
-
-
 def summary(results: dict) -> str:
     """A sentence about a machine: how many were measured, and which of them are slower."""
     best = {key: min(one["ratios"]) for key, one in results["cells"].items()}
     slower = [f"{key} ({ratio:.2f})" for key, ratio in sorted(best.items(), key=lambda i: -i[1]) if ratio > LIMIT]
     return (
-        f"{machine_of(results)}: {len(best)} of {len(names()) * len(SPARSITIES)} measured, "
+        f"{results['cpu']} ({results['isa']}), torch {results['torch']}: "
+        f"{len(best)} of {len(names()) * len(SPARSITIES)} measured, "
         f"{f'{len(slower)} slower: ' + ', '.join(slower) if slower else 'none slower'}."
     )
 
