@@ -194,11 +194,16 @@ def speed_plot(measured: dict[str, dict]) -> bytes:
     figure, axes = plt.subplots(figsize=(7, 4))
     for kind, m in measured.items():
         figures = best(m)
-        axes.plot(list(figures), [f["speedup"] for f in figures.values()], marker="o", label=KIND_TITLES[kind])
+        axes.plot(
+            list(figures),
+            [f["speedup"] for f in figures.values()],
+            marker="o",
+            label=f"{KIND_TITLES[kind]}, batch {m['batch']}",
+        )
     axes.axhline(1, color="grey", linewidth=1, linestyle="--", label="dense PyTorch")
     first = next(iter(measured.values()))
     axes.set(xlabel="uniform sparsity", ylabel="speed-up over dense", ylim=(0, None))
-    axes.set_title(f"ResNet-50 at 224 x 224, batch {first['batch']}, {first['threads']} threads, float32")
+    axes.set_title(f"ResNet-50 at 224 x 224, {first['threads']} threads, float32")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     return png(plt, figure)
