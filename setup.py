@@ -105,7 +105,7 @@ def extension():
                         f"csrc/cpu/{name}.cpp"
                         for name in ("batch_norm", "conv2d", "depthwise", "dispatch", "pattern", "pool2d", "walk")
                     ),
-                    *(f"csrc/engine/{name}.cpp" for name in ("layers", "program", "programs")),
+                    *(f"csrc/engine/{name}.cpp" for name in ("layers", "paired_conv", "program", "programs")),
                     *(["csrc/cuda/ops.cpp"] if cuda else []),
                 ],
                 include_dirs=[CSRC],

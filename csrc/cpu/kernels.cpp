@@ -372,6 +372,102 @@ void gemm(const Tile& tile, const Panels& panels, const Results& results, int64_
   }
 }
 
+// Where a register of results of `paired` goes.
+struct PairedPlace {
+  int64_t at;  // from the first result of a row on
+  bool whole;  // all of it, to neighbours
+};
+
+// N registers of lanes of R rows: as many sums as gemm has, half of them for either result. x: what the terms read.
+template <int R, int N>
+void paired_strip(const float* x, const PairedPanels& panels, const float* values, const Results& results, int64_t row,
+                  int64_t rows, const PairedPlace (&places)[2 * N], float* (&parts)[2 * N]) {
+  float* const out = results.data + row * results.stride;
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < 2 * N; i += kLine)
+      __builtin_prefetch(out + (r < rows ? r : 0) * results.stride + places[i].at, 1);
+  Vec sum[2][R][N];
+  for (int i = 0; i < 2; ++i)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < N; ++v) sum[i][r][v] = zero();
+  auto add_product = [](Vec(&sums)[R][N], const float* from, const float* w) {
+    for (int r = 0; r < R; ++r) {
+      const Vec factor = broadcast(w[r]);
+      for (int v = 0; v < N; ++v) sums[r][v] = fma(factor, load(from + v * kLanes), sums[r][v]);
+    }
+  };
+  auto add_terms = [&](int64_t count) {
+    for (int64_t k = 0; k < count; ++k, x += 2 * N * kLanes, values += 2 * PairedPanels::kRows) {
+      add_product(sum[0], x, values);
+      add_product(sum[1], x + N * kLanes, values + PairedPanels::kRows);
+    }
+  };
+  add_terms(panels.mixed);
+  for (int r = 0; r < R; ++r) {
+    const Vec bias = broadcast(results.bias[r < rows ? row + r : row]);
+    for (int v = 0; v < N; ++v) {
+      const Vec p = add(bias, sum[0][r][v]), q = sum[1][r][v];
+      sum[0][r][v] = add(p, q);
+      sum[1][r][v] = fma(broadcast(-1), q, p);
+    }
+  }
+  add_terms(panels.terms - panels.mixed);
+  const Vec low = broadcast(results.low), high = broadcast(results.high);
+  for (int r = 0; r < R && r < rows; ++r)
+    for (int v = 0; v < N; ++v) {
+      const Vec a = min(high, max(low, sum[0][r][v])), b = min(high, max(low, sum[1][r][v]));
+      const PairedPlace *const first = &places[2 * v], *const second = first + 1;
+      float* const to = out + r * results.stride;
+      store(first->whole ? to + first->at : parts[2 * v] + r * kLanes, zip_first(a, b));
+      store(second->whole ? to + second->at : parts[2 * v + 1] + r * kLanes, zip_second(a, b));
+    }
+}
+
+// The strip's part of what the terms read is brought together first, for all rows.
+template <int R, int N>
+void paired_strips(const float* tile, const PairedPanels& panels, const Results& results, int64_t first_lane,
+                   int64_t lanes, int64_t run, int64_t cols, float* scratch) {
+  constexpr int kRows = PairedPanels::kRows;
+  const uint32_t* const offsets = panels.offsets;
+  const float* const strip = tile + first_lane;
+  for (int64_t i = 0, reads = 2 * panels.terms; i < reads; ++i)
+    for (int v = 0; v < N; ++v) store(scratch + (i * N + v) * kLanes, load(strip + offsets[i] + v * kLanes));
+  float parts[2 * N][R * kLanes];
+  float* pointers[2 * N];
+  PairedPlace places[2 * N];
+  for (int i = 0; i < 2 * N; ++i) {
+    const int64_t first = 2 * first_lane + i * kLanes, col = first % (2 * run);
+    places[i] = {first / (2 * run) * results.jump + col, col + kLanes <= cols && first + kLanes <= 2 * lanes};
+    pointers[i] = parts[i];
+  }
+  for (int64_t row = 0; row < panels.rows; row += R) {
+    const float* const values = panels.values + row / kRows * kRows * 2 * panels.terms + row % kRows;
+    paired_strip<R, N>(scratch, panels, values, results, row, panels.rows - row, places, pointers);
+    for (int i = 0; i < 2 * N; ++i) {
+      if (places[i].whole) continue;
+      for (int64_t r = row; r < row + R && r < panels.rows; ++r)
+        for (int64_t k = 0, first = 2 * first_lane + i * kLanes; k < kLanes && first + k < 2 * lanes; ++k) {
+          const int64_t col = (first + k) % (2 * run);
+          if (col < cols)
+            results.data[r * results.stride + (first + k) / (2 * run) * results.jump + col] =
+                parts[i][(r - row) * kLanes + k];
+        }
+    }
+  }
+}
+
+void paired(const float* tile, const PairedPanels& panels, const Results& results, int64_t lanes, int64_t run,
+            int64_t cols, float* scratch) {
+  constexpr int kRows = PairedPanels::kRows, kSome = kRegisters >= 32 ? kRows : kRows / 2;
+  for (int64_t lane = 0; lane < lanes; lane += 2 * kLanes) {
+    if (lane + kLanes >= lanes) {
+      paired_strips<kRows, 1>(tile, panels, results, lane, lanes, run, cols, scratch);
+    } else {
+      paired_strips<kSome, 2>(tile, panels, results, lane, lanes, run, cols, scratch);
+    }
+  }
+}
+
 #if defined(__AVX512F__)
 
 // Rows of a 16 x 16 block become columns; four rounds of pairwise exchanges at distance 1, 2, 4, 8.
@@ -939,6 +1035,16 @@ Vec activate(Vec x) {
   return x;
 }
 
+void sum(float* to, int64_t to_row, const float* a, const float* b, int64_t from_row, float scale, int64_t rows,
+         int64_t lanes) {
+  const Vec factor = broadcast(scale);
+  for (int64_t r = 0; r < rows; ++r, to += to_row, a += from_row, b += from_row)
+    for (int64_t i = 0; i < lanes; i += kLanes) {
+      const int64_t n = lanes - i < kLanes ? lanes - i : kLanes;
+      put(to + i, fma(factor, some(b + i, n), some(a + i, n)), n);
+    }
+}
+
 template <Activation activation>
 void pointwise_as(const Pointwise& p, float* to, const float* from, int64_t lanes) {
   const Vec factor = broadcast(p.scale), shift = broadcast(p.shift), low = broadcast(p.low), high = broadcast(p.high);
@@ -1111,6 +1217,7 @@ extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 kLanes == 16 ? 64 : 32,
                                 spmm,
                                 gemm,
+                                paired,
                                 sddmm,
                                 gather,
                                 clear,
@@ -1122,6 +1229,7 @@ extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 avg_pool_row,
                                 max_pool_plane,
                                 max_pool_grad_plane,
+                                sum,
                                 pointwise,
                                 moments,
                                 normalize,

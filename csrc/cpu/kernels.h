@@ -36,6 +36,20 @@ struct Panels {
   int64_t terms, rows;  // rows without those that fill up
 };
 
+// A weight for two neighbouring results at once, from terms of two products p and q each (PairedConv2d): the first
+// result is the sum of p + q over `mixed` terms, and of p over those behind; the second that of p - q, and of q. Panels
+// of kRows rows of results, and for each [terms][p, q][kRows] values; rows that fill up the last panel have values of
+// zero.
+struct PairedPanels {
+  static constexpr int64_t kRows = 6;
+
+  const uint32_t* offsets;  // [terms][p, q], in floats, into the tile
+  const float* values;
+  int64_t mixed, terms, rows;  // rows without those that fill up
+
+  int64_t scratch() const { return 64 * terms; }
+};
+
 // Source memory that will be wanted soon: runs of `floats`, `rows` of them in each of `channels` channels. The
 // microkernels prefetch it on the way: a core that waits for memory does nothing else.
 struct Soon {
@@ -118,6 +132,12 @@ struct Kernels {
   // The same for a dense weight. Does not stream.
   void (*gemm)(const Tile& tile, const Panels& panels, const Results& results, int64_t lanes);
 
+  // Of runs of `run` lanes, one behind the other, result 2 * lane + i of row r and of a run is clamp(bias[r] + the i-th
+  // of the lane's two results), for the first `cols`. Wants a bias, has no start and no mask, does not stream. scratch:
+  // PairedPanels::scratch() floats.
+  void (*paired)(const float* tile, const PairedPanels& panels, const Results& results, int64_t lanes, int64_t run,
+                 int64_t cols, float* scratch);
+
   // grad[j] += sum over lanes of dy[r][lane] * tile[offset_j + lane]. Reads no lane of dy beyond `lanes`. The number of
   // non-zeros of every slot must be a multiple of 4.
   void (*sddmm)(const Tile& tile, const Rows& rows, const float* dy, int64_t dy_stride, int64_t lanes, float* grad);
@@ -164,6 +184,10 @@ struct Kernels {
   // Its gradient. stream: as of Results, for stride_w = 2 and rows of whole lines.
   void (*max_pool_grad_plane)(const Pool2dGeometry& g, const PoolSplit& split, const float* dy, const uint8_t* taps,
                               float* dx, float* scratch, bool stream);
+
+  // to[r * to_row + i] = a[r * from_row + i] + scale * b[r * from_row + i], for `lanes` i; may work in place.
+  void (*sum)(float* to, int64_t to_row, const float* a, const float* b, int64_t from_row, float scale, int64_t rows,
+              int64_t lanes);
 
   // to[lane] = p(from[lane]) over `lanes` lanes, whole registers; `to` may be `from`. NaN stays NaN.
   void (*pointwise)(const Pointwise& p, float* to, const float* from, int64_t lanes);

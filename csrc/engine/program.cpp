@@ -13,6 +13,7 @@
 #include "cpu/parallel.h"
 #include "cpu/pool2d.h"
 #include "cpu/walk.h"
+#include "engine/paired_conv.h"
 
 namespace sparsekit {
 namespace {
@@ -40,6 +41,7 @@ int64_t first_level_floats() {
 
 // A part of a sum of convolutions: its source, and the weight as packed for it.
 struct Program::Term {
+  Conv2dGeometry geometry;
   Walk walk;
   Csr weight;
   int64_t in;
@@ -161,7 +163,7 @@ void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense,
                          int64_t residual, const Epilogue& epilogue) {
   auto conv = std::make_unique<Conv>(Conv{{}, out, residual, epilogue});
   const bool direct = in >= 0 && g.stride_h == 1 && g.stride_w == 1 && g.in_h == g.out_h && g.in_w == g.out_w;
-  conv->terms.push_back({forward_walk(g, {}, {}), weight, in, direct, dense});
+  conv->terms.push_back({g, forward_walk(g, {}, {}), weight, in, direct, dense});
   conv->bias.resize(g.out_channels);
   if (epilogue.bias) std::copy_n(epilogue.bias, g.out_channels, conv->bias.begin());
   const Walk& walk = conv->terms[0].walk;
@@ -488,7 +490,24 @@ Program::Strip Program::strip(const Conv& conv, int64_t index) const {
   return {row, layout.h * (rows + 1) / of - row, lane, end - lane};
 }
 
+// What is dense and wide can do with fewer products.
+bool Program::add_paired_steps(const Conv& conv) {
+  const Term& term = conv.terms[0];
+  if (conv.terms.size() > 1 || conv.residual != kNone || !term.is_dense || !PairedConv2d::suits(term.geometry))
+    return false;
+  Epilogue epilogue = conv.epilogue;
+  epilogue.bias = conv.bias.data();
+  auto paired = std::make_shared<PairedConv2d>(term.geometry, term.weight, epilogue);
+  auto run = [=, this, in = term.in, out = conv.out](const Frame& frame, int64_t first, int64_t last) {
+    clear_beside(frame, out, first * PairedConv2d::kRows, std::min(last * PairedConv2d::kRows, size(out).h));
+    paired->run(images(frame, in), images(frame, out), first, last);
+  };
+  add_step(paired->items(), conv.out, run);
+  return true;
+}
+
 void Program::add_conv_steps(Conv& conv) {
+  if (add_paired_steps(conv)) return;
   const Layout& layout = this->layout(conv.out);
   const bool by_rows = layout.runs > 1;
   for (Term& term : conv.terms) {

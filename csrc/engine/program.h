@@ -145,6 +145,7 @@ class Program {
   }
   float* lanes(const Frame& frame, int64_t tensor, int64_t channel, int64_t run) const;
   Images images(const Frame& frame, int64_t tensor) const;
+  bool add_paired_steps(const Conv& conv);
   void add_conv_steps(Conv& conv);
   int64_t strip_vectors(const Conv& conv) const;
   void choose_strips(Conv& conv);

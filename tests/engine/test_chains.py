@@ -206,6 +206,58 @@ def test_layers_without_zeros(size, isa, monkeypatch):
     assert kernels == {isa}
 
 
+WIDE = [  # kernel, stride, padding, dilation, channels in and out, size
+    ((7, 7), (2, 2), (3, 3), (1, 1), 3, 64, (40, 224)),
+    ((7, 7), (2, 2), (3, 3), (1, 1), 3, 25, (33, 97)),
+    ((11, 11), (4, 4), (2, 2), (1, 1), 3, 30, (63, 160)),
+    ((5, 6), (1, 1), (2, 2), (1, 1), 4, 7, (19, 45)),
+    ((3, 3), (1, 1), (1, 0), (2, 1), 8, 1, (12, 35)),
+    ((7, 9), (1, 3), (0, 1), (1, 1), 3, 50, (7, 110)),
+    ((2, 6), (2, 2), (1, 3), (3, 1), 8, 6, (9, 80)),
+]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kernel, stride, padding, dilation, channels, out, size", WIDE)
+def test_wide_dense_layers(kernel, stride, padding, dilation, channels, out, size, isa, monkeypatch):
+    """They save products: first in a chain and within it, in rows and planes, whatever its input's strides are."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation)
+    last = [nn.ReLU6(), prune(nn.Conv2d(out, 12, 1), 0.9)]
+    first = [nn.Conv2d(channels, channels, 1), nn.Hardtanh(-1, 2)]
+    x = torch.randn(3, channels, *size)
+    with sk.use_isa(isa):
+        for layers in ([conv, *last], [*first, conv, *last]):
+            model, floats = nn.Sequential(*layers).eval(), []
+            for cost in (0.0, 1.0):  # of dense layers
+                monkeypatch.setattr("sparsekit.dispatch.CHAIN_DENSE", cost)
+                engine = chained(model, x)
+                (chain,) = chains_of(engine)
+                floats.append(_ops.program_floats(chain.number))
+                assert_equals(engine, model, x)
+                assert_equals(engine, model, x.contiguous(memory_format=torch.channels_last))
+            assert floats[0] < floats[1] or min(stride) == 1  # others pack all of their input
+
+
+@pytest.mark.parametrize(
+    "of, bad", [("input", torch.nan), ("input", torch.inf), ("input", 2.0**80), ("weight", 2.0**80)]
+)
+def test_wide_dense_layers_of_what_is_not_finite(of, bad, monkeypatch):
+    """No output gets what it does not read, though pairs of outputs are computed together."""
+    monkeypatch.setattr("sparsekit.dispatch.CHAIN_DENSE", 0.0)
+    conv = nn.Conv2d(3, 16, 7, 2, 3)
+    model, x = nn.Sequential(conv, nn.Conv2d(16, 16, 1, groups=16)).eval(), torch.randn(2, 3, 60, 96)
+    target = conv.weight if of == "weight" else x
+    with torch.no_grad():
+        for place in ((0, 1, 2, 3), (1, 0, 6, 0), (1, 2, 0, 4)):
+            target[place] = bad
+        engine = chained(model, x)
+        assert chains_of(engine)
+        ours, eager = engine(x), model(x)
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert not eager.isfinite().all() or bad == 2.0**80
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", ["Sigmoid", "SiLU", "Hardsigmoid", "Hardswish", "ReLU", "ReLU6", "Hardtanh"])
 def test_activations(name, isa):
