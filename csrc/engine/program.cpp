@@ -24,6 +24,7 @@ constexpr int64_t kFewestTasks = 4;            // of a layer, by splitting its r
 constexpr int64_t kRowNnz = 13;                // non-zeros of a row in a block of channels, at least
 constexpr int64_t kPackedFloats = 320 * 1024;  // of a packed source that the second-level cache holds as a whole
 constexpr int64_t kFarWeights = 128 * 1024;  // of a layer, that are not in the second-level cache from the image before
+constexpr int64_t kTurn = 2;                 // items of a layer that the next one waits for
 constexpr int64_t kTeam = 2;                 // threads that share an image, at least if there are so many
 
 // That a strip reads while they stay in the first-level cache, of which results and weights need a part.
@@ -217,14 +218,39 @@ void Program::join_residuals() {
 
 void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
   auto add_steps = [=, this] {
-    add_step(g.out_h, out, [=, this](const Frame& frame, int64_t first, int64_t last) {
+    auto pool = [=, this](const Frame& frame, int64_t first, int64_t last) {
       Scratch scratch;
       float* const row = scratch.get(pool_scratch(g));
       clear_beside(frame, out, first, last);
       for (int64_t y = first; y < last; ++y) kernels().max_pool_row(g, images(frame, in), images(frame, out), y, row);
-    });
+    };
+    auto reads = [=](int64_t rows) {
+      return (rows - 1) * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
+    };
+    add_step(g.out_h, out, pool);
+    take_turns(in, reads);
   };
-  add_layer({{in}, out, kNone, add_steps});
+  add_layer({{in}, out, kNone, add_steps, true});
+}
+
+// Lets the last step follow the one before it band by band, if that writes the tensor that it reads: what it wants is
+// still in a near cache then. reads(items): rows of the tensor that the first items read.
+void Program::take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& reads) {
+  if (steps_.size() < 2 || steps_[steps_.size() - 2].tensor != tensor) return;
+  const Step next = std::move(steps_.back());
+  steps_.pop_back();
+  const Step step = std::move(steps_.back());
+  steps_.pop_back();
+  auto add = [this](const Work& run, int64_t first, int64_t last) {
+    steps_.push_back({last - first,
+                      [=](const Frame& frame, int64_t begin, int64_t end) { run(frame, first + begin, first + end); }});
+  };
+  for (int64_t first = 0, done = 0; first < step.items; first += kTurn) {
+    const int64_t last = std::min(first + kTurn, step.items), begin = done;
+    add(step.run, first, last);
+    while (done < next.items && (last == step.items || reads(done + 1) <= last * step.rows)) ++done;
+    if (begin < done) add(next.run, begin, done);
+  }
 }
 
 void Program::add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out) {
@@ -377,11 +403,16 @@ void Program::place_tensors() {
   std::vector<Buffer> buffers;
   std::vector<int64_t> buffer_of(tensors_.size(), kNone);
   for (int64_t i = 0; i < int64_t(layers_.size()); ++i) {
-    const auto& [reads, writes, in_place, add_steps] = layers_[i];
+    const auto& [reads, writes, in_place, add_steps, turns] = layers_[i];
     if (writes == kNone) continue;
     const bool over = in_place != kNone && in_place >= 0 && tensors_[in_place].last <= i;
     buffer_of[writes] = over ? buffer_of[in_place] : buffers.size();
-    if (!over) buffers.push_back({i, i});
+    int64_t first = i;
+    if (turns) {  // it may be written while the layer before it runs
+      while (first > 0 && (first == i || layers_[first].writes == kNone)) --first;
+      if (layers_[first].writes != reads[0]) first = i;
+    }
+    if (!over) buffers.push_back({first, i});
     Buffer& buffer = buffers[buffer_of[writes]];
     buffer.last = std::max(i, tensors_[writes].last);
     buffer.tensors.push_back(writes);
@@ -503,6 +534,8 @@ bool Program::add_paired_steps(const Conv& conv) {
     paired->run(images(frame, in), images(frame, out), first, last);
   };
   add_step(paired->items(), conv.out, run);
+  steps_.back().tensor = conv.out;
+  steps_.back().rows = PairedConv2d::kRows;
   return true;
 }
 

@@ -98,6 +98,7 @@ class Program {
     int64_t writes;                   // or kNone
     int64_t in_place = kNone;         // tensor whose memory the written one may take over
     std::function<void()> add_steps;  // once memory is laid out
+    bool turns = false;               // may take turns with the layer that writes what it reads
   };
   // One image on its way.
   struct Frame {
@@ -111,6 +112,7 @@ class Program {
   struct Step {
     int64_t items;
     Work run;
+    int64_t tensor = kNone, rows = 0;  // that its items write in order, so many rows each
   };
   // Memory that is taken while layers [first, last] run.
   struct Use {
@@ -135,6 +137,7 @@ class Program {
   void place_tensors();
   int64_t reserve(int64_t floats, int64_t first, int64_t last);
   void add_step(int64_t items, int64_t writes, Work work);
+  void take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& reads);
   void clear_around(const Frame& frame, int64_t tensor, bool above, bool below) const;
   void clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const;
   const Layout& layout(int64_t tensor) const { return layouts_[tensors_[tensor].layout]; }

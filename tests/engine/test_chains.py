@@ -212,7 +212,7 @@ WIDE = [  # kernel, stride, padding, dilation, channels in and out, size
     ((11, 11), (4, 4), (2, 2), (1, 1), 3, 30, (63, 160)),
     ((5, 6), (1, 1), (2, 2), (1, 1), 4, 7, (19, 45)),
     ((3, 3), (1, 1), (1, 0), (2, 1), 8, 1, (12, 35)),
-    ((7, 9), (1, 3), (0, 1), (1, 1), 3, 50, (7, 110)),
+    ((7, 9), (1, 3), (0, 1), (1, 1), 3, 50, (13, 110)),
     ((2, 6), (2, 2), (1, 3), (3, 1), 8, 6, (9, 80)),
 ]
 
@@ -220,14 +220,15 @@ WIDE = [  # kernel, stride, padding, dilation, channels in and out, size
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kernel, stride, padding, dilation, channels, out, size", WIDE)
 def test_wide_dense_layers(kernel, stride, padding, dilation, channels, out, size, isa, monkeypatch):
-    """They save products: first in a chain and within it, in rows and planes, whatever its input's strides are."""
+    """They save products: first in a chain and within it, with max pooling behind, whatever its input's strides are."""
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation)
     last = [nn.ReLU6(), prune(nn.Conv2d(out, 12, 1), 0.9)]
     first = [nn.Conv2d(channels, channels, 1), nn.Hardtanh(-1, 2)]
+    pool = nn.MaxPool2d(2, 1 + stride[0] % 2)
     x = torch.randn(3, channels, *size)
     with sk.use_isa(isa):
-        for layers in ([conv, *last], [*first, conv, *last]):
+        for layers in ([conv, *last], [*first, conv, *last], [conv, pool, *last], [*first, conv, pool, *last]):
             model, floats = nn.Sequential(*layers).eval(), []
             for cost in (0.0, 1.0):  # of dense layers
                 monkeypatch.setattr("sparsekit.dispatch.CHAIN_DENSE", cost)
@@ -294,13 +295,18 @@ def test_models_are_few_chains(name):
     assert_as_good(engine, model, torch.randn(3, 3, 128, 128))
 
 
-def test_same_bits_for_any_number_of_threads():
+@pytest.mark.parametrize("dense_first", [False, True])
+def test_same_bits_for_any_number_of_threads(dense_first):
     model = prune(nn.Sequential(Block(16, 8, 1), Block(32, 16, 2), nn.AdaptiveAvgPool2d(1)), 0.8)
-    engine, threads = chained(model, torch.randn(2, 16, 28, 28)), torch.get_num_threads()
+    size = (16, 28, 28)
+    if dense_first:
+        model = nn.Sequential(nn.Conv2d(3, 16, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *model)
+        size = (3, 70, 112)
+    engine, threads = chained(model, torch.randn(2, *size)), torch.get_num_threads()
     assert chains_of(engine)
     try:
         for batch in (1, 2, 5):
-            x, results = torch.randn(batch, 16, 28, 28), []
+            x, results = torch.randn(batch, *size), []
             for count in (1, 2, 3, 5):
                 torch.set_num_threads(count)
                 for schedule_of(engine).share in (False, True):
