@@ -47,7 +47,7 @@ struct PairedPanels {
   const float* values;
   int64_t mixed, terms, rows;  // rows without those that fill up
 
-  int64_t scratch() const { return 64 * terms; }
+  int64_t scratch() const { return 2 * terms * 2 * 16; }  // two registers, of the widest, of what p and q read
 };
 
 // Source memory that will be wanted soon: runs of `floats`, `rows` of them in each of `channels` channels. The
