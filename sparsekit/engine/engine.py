@@ -152,6 +152,7 @@ class Engine(nn.Module):
                     schedule = Schedule(self._plan_for(inputs))
                     if all(t.numel() for t in inputs):  # nothing can be chosen for no images
                         schedule.decide(inputs)
+                        schedule.tidy()
                         self._keep(key, schedule)
         return schedule
 
@@ -190,6 +191,7 @@ class Engine(nn.Module):
         with torch.no_grad(), self._lock:
             schedule = Schedule(self._plan_for(inputs))
             choose(schedule, inputs)
+            schedule.tidy()
             self._keep(self._sizes(inputs), schedule)
         return self
 

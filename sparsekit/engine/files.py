@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import _ops
-from ..formats import pattern_from_mask, validate_csr
+from ..formats import validate_csr
 from ..io.checkpoint import write_atomically
 from .chains import check as check_chain
 from .plan import ACTIVATIONS, Call, Compressed, Const, Layer, Plan, Ref, resolve
@@ -36,22 +35,15 @@ def write(path: str | os.PathLike, plan: Plan, choices: dict) -> None:
     weights = {step.weight for step in plan.steps if isinstance(step, Layer)}
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
-    # Other threads may make weights dense meanwhile: those are added to the tensors before they leave the others.
-    compressed = dict(plan.compressed)
-    for name, known in compressed.items():
-        shapes[name] = list(known.size)
-        tensors |= {f"{name}:{part}": getattr(known, part) for part in ("values", "crow_indices", "col_indices")}
-    for name, tensor in dict(plan.tensors).items():
-        if name in compressed:
-            continue
+    known, compressed = plan.contents()
+    for name, tensor in known.items():
         if name in weights and (tensor == 0).any():
-            pattern = pattern_from_mask(tensor != 0)
-            shapes[name] = list(tensor.shape)
-            tensors[f"{name}:values"] = _ops.compress(tensor, pattern)
-            tensors[f"{name}:crow_indices"] = pattern.crow_indices
-            tensors[f"{name}:col_indices"] = pattern.col_indices
+            compressed[name] = Compressed.of(tensor)
         else:
             tensors[name] = tensor.contiguous().clone()
+    for name, weight in compressed.items():
+        shapes[name] = list(weight.size)
+        tensors |= {f"{name}:{part}": getattr(weight, part) for part in ("values", "crow_indices", "col_indices")}
     for step in plan.steps:
         if isinstance(step, Call):
             _check_target(step.target)

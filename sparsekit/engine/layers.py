@@ -47,8 +47,9 @@ class Prepared:
 
     @cached_property
     def nnz(self) -> int:
-        known = self._plan.compressed.get(self.layer.weight)
-        return int(torch.count_nonzero(self.weight if known is None else known.values))
+        tensors, compressed = self._plan.contents()
+        known = compressed.get(self.layer.weight)
+        return int(torch.count_nonzero(tensors[self.layer.weight] if known is None else known.values))
 
     @property
     def sparsity(self) -> float:
@@ -56,14 +57,12 @@ class Prepared:
 
     def compressed(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weight's values, crow_indices and col_indices."""
-        if (known := self._plan.compressed.get(self.layer.weight)) is not None:
-            return known[:3]
-        rows, columns = self.weight.flatten(1).shape
-        kept = self.weight.flatten().nonzero().squeeze(1)
-        row = kept // columns
-        crow = torch.zeros(rows + 1, dtype=torch.int32)
-        crow[1:] = torch.bincount(row, minlength=rows).cumsum(0)
-        return self.weight.flatten()[kept], crow, (kept - row * columns).int()
+        return self._plan.non_zeros(self.layer.weight)[:3]
+
+    def compress(self) -> None:
+        """Let the plan keep the weight's non-zeros alone, if that takes less memory. For layers that are not run dense."""
+        if self.sparsity > 0.5:
+            self._plan.compress(self.layer.weight)
 
     def unpack(self) -> None:
         """Free what only :meth:`run` needs, and makes when it needs it."""

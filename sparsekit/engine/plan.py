@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -97,6 +98,16 @@ class Compressed(NamedTuple):
     col_indices: Tensor
     size: torch.Size
 
+    @staticmethod
+    def of(weight: Tensor) -> Compressed:
+        """The non-zeros of a weight."""
+        rows, columns = weight.flatten(1).shape
+        kept = weight.flatten().nonzero().squeeze(1)
+        row = kept // columns
+        crow = torch.zeros(rows + 1, dtype=torch.int32)
+        crow[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+        return Compressed(weight.flatten()[kept], crow, (kept - row * columns).int(), weight.shape)
+
     def dense(self) -> Tensor:
         """The weight itself."""
         empty = torch.empty(0, dtype=torch.int32)
@@ -113,7 +124,7 @@ class Plan:
         batched: whether images do not meet: the plan may be run on parts of the batch.
         per_image: slots that hold a float32 tensor whose first dimension is the batch.
         tensors: by name, but for the compressed ones.
-        compressed: weights that were read from a file, until somebody wants them dense; see :class:`Compressed`.
+        compressed: weights that nobody wants dense; see :class:`Compressed`.
     """
 
     steps: list[Call | Layer]
@@ -125,18 +136,37 @@ class Plan:
     batched: bool
     per_image: list[int] = field(default_factory=list)
     compressed: dict[str, Compressed] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:
-        """One of the tensors, dense; several threads may ask at once."""
-        if (known := self.compressed.get(name)) is not None:
-            self.tensors[name] = known.dense()
-            self.compressed.pop(name, None)
-        return self.tensors[name]
+        """One of the tensors, dense, and so it stays; several threads may ask at once."""
+        with self._lock:
+            if (known := self.compressed.pop(name, None)) is not None:
+                self.tensors[name] = known.dense()
+            return self.tensors[name]
+
+    def non_zeros(self, name: str) -> Compressed:
+        """One of the weights, compressed."""
+        with self._lock:
+            known = self.compressed.get(name)
+            return Compressed.of(self.tensors[name]) if known is None else known
+
+    def compress(self, name: str) -> None:
+        """Keep a weight as its non-zeros, until somebody wants it dense."""
+        with self._lock:
+            if name not in self.compressed:
+                self.compressed[name] = Compressed.of(self.tensors.pop(name))
+
+    def contents(self) -> tuple[dict[str, Tensor], dict[str, Compressed]]:
+        """``tensors`` and ``compressed`` of one moment."""
+        with self._lock:
+            return dict(self.tensors), dict(self.compressed)
 
     def size_of(self, name: str) -> torch.Size:
         """The shape of one of the tensors."""
-        known = self.compressed.get(name)
-        return self.tensors[name].shape if known is None else known.size
+        with self._lock:
+            known = self.compressed.get(name)
+            return self.tensors[name].shape if known is None else known.size
 
     def uses(self, number: int) -> tuple[list[int], list[int]]:
         """The slots that a step reads and writes."""

@@ -29,6 +29,8 @@ PART_PIXELS = PARTS[0] * 224 * 224  # of smaller images more fit the same
 AT_HAND = 32 << 20  # bytes; glibc gives larger blocks back
 # Seconds after which tuning compares no longer: backends of a layer, and ways to run all of the model.
 LAYER_SECONDS, MODEL_SECONDS = 0.03, 1.0
+# Images on which it compares backends and chains: what one takes hardly depends on how many more there are.
+MOST_IMAGES = 8
 LEAST_GAIN = 0.97
 
 
@@ -153,12 +155,13 @@ class Schedule:
         Raises:
             ValueError: as :meth:`decide`.
         """
-        shapes = self._predict(inputs)
+        some = (inputs[0][:MOST_IMAGES],) if self.plan.batched and inputs else inputs
+        shapes = self._predict(some)
         if not inputs:
             return
         with tuning.Cache() as cache:
-            self._measure_layers(inputs, shapes, cache)
-            self._tune_chains(inputs, cache)
+            self._measure_layers(some, shapes, cache)
+            self._tune_chains(some, cache)
             if self.chains and len(inputs[0]) >= torch.get_num_threads() > 1:
                 self._tune_share(inputs, cache)
             if self.plan.batched and len(inputs[0]) > 1:
@@ -258,6 +261,7 @@ class Schedule:
     def _make(self, chains: list[list[int]]) -> None:
         def weight_of(number: int) -> tuple:
             layer = self.layers[number]
+            layer.compress()
             return *layer.compressed(), layer.bias, list(layer.size[2:]), self._dense_in_chain(number)
 
         made = [Chain(self.plan, self.sizes, numbers, weight_of) for numbers in chains]
@@ -265,8 +269,6 @@ class Schedule:
         inside = {number for numbers in chains for number in numbers}
         numbers = [number for number, *_ in self._steps if number in last or number not in inside]
         self._items = self._with_unused([last.get(number, number) for number in numbers])
-        for number in inside & self.layers.keys():
-            self.layers[number].unpack()
 
     def _tune_chains(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
         """Join steps to chains, if the whole is faster for it; all layers dense, if that is fastest of all."""
@@ -291,8 +293,6 @@ class Schedule:
         if fastest == "dense":
             for choice in self.choices.values():
                 choice.backend, choice.reason = "dense", f"{choice.reason}; all of the model is faster dense"
-        for number in {n for chain in self.chains for n in chain.numbers} & self.layers.keys():
-            self.layers[number].unpack()  # which alone has packed
 
     def _tune_share(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
         def run(share: bool) -> Callable:
@@ -327,10 +327,22 @@ class Schedule:
         nnz = sum(layer.nnz for layer in self.layers.values())
         return f"{len(self.plan.steps)}-{nnz}-{'x'.join(map(str, inputs[0].shape))}"
 
+    def tidy(self) -> None:
+        """Free what :meth:`run` does not need."""
+        chained = self._chained()
+        for number, layer in self.layers.items():
+            if number in chained:
+                layer.unpack()
+            if number in chained or self.choices[number].backend == "sparse":
+                layer.compress()
+
+    def _chained(self) -> set[int]:
+        return {number for chain in self.chains for number in chain.numbers}
+
     def explain(self, inputs: tuple[Tensor, ...]) -> Explanation:
         """See :meth:`Engine.explain`."""
         reports = Explanation()
-        chained = {number for chain in self.chains for number in chain.numbers}
+        chained = self._chained()
 
         def report(number: int, input: Tensor, residual: Tensor | None) -> Tensor:
             layer, choice = self.layers[number], self.choices[number]
@@ -354,8 +366,7 @@ class Schedule:
             return self._run_layer(number, input, residual)
 
         self._run(inputs, self._steps, report)
-        for number in chained & self.layers.keys():
-            self.layers[number].unpack()
+        self.tidy()
         return reports
 
     def saved(self) -> dict:

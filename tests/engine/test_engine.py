@@ -428,6 +428,28 @@ def content(path):
         return json.loads(file.metadata()["json"]), {key: (t.dtype, t.tolist()) for key, t in tensors.items()}
 
 
+def test_weights_that_run_sparse_are_kept_as_non_zeros():
+    model, x = small_net(), torch.randn(3, 3, 16, 16)
+    engine = sk.compile(model, x, autotune=False)
+    schedule = schedule_of(engine)
+
+    def kept() -> tuple[set[str], set[str]]:
+        chained = {number for chain in schedule.chains for number in chain.numbers}
+        sparse = {n for n in schedule.layers if n in chained or schedule.choices[n].backend == "sparse"}
+        names = {n: schedule.layers[n].layer.weight for n in sparse if schedule.layers[n].sparsity > 0.5}
+        return set(names.values()), set(engine.plan.compressed)
+
+    wanted, compressed = kept()
+    assert wanted and compressed == wanted and not compressed & engine.plan.tensors.keys()
+    before = engine(x)
+    weights = {name: engine.plan.tensor(name) for name in wanted}  # somebody wants them dense, and has them
+    assert not engine.plan.compressed
+    engine.explain(x)
+    assert kept() == (wanted, wanted)
+    assert all(torch.equal(engine.plan.tensor(name), weight) for name, weight in weights.items())
+    assert torch.equal(engine(x), before)
+
+
 def test_save_and_load(tmp_path):
     model, x = small_net(), torch.randn(3, 3, 16, 16)
     for autotune in (False, True):
@@ -442,7 +464,7 @@ def test_save_and_load(tmp_path):
         assert compressed and not compressed & again.plan.tensors.keys()
         again.save(tmp_path / "again.sk")
         name = min(compressed)
-        assert torch.equal(again.plan.tensor(name), engine.plan.tensors[name]) and name not in again.plan.compressed
+        assert torch.equal(again.plan.tensor(name), engine.plan.tensor(name)) and name not in again.plan.compressed
         again.save(tmp_path / "later.sk")
         for path in ("again.sk", "later.sk"):
             assert content(tmp_path / path) == content(tmp_path / "net.sk")
