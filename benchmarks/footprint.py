@@ -1,15 +1,17 @@
 """What an engine costs besides running: `python -m benchmarks.footprint`. ResNet-50, 224 x 224, two threads.
 
 Seconds to compile without tuning, with tuning, and with what tuning kept on disk, seconds to load a saved engine, and
-memory: weights after loading against 1.3 x (8 bytes a non-zero + 4 bytes a dense weight), and what an image takes on its
-way against two times its largest pair of tensors that live at once. Figures go to benchmarks/results/footprint.json.
+memory. Weights: what a loaded engine takes, and what of its file is in memory beside (shared, and given back when memory
+is short), and what a compiled one takes, which also keeps the non-zeros to save them and for other image sizes; against
+1.3 x (8 bytes a non-zero of the pruned layers + 4 bytes a weight of the others). An image on its way: against two times
+its largest pair of tensors that live at once. Figures go to benchmarks/results/footprint, a file for every CPU, a
+sentence to README.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import os
 import tempfile
 import time
@@ -18,21 +20,22 @@ from pathlib import Path
 import torch
 
 import sparsekit as sk
+from benchmarks import machines
+from benchmarks.readme import fill
 from sparsekit import _ops
 from sparsekit.engine.plan import last_uses
-from sparsekit.engine.tuning import cpu_name
 from sparsekit.job import resnet50
 
-RESULTS = Path(__file__).parent / "results" / "footprint.json"
+RESULTS = machines.ROOT / "benchmarks" / "results" / "footprint"
 BATCH = 16
 
 
-def resident(trim: bool = True) -> float:
-    """Megabytes of this process, once it has given back what it can spare."""
-    if trim:
-        gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+def resident() -> tuple[float, float]:
+    """Megabytes of this process, once it has given back what it can spare: its own, and those of mapped files."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[kind].split()[0]) * 1024e-6 for kind in ("RssAnon", "RssFile"))
 
 
 def seconds(function) -> tuple[float, object]:
@@ -55,37 +58,65 @@ def largest_pair(schedule) -> float:
     return 4e-6 * most
 
 
-def compiled(level: float, images: torch.Tensor, folder: Path) -> dict:
-    """What compiling takes; leaves an engine in ``folder``, and nothing in memory."""
-    model = sk.densify_(resnet50(level)).eval()
-    os.environ["SPARSEKIT_CACHE"] = str(folder)
-    untuned, _ = seconds(lambda: sk.compile(model, images, autotune=False))
-    tuned, _ = seconds(lambda: sk.compile(model, images))
-    cached, engine = seconds(lambda: sk.compile(model, images))
-    engine.save(folder / "engine.sk")
+def limit(model: torch.nn.Module) -> float:
+    """Megabytes that weights may take."""
     weights = [m.weight for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-    nnz, dense = sum(int((w != 0).sum()) for w in weights), sum(w.numel() for w in weights)
-    schedule = engine._schedule_for((images,))
-    return {
-        "compile_untuned_s": untuned, "compile_tuned_s": tuned, "compile_cached_s": cached,
-        "weights_limit_mb": 1.3e-6 * (8 * nnz + 4 * dense),
-        "chain_mb_an_image": sum(4e-6 * _ops.program_floats(chain.number) for chain in schedule.chains),
-        "pair_limit_mb": 2 * largest_pair(schedule),
-    }  # fmt: skip
+    return 1.3e-6 * sum(8 * int((w != 0).sum()) if (w == 0).any() else 4 * w.numel() for w in weights)
 
 
 def measure(level: float, folder: Path) -> dict:
-    cell = compiled(level, torch.randn(BATCH, 3, 224, 224), folder)
+    os.environ["SPARSEKIT_CACHE"] = str(folder)
+    images = torch.randn(BATCH, 3, 224, 224)
+    before = resident()[0]
+    model = sk.densify_(resnet50(level)).eval()
+    untuned, engine = seconds(lambda: sk.compile(model, images, autotune=False))
+    wanted, model = limit(model), None
+    compiled, engine = resident()[0] - before, None
+    model = sk.densify_(resnet50(level)).eval()
+    tuned, _ = seconds(lambda: sk.compile(model, images))
+    cached, engine = seconds(lambda: sk.compile(model, images))
+    engine.save(folder / "engine.sk")
+    schedule = engine._schedule_for((images,))
+    cell = {
+        "compile_untuned_s": untuned, "compile_tuned_s": tuned, "compile_cached_s": cached,
+        "weights_limit_mb": wanted,
+        "compiled_mb": compiled,
+        "chain_mb_an_image": sum(4e-6 * _ops.program_floats(chain.number) for chain in schedule.chains),
+        "pair_limit_mb": 2 * largest_pair(schedule),
+        "file_mb": (folder / "engine.sk").stat().st_size / 1e6,
+    }  # fmt: skip
+    model = engine = schedule = None
     before = resident()
     load, engine = seconds(lambda: sk.load(folder / "engine.sk"))
-    weights = resident() - before
+    own, mapped = (after - b for after, b in zip(resident(), before))
     del engine  # it has to be there until here
-    return {**cell, "load_s": load, "weights_mb": weights, "file_mb": (folder / "engine.sk").stat().st_size / 1e6}
+    return cell | {"load_s": load, "loaded_mb": own, "mapped_mb": mapped}
+
+
+def summary(results: dict) -> str:
+    """A sentence about a machine."""
+
+    def span(key: str, digits: int) -> str:
+        values = [cell[key] for cell in results["cells"].values()]
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    weights = ", ".join(
+        f"{cell['loaded_mb']:.0f} MB at {level} (allowed {cell['weights_limit_mb']:.0f}; {cell['mapped_mb']:.0f} of the "
+        f"file beside, {cell['compiled_mb']:.0f} where it was compiled)"
+        for level, cell in results["cells"].items()
+    )
+    return (
+        f"On {results['cpu']} ({results['isa']}), torch {results['torch']}, at commit {results['commit']}, ResNet-50 "
+        f"compiles in {span('compile_untuned_s', 1)} s without tuning, {span('compile_tuned_s', 1)} s with it, "
+        f"{span('compile_cached_s', 1)} s once its measurements are on disk, and loads from a file in "
+        f"{span('load_s', 2)} s. Its weights take {weights}; an image takes "
+        f"{max(cell['chain_mb_an_image'] for cell in results['cells'].values()):.1f} MB on its way."
+    )
 
 
 def main() -> None:
     torch.set_num_threads(2)
-    results = {"cpu": cpu_name(), "torch": torch.__version__, "batch": BATCH, "cells": {}}
+    results = machines.here() | {"batch": BATCH, "cells": {}}
     with tempfile.TemporaryDirectory() as folder:
         measure(0.9, Path(folder))  # what the first call of everything costs
     for level in (0.8, 0.9, 0.95, 0.98):
@@ -93,7 +124,8 @@ def main() -> None:
             cell = {key: round(value, 3) for key, value in measure(level, Path(folder)).items()}
         results["cells"][f"{100 * level:g} %"] = cell
         print(f"{100 * level:g} %:", ", ".join(f"{key} {value:g}" for key, value in cell.items()), flush=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    machines.write(machines.file_in(RESULTS), results)
+    fill("footprint", "\n".join(map(summary, machines.all_in(RESULTS))))
 
 
 if __name__ == "__main__":
