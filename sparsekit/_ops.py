@@ -663,12 +663,31 @@ def program_load(program: int, input: int, out: int) -> None:
     torch.ops.sparsekit_cpu.program_load(program, input, out)
 
 
-def program_conv2d(program, input, out, residual, values, crow, col, bias, low, high, *geometry, dense=False) -> None:
+class Blocking(NamedTuple):
+    """How the work of a program's layer is cut, where that is not what its sizes ask for.
+
+    Attributes:
+        channels: of a block, over those that fit the first-level cache.
+        other_strips: strips of many pixels in place of few, or the other way around.
+        pairs: taps beside their pixels may be added by shifting sums, where the CPU's kernels can.
+    """
+
+    channels: float = 1.0
+    other_strips: bool = False
+    pairs: bool = True
+
+
+OWN_BLOCKING = Blocking()
+
+
+def program_conv2d(
+    program, input, out, residual, values, crow, col, bias, low, high, *geometry, dense=False, blocking=OWN_BLOCKING
+) -> None:
     """Add: ``out = clamp(conv2d(input) + bias + residual, low, high)``; bias and residual may be None. ``dense``: compute
     it as if no weight were zero, for one group only."""
     residual = _NO_TENSOR if residual is None else residual
     torch.ops.sparsekit_cpu.program_conv2d(
-        program, input, out, residual, values, crow, col, bias, low, high, *geometry, dense
+        program, input, out, residual, values, crow, col, bias, low, high, *geometry, dense, *blocking
     )
 
 
@@ -730,13 +749,20 @@ def program_floats(program: int) -> int:
     return torch.ops.sparsekit_cpu.program_floats(program)
 
 
-def run_program(outputs: Sequence[Tensor], inputs: Sequence[Tensor], program: int, share: bool = False) -> None:
+def run_program(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    program: int,
+    share: bool = False,
+    seconds: Tensor | None = None,
+) -> None:
     """Run it on images ``[n, channels, h, w]``, NCHW or channels_last.
 
     ``share``: two threads work on every image, not only on those that are left when each has had as many as the others.
-    The results are the same.
+    The results are the same. ``seconds``: float64 ``[layers]``, in the order in which they were added; what all threads
+    took for each is added.
     """
-    torch.ops.sparsekit_cpu.run_program(outputs, [_dense_layout(input) for input in inputs], program, share)
+    torch.ops.sparsekit_cpu.run_program(outputs, [_dense_layout(input) for input in inputs], program, share, seconds)
 
 
 # --- autograd -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
 #endif
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <deque>
 #include <thread>
@@ -64,6 +65,7 @@ struct Program::Conv {
   std::vector<Term> terms;
   int64_t out, residual;
   Epilogue epilogue;
+  Blocking blocking;
   std::vector<float> bias;  // [rows]
   int64_t layer;
   int64_t unit = 1;   // registers of lanes that no strip divides
@@ -161,8 +163,8 @@ void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<floa
 }
 
 void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense, int64_t in, int64_t out,
-                         int64_t residual, const Epilogue& epilogue) {
-  auto conv = std::make_unique<Conv>(Conv{{}, out, residual, epilogue});
+                         int64_t residual, const Epilogue& epilogue, const Blocking& blocking) {
+  auto conv = std::make_unique<Conv>(Conv{{}, out, residual, epilogue, blocking});
   const bool direct = in >= 0 && g.stride_h == 1 && g.stride_w == 1 && g.in_h == g.out_h && g.in_w == g.out_w;
   conv->terms.push_back({g, forward_walk(g, {}, {}), weight, in, direct, dense});
   conv->bias.resize(g.out_channels);
@@ -241,15 +243,18 @@ void Program::take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& 
   steps_.pop_back();
   const Step step = std::move(steps_.back());
   steps_.pop_back();
-  auto add = [this](const Work& run, int64_t first, int64_t last) {
-    steps_.push_back({last - first,
-                      [=](const Frame& frame, int64_t begin, int64_t end) { run(frame, first + begin, first + end); }});
+  auto add = [this](const Step& step, int64_t first, int64_t last) {
+    auto part = [=, run = step.run](const Frame& frame, int64_t begin, int64_t end) {
+      run(frame, first + begin, first + end);
+    };
+    steps_.push_back({last - first, part});
+    steps_.back().layer = step.layer;
   };
   for (int64_t first = 0, done = 0; first < step.items; first += kTurn) {
     const int64_t last = std::min(first + kTurn, step.items), begin = done;
-    add(step.run, first, last);
+    add(step, first, last);
     while (done < next.items && (last == step.items || reads(done + 1) <= last * step.rows)) ++done;
-    if (begin < done) add(next.run, begin, done);
+    if (begin < done) add(next, begin, done);
   }
 }
 
@@ -477,6 +482,8 @@ void Program::finish() {
   place_tensors();
   for (const Layer& layer : layers_) {
     layer.add_steps();
+    for (Step& step : steps_)
+      if (step.layer == kNone) step.layer = &layer - layers_.data();
     if (layer.writes != kNone && layout(layer.writes).runs > 1) alone_ = steps_.size();
   }
   uses_ = {};
@@ -485,10 +492,11 @@ void Program::finish() {
 // Taps that share lines of a tensor want long strips, and so do long rows, whose channels are neighbours.
 int64_t Program::strip_vectors(const Conv& conv) const {
   const int64_t few = kernels().strip_lanes / kAlign;
-  if (layout(conv.out).pitch > few * kAlign) return kStripVectors;
-  for (const Term& term : conv.terms)
-    if (term.direct && !term.walk.pointwise()) return kStripVectors;
-  return few;
+  bool many = layout(conv.out).pitch > few * kAlign;
+  for (const Term& term : conv.terms) many |= term.direct && !term.walk.pointwise();
+  const int64_t vectors = many ? kStripVectors : few;
+  if (!conv.blocking.other_strips) return vectors;
+  return vectors == kStripVectors ? kStripVectors / 2 : kStripVectors;
 }
 
 void Program::choose_strips(Conv& conv) {
@@ -548,13 +556,18 @@ void Program::add_conv_steps(Conv& conv) {
     walk.tile_h = walk.grid_h;
     walk.tile_w = walk.grid_w;
     walk.pitch = layout.pitch;
-    term.shifts =
-        kernels().shifts_sums && term.direct && layout.shifting && (walk.left || walk.right) && !term.is_dense;
+    // Sums are shifted within whole rows, which strips of another length may divide.
+    const bool may_shift = kernels().shifts_sums && conv.blocking.pairs && !conv.blocking.other_strips;
+    term.shifts = may_shift && term.direct && layout.shifting && (walk.left || walk.right) && !term.is_dense;
     walk.lead = term.direct ? 0 : round_up(walk.left, kAlign) - walk.left;
     place_phases(walk);
-    term.block = walk.groups > 1
-                     ? term.channels()
-                     : block_channels(walk, term.weight, strip_vectors(conv) * kAlign, kRowNnz, first_level_floats());
+    term.block = term.channels();
+    if (walk.groups == 1) {
+      const int64_t lanes = strip_vectors(conv) * kAlign, channels = term.channels();
+      const int64_t fit = block_channels(walk, term.weight, lanes, kRowNnz, first_level_floats());
+      const int64_t most = std::clamp<int64_t>(fit * conv.blocking.channels, 1, channels);
+      term.block = ceil_div(channels, ceil_div(channels, most));
+    }
     term.blocks = ceil_div(term.channels(), term.block);
     if (term.direct) {
       walk.phases[0].base = 0;
@@ -751,7 +764,9 @@ void Program::give_back(std::unique_ptr<Memory> memory) {
   free_.push_back(std::move(memory));
 }
 
-void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images, bool share) {
+void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images, bool share,
+                  double* seconds) {
+  using Clock = std::chrono::steady_clock;
   const int64_t threads = torch::stable::get_num_threads();
   const size_t shared = share ? alone_ : 0;  // steps of a whole image that threads share
   const int64_t teams = alone_ == 0 ? 1 : std::clamp<int64_t>(threads / kTeam, 1, std::max<int64_t>(1, images));
@@ -768,14 +783,20 @@ void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& 
     const int64_t size = members[team].size();
     const int64_t begin = first_of(images, team), end = first_of(images, team + 1);
     Team::Member member(members[team], rank);
+    std::vector<double> spent(layers_.size());
+    auto step = [&](size_t s, const Frame& frame, int64_t first, int64_t last) {
+      if (!seconds) return steps_[s].run(frame, first, last);
+      const auto start = Clock::now();
+      steps_[s].run(frame, first, last);
+      spent[steps_[s].layer] += std::chrono::duration<double>(Clock::now() - start).count();
+    };
     auto frame = [&](int64_t image, int64_t i) { return Frame{memory[team][i]->data(), &inputs, &outputs, image}; };
     auto together = [&](int64_t image, int64_t i, size_t steps) {
       for (size_t s = 0; s < steps; ++s)
-        member.share(steps_[s].items,
-                     [&](int64_t first, int64_t last) { steps_[s].run(frame(image, i), first, last); });
+        member.share(steps_[s].items, [&](int64_t first, int64_t last) { step(s, frame(image, i), first, last); });
     };
     auto alone = [&](int64_t image, int64_t i) {
-      for (size_t s = shared; s < steps_.size(); ++s) steps_[s].run(frame(image, i), 0, steps_[s].items);
+      for (size_t s = shared; s < steps_.size(); ++s) step(s, frame(image, i), 0, steps_[s].items);
     };
     const int64_t whole = (end - begin) / size * size;  // images of which every member can have as many
     if (shared == 0) {
@@ -791,6 +812,9 @@ void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& 
       }
     }
     for (int64_t image = begin + whole; image < end; ++image) together(image, 0, steps_.size());
+    if (!seconds) return;
+    const std::lock_guard lock(mutex_);
+    for (size_t layer = 0; layer < spent.size(); ++layer) seconds[layer] += spent[layer];
   };
   parallel(threads, [&](int64_t first, int64_t last) {
     for (int64_t team = 0; team < teams; ++team)

@@ -40,9 +40,15 @@ class Program {
   ~Program();
 
   void add_load(int64_t in, int64_t out);
+  // How the work of a sparse layer is cut, where that is not what its sizes ask for.
+  struct Blocking {
+    double channels = 1;        // of a block, over those that fit the first-level cache
+    bool other_strips = false;  // long ones in place of short ones, or the other way around
+    bool pairs = true;          // taps beside their lanes may be added by shifting sums
+  };
   // The weight is read until finish(). dense: it is computed as if nothing of it were zero; wants one group.
   void add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense, int64_t in, int64_t out, int64_t residual,
-                  const Epilogue& epilogue);
+                  const Epilogue& epilogue, const Blocking& blocking);
   void add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out);
   void add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out);
   // The mean over the pixels of every channel.
@@ -61,12 +67,15 @@ class Program {
   void add_store(int64_t in, int64_t output);
   void finish();
 
-  // Several threads may call it at once. share: whether threads share every image.
-  void run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images, bool share);
+  // Several threads may call it at once. share: whether threads share every image. seconds: nullptr, or those of every
+  // layer, in the order in which they were added, to which what all threads took together is added.
+  void run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images, bool share,
+           double* seconds);
 
   const Size& size(int64_t tensor) const { return tensor < 0 ? inputs_.at(-1 - tensor) : tensors_.at(tensor).size; }
   const std::vector<Size>& inputs() const { return inputs_; }
   const std::vector<Size>& outputs() const { return outputs_; }
+  int64_t layers() const { return layers_.size(); }
   // Of memory that an image takes on its way, once finished.
   int64_t floats() const { return floats_; }
 
@@ -113,6 +122,7 @@ class Program {
     int64_t items;
     Work run;
     int64_t tensor = kNone, rows = 0;  // that its items write in order, so many rows each
+    int64_t layer = kNone;
   };
   // Memory that is taken while layers [first, last] run.
   struct Use {

@@ -86,12 +86,14 @@ void program_load_op(int64_t number, int64_t input, int64_t out) {
 
 void program_conv2d_op(int64_t number, int64_t input, int64_t out, int64_t residual, Tensor values, Tensor crow,
                        Tensor col, std::optional<Tensor> bias, double low, double high, Ints kernel, Ints stride,
-                       Ints padding, Ints dilation, int64_t groups, bool dense) {
+                       Ints padding, Ints dilation, int64_t groups, bool dense, double channels, bool other_strips,
+                       bool pairs) {
   const auto b = open(number);
   const Program::Size from = size_of(*b, input), to = size_of(*b, out);
   const Conv2dGeometry g = geometry({1, from.channels, from.h, from.w}, {1, to.channels, to.h, to.w}, kernel, stride,
                                     padding, dilation, groups);
   STD_TORCH_CHECK(!dense || groups == 1, "a dense layer must have one group, got ", groups);
+  STD_TORCH_CHECK(channels > 0 && channels < 1e6, "channels must be a positive factor, got ", channels);
   const Csr weight = csr(crow, col, vector_data(values, "values", col.size(0)),
                          g.in_channels / groups * g.kernel_h * g.kernel_w, nullptr);
   STD_TORCH_CHECK(weight.rows == g.out_channels, "crow_indices must have out_channels + 1 elements");
@@ -105,7 +107,8 @@ void program_conv2d_op(int64_t number, int64_t input, int64_t out, int64_t resid
   b->weights.insert(b->weights.end(), {values, crow, col});
   b->program.add_conv2d(g, weight, dense, input, out, residual,
                         {bias ? vector_data(*bias, "bias", g.out_channels) : nullptr, nullptr, static_cast<float>(low),
-                         static_cast<float>(high)});
+                         static_cast<float>(high)},
+                        {channels, other_strips, pairs});
 }
 
 void program_max_pool2d_op(int64_t number, int64_t input, int64_t out, Ints kernel, Ints stride, Ints padding,
@@ -225,14 +228,22 @@ std::vector<Images> checked(const std::vector<Tensor>& tensors, const std::vecto
   return all;
 }
 
-void run_program_op(std::vector<Tensor> outputs, std::vector<Tensor> inputs, int64_t number, bool share) {
+void run_program_op(std::vector<Tensor> outputs, std::vector<Tensor> inputs, int64_t number, bool share,
+                    std::optional<Tensor> seconds) {
   const auto b = programs().at(number);
   STD_TORCH_CHECK(b->finished, "program ", number, " is not finished");
   STD_TORCH_CHECK(!inputs.empty() && inputs[0].dim() == 4, "inputs must have 4 dimensions");
   const int64_t batch = inputs[0].size(0);
   const auto from = checked(inputs, b->program.inputs(), batch, "inputs");
   const auto to = checked(outputs, b->program.outputs(), batch, "outputs");
-  b->program.run(from, to, batch, share);
+  double* to_seconds = nullptr;
+  if (seconds) {
+    STD_TORCH_CHECK(seconds->scalar_type() == torch::headeronly::ScalarType::Double && seconds->dim() == 1 &&
+                        seconds->is_contiguous() && seconds->size(0) == b->program.layers(),
+                    "seconds must be float64 [", b->program.layers(), "]");
+    to_seconds = static_cast<double*>(seconds->mutable_data_ptr());
+  }
+  b->program.run(from, to, batch, share, to_seconds);
 }
 
 }  // namespace
@@ -245,7 +256,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
   m.def(
       "program_conv2d(int program, int input, int out, int residual, Tensor values, Tensor crow_indices, Tensor "
       "col_indices, Tensor? bias, float low, float high, int[] kernel_size, int[] stride, int[] padding, int[] "
-      "dilation, int groups, bool dense) -> ()");
+      "dilation, int groups, bool dense, float channels, bool other_strips, bool pairs) -> ()");
   m.def(
       "program_max_pool2d(int program, int input, int out, int[] kernel_size, int[] stride, int[] padding, int[] "
       "dilation) -> ()");
@@ -260,7 +271,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
   m.def("program_store(int program, int input, int output) -> ()");
   m.def("finish_program(int program) -> ()");
   m.def("program_floats(int program) -> int");
-  m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program, bool share) -> ()");
+  m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program, bool share, Tensor(b!)? seconds) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {

@@ -46,8 +46,8 @@ class Chain:
     """
 
     def __init__(self, plan: Plan, sizes: Sizes, numbers: Sequence[int], weight_of: Callable):
-        """``weight_of(number)`` gives the weight of a layer: values, crow_indices, col_indices, bias, kernel_size, and
-        whether it is computed as if nothing of it were zero."""
+        """``weight_of(number)`` gives the weight of a layer: values, crow_indices, col_indices, bias, kernel_size,
+        whether it is computed as if nothing of it were zero, and how its work is cut (:class:`_ops.Blocking`)."""
         self.numbers = list(numbers)
         self.inputs, self.outputs = _ends(plan, numbers)
         self._out_sizes = [sizes[slot] for slot in self.outputs]
@@ -58,13 +58,23 @@ class Chain:
         for function, args, kwargs in builder.instructions:
             function(self.number, *args, **kwargs)
         _ops.finish_program(self.number)
+        self._count, self._place = len(builder.instructions), builder.place
 
-    def run(self, inputs: Sequence[Tensor], share: bool = False) -> list[Tensor]:
-        """The values of ``outputs``, NCHW, given those of ``inputs``. ``share``: as of :func:`_ops.run_program`."""
+    def run(
+        self, inputs: Sequence[Tensor], share: bool = False, seconds: dict[int, float] | None = None
+    ) -> list[Tensor]:
+        """The values of ``outputs``, NCHW, given those of ``inputs``.
+
+        ``share``: as of :func:`_ops.run_program`. ``seconds``: gets what every layer took, all threads together, by the
+        number of its step.
+        """
         batch = len(inputs[0])
         outputs = [inputs[0].new_empty(batch, *_image(size)) for size in self._out_sizes]
+        spent = None if seconds is None else torch.zeros(self._count, dtype=torch.float64)
         if batch:
-            _ops.run_program(outputs, inputs, self.number, share)
+            _ops.run_program(outputs, inputs, self.number, share, spent)
+        if seconds is not None:
+            seconds |= {number: float(spent[place]) for number, place in self._place.items()}
         return [out.view(batch, *size) for out, size in zip(outputs, self._out_sizes)]
 
 
@@ -74,12 +84,14 @@ class _Builder:
     Attributes:
         tensors: sizes of the program's tensors.
         instructions: functions of :mod:`sparsekit._ops`, with their arguments after the program's number.
+        place: of layers among the instructions, by the number of their step.
     """
 
     def __init__(self, plan: Plan, sizes: Sizes, chain: Chain, weight_of: Callable):
         self.plan, self.sizes, self.weight_of = plan, sizes, weight_of
         self.tensors: list[list[int]] = []
         self.instructions: list[tuple] = []
+        self.place: dict[int, int] = {}
         self.number_of = {slot: -1 - i for i, slot in enumerate(chain.inputs)}
         self.pending: dict[int, dict] = {}  # slot: what the only reader of it, an activation, takes over
         steps = [plan.steps[n] for n in chain.numbers]
@@ -112,14 +124,15 @@ class _Builder:
         self.instructions.append((function, args, kwargs))
 
     def layer(self, number: int, step: Layer) -> None:
-        values, crow, col, bias, kernel, dense = self.weight_of(number)
+        values, crow, col, bias, kernel, dense, blocking = self.weight_of(number)
         source = self.number_of[step.input.slot]
         residual = None if step.residual is None else self.number_of[step.residual.slot]
         out = self.hidden(step.out) if step.activation else self.new(step.out)
         geometry = (kernel, step.stride, step.padding, step.dilation, step.groups)
+        self.place[number] = len(self.instructions)
         self.add(
             _ops.program_conv2d, source, out, residual, values, crow, col, bias, step.low, step.high, *geometry,
-            dense=dense,
+            dense=dense, blocking=blocking,
         )  # fmt: skip
         if step.activation:
             self.add(_ops.program_elementwise, out, self.new(step.out), activation=step.activation)

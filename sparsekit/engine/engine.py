@@ -31,8 +31,9 @@ def compile(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], autot
     Args:
         model: any module in eval mode, on the CPU; it is not changed.
         example_inputs: what ``model`` is called with, ``[n, channels, h, w]`` for a CNN: a tensor, or a tuple of them.
-        autotune: measure every layer, sparse against dense, which part of the batch to run at a time, and whether
-            threads share images, instead of following the cost table. Measurements are kept on disk
+        autotune: measure every layer, sparse against dense and, in a chain, cut into other blocks of channels and strips
+            of pixels, which part of the batch to run at a time, and whether threads share images, instead of following
+            the cost table. Measurements are kept on disk
             (:mod:`sparsekit.engine.tuning`). With False the same model gives the same plan, and bit-identical results
             for any number of threads where all layers run sparse.
 
@@ -179,7 +180,9 @@ class Engine(nn.Module):
         return self._choose(inputs, Schedule.decide)
 
     def autotune_(self, *inputs: Tensor) -> Engine:
-        """Measure, and choose per layer what is faster, and how much of the batch to run at a time. Returns self.
+        """Measure, and choose per layer what is faster and how it is cut, and how much of the batch to run at a time.
+
+        Returns self.
 
         Args:
             inputs: as for a call; the batch size that matters. What is chosen holds for inputs of this size.

@@ -1,6 +1,6 @@
 """An engine in one safetensors file: the plan as JSON in its metadata, weights compressed.
 
-Version 3. A weight with zeros is stored as ``<name>:values`` ``[nnz]``, ``:crow_indices`` and ``:col_indices``, the
+Version 4. A weight with zeros is stored as ``<name>:values`` ``[nnz]``, ``:crow_indices`` and ``:col_indices``, the
 other tensors under their names. A file can name ATen ops of a plan and nothing else: no code is in it.
 """
 
@@ -20,9 +20,10 @@ from ..formats import validate_csr
 from ..io.checkpoint import write_atomically
 from .chains import check as check_chain
 from .plan import ACTIVATIONS, Call, Compressed, Const, Layer, Plan, Ref, resolve
+from .schedule import BLOCKINGS
 
 FORMAT = "sparsekit.engine"
-VERSION = 3
+VERSION = 4
 DIMENSIONS = {"conv2d": 4, "linear": 2}  # of weights
 
 
@@ -183,6 +184,9 @@ def _checked(choices: dict, plan: Plan) -> dict:
             raise ValueError(f"part is {saved['part']}")
         if not isinstance(saved["share"], bool):
             raise ValueError(f"share is {saved['share']}")
+        for number, name in saved["blockings"].items():
+            if not isinstance(plan.steps[int(number)], Layer) or name not in BLOCKINGS:
+                raise ValueError(f"step {number} is cut by {name!r}")
         sizes = {int(slot): [int(n) for n in size] for slot, size in saved["sizes"].items()}
         chains = [[int(number) for number in numbers] for numbers in saved["chains"]]
         for numbers in chains:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .. import _ops, dispatch
-from ..profile import Explanation, LayerReport, seconds_in_turns
+from ..profile import RUNS, Explanation, LayerReport, seconds_in_turns
 from . import tuning
 from .capture import FRESH
 from .chains import Chain, choose
@@ -29,8 +32,18 @@ PART_PIXELS = PARTS[0] * 224 * 224  # of smaller images more fit the same
 AT_HAND = 32 << 20  # bytes; glibc gives larger blocks back
 # Seconds after which tuning compares no longer: backends of a layer, and ways to run all of the model.
 LAYER_SECONDS, MODEL_SECONDS = 0.03, 1.0
-# Images on which it compares backends and chains: what one takes hardly depends on how many more there are.
-MOST_IMAGES = 8
+# Ways to cut the work of a layer in a chain, by name; all of the chain is run in each, until they took so long.
+BLOCKINGS = {
+    "as its sizes ask for": _ops.OWN_BLOCKING,
+    "half the channels": _ops.Blocking(channels=0.5),
+    "twice the channels": _ops.Blocking(channels=2.0),
+    "other strips": _ops.Blocking(other_strips=True),
+    "no pairs": _ops.Blocking(pairs=False),
+}
+BLOCKING_SECONDS = 1.0
+WITH_PAIRS = ("avx512", "zen4")
+# Images on which it compares all but the last two choices: what one takes hardly depends on how many more there are.
+MOST_IMAGES = 4
 LEAST_GAIN = 0.97
 
 
@@ -59,6 +72,7 @@ class Schedule:
         sizes: per slot of ``plan.per_image``, the dimensions after the batch.
         part: images that are run at a time; None runs the whole batch.
         share: whether two threads share every image of a chain.
+        blockings: how the work of layers in chains is cut, one of :data:`BLOCKINGS`, where not by the first of them.
         layers, choices: by the number of their step.
     """
 
@@ -68,6 +82,7 @@ class Schedule:
         self.sizes: dict[int, list[int]] = {}
         self.part: int | None = None
         self.share = False
+        self.blockings: dict[int, str] = {}
         self.layers = {n: Prepared(s, plan) for n, s in enumerate(plan.steps) if isinstance(s, Layer)}
         self.choices = {number: Choice() for number in self.layers}
         self._functions = [None if isinstance(s, Layer) else _function(s.target) for s in plan.steps]
@@ -83,14 +98,22 @@ class Schedule:
         parts = [self._outputs(self._run((part,), self._items)) for part in inputs[0].chunk(count)]
         return [torch.cat(part) for part in zip(*parts)]
 
-    def _run(self, inputs: tuple[Tensor, ...], items: list, run_layer: Callable | None = None) -> list:
-        """Run steps and chains; ``run_layer(number, input, residual)`` instead of every layer. Returns all slots."""
+    def _run(
+        self,
+        inputs: tuple[Tensor, ...],
+        items: list,
+        run_layer: Callable | None = None,
+        seconds: dict[int, float] | None = None,
+    ) -> list:
+        """Run steps and chains; ``run_layer(number, input, residual)`` instead of every layer; ``seconds`` as of
+        :meth:`Chain.run`. Returns all slots."""
         slots: list = [None] * self.plan.slots
         slots[: len(inputs)] = inputs
         run_layer = run_layer or self._run_layer
         for item, unused, function in items:
             if isinstance(item, Chain):
-                for slot, out in zip(item.outputs, item.run([slots[slot] for slot in item.inputs], self.share)):
+                outputs = item.run([slots[slot] for slot in item.inputs], self.share, seconds)
+                for slot, out in zip(item.outputs, outputs):
                     slots[slot] = out
             elif isinstance(step := self.plan.steps[item], Call):
                 args = [self._value(v, slots) for v in step.args]
@@ -162,9 +185,11 @@ class Schedule:
         with tuning.Cache() as cache:
             self._measure_layers(some, shapes, cache)
             self._tune_chains(some, cache)
+            if self.chains:
+                self._tune_blockings(some, cache)
             if self.chains and len(inputs[0]) >= torch.get_num_threads() > 1:
                 self._tune_share(inputs, cache)
-            if self.plan.batched and len(inputs[0]) > 1:
+            if self.plan.batched and len(inputs[0]) > 1 and (not self.chains or self.part < len(inputs[0])):
                 self._tune_part(inputs, cache)
 
     def _predict(self, inputs: tuple[Tensor, ...]) -> dict[int, torch.Size]:
@@ -250,7 +275,7 @@ class Schedule:
     def join(self, chains: list[list[int]]) -> None:
         """Make chains of these steps, and of no others."""
         if chains != [chain.numbers for chain in self.chains]:
-            self._make(chains)
+            self._items = self._items_of(chains, self.blockings)
         outside = [slot for item, *_ in self._items for slot in self._uses(item)[1]]
         largest = 4 * max((math.prod(self.sizes.get(slot, [])) for slot in outside), default=1)
         pixels = max(1, math.prod(self.sizes.get(0, [1])[1:]))
@@ -258,17 +283,19 @@ class Schedule:
         self.part = images if chains and self.plan.batched else None
         self.share = False
 
-    def _make(self, chains: list[list[int]]) -> None:
+    def _items_of(self, chains: list[list[int]], blockings: dict[int, str]) -> list[tuple]:
+        """What a call runs with chains of these steps."""
+
         def weight_of(number: int) -> tuple:
-            layer = self.layers[number]
+            layer, blocking = self.layers[number], BLOCKINGS[blockings.get(number, next(iter(BLOCKINGS)))]
             layer.compress()
-            return *layer.compressed(), layer.bias, list(layer.size[2:]), self._dense_in_chain(number)
+            return *layer.compressed(), layer.bias, list(layer.size[2:]), self._dense_in_chain(number), blocking
 
         made = [Chain(self.plan, self.sizes, numbers, weight_of) for numbers in chains]
         last = {chain.numbers[-1]: chain for chain in made}
         inside = {number for numbers in chains for number in numbers}
         numbers = [number for number, *_ in self._steps if number in last or number not in inside]
-        self._items = self._with_unused([last.get(number, number) for number in numbers])
+        return self._with_unused([last.get(number, number) for number in numbers])
 
     def _tune_chains(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
         """Join steps to chains, if the whole is faster for it; all layers dense, if that is fastest of all."""
@@ -293,6 +320,49 @@ class Schedule:
         if fastest == "dense":
             for choice in self.choices.values():
                 choice.backend, choice.reason = "dense", f"{choice.reason}; all of the model is faster dense"
+
+    def _tune_blockings(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
+        """Choose how the work of every sparse layer in a chain is cut, by what it takes there."""
+        names = [name for name, way in BLOCKINGS.items() if way.pairs or _ops.backend() in WITH_PAIRS]
+        keys = {}
+        for number in self._chained() & self.layers.keys():
+            layer = self.layers[number]
+            shape = layer.shape_on((1, *self.sizes[layer.layer.input.slot]))
+            if not self._dense_in_chain(number):
+                keys[number] = f"blocking-{shape.key}-{layer.nnz}-{layer.layer.residual is not None}"
+        if not all(cache.knows(key, names) for key in keys.values()):
+            for key, seconds in self._seconds_of(inputs, names, keys).items():
+                cache.keep(key, seconds)
+        blockings = {}
+        for number, key in keys.items():
+            known = cache.known(key)
+            fastest = min(known, key=known.get)
+            if known[fastest] < LEAST_GAIN * known[names[0]]:
+                blockings[number] = fastest
+        if not blockings:
+            return
+        plain, cut = self._items, self._items_of([chain.numbers for chain in self.chains], blockings)
+        ways = {"plain": lambda: self._run(inputs, plain), "cut": lambda: self._run(inputs, cut)}
+        seconds = cache.seconds(f"blockings-{sorted(blockings.items())}-{self._key(inputs)}", ways, MODEL_SECONDS)
+        if seconds["cut"] < LEAST_GAIN * seconds["plain"]:
+            self.blockings, self._items = blockings, cut
+
+    def _seconds_of(self, inputs: tuple[Tensor, ...], names: Iterable[str], keys: dict[int, str]) -> dict[str, dict]:
+        """Per key, what a layer takes in its chain when all are cut in one of these ways, by its name."""
+        chains = [chain.numbers for chain in self.chains]
+        items = {name: self._items_of(chains, dict.fromkeys(keys, name)) for name in names}
+        times: dict[str, dict[str, list[float]]] = {key: defaultdict(list) for key in keys.values()}
+        begin = time.perf_counter()
+        for turn in range(RUNS + 1):
+            if turn > 2 and time.perf_counter() - begin > BLOCKING_SECONDS:
+                break
+            for name, some in items.items():
+                seconds: dict[int, float] = {}
+                self._run(inputs, some, seconds=seconds)
+                for number, key in keys.items():
+                    if turn:  # the first warms up
+                        times[key][name].append(seconds[number])
+        return {key: {name: statistics.median(t) for name, t in ways.items()} for key, ways in times.items()}
 
     def _tune_share(self, inputs: tuple[Tensor, ...], cache: tuning.Cache) -> None:
         def run(share: bool) -> Callable:
@@ -350,6 +420,7 @@ class Schedule:
             why = choice.reason
             if number in chained:
                 why += "; in a chain" if choice.backend == "sparse" else "; a link in a chain"
+                why += f", {self.blockings[number]}" if number in self.blockings else ""
             if layer.layer.fused:
                 why += f"; with {', '.join(layer.layer.fused)}"
             backend = choice.backend
@@ -375,6 +446,7 @@ class Schedule:
             "sizes": self.sizes,
             "part": self.part,
             "share": self.share,
+            "blockings": self.blockings,
             "layers": {str(n): [c.backend, c.reason, c.seconds] for n, c in self.choices.items()},
             "chains": [chain.numbers for chain in self.chains],
         }
@@ -385,6 +457,7 @@ class Schedule:
         for number, choice in self.choices.items():
             choice.backend, choice.reason, seconds = saved["layers"][str(number)]
             choice.seconds = None if seconds is None else tuple(seconds)
+        self.blockings = {int(number): name for number, name in saved["blockings"].items()}
         self.join(saved["chains"])
         self.part, self.share = saved["part"], saved["share"]
 

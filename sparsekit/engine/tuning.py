@@ -59,10 +59,14 @@ class Cache:
         """The seconds that each way takes, by name."""
         return self._known[key]
 
+    def keep(self, key: str, seconds: dict[str, float]) -> None:
+        """The seconds that each way takes, by whoever measured them."""
+        self._known[key] = self._new[key] = seconds
+
     def seconds(self, key: str, ways: dict[str, Callable[[], object]], limit: float = math.inf) -> dict[str, float]:
         """The seconds that each of some ways of doing something takes, measured if nobody has."""
         if not self.knows(key, ways):
-            self._known[key] = self._new[key] = seconds_in_turns(ways, limit=limit)
+            self.keep(key, seconds_in_turns(ways, limit=limit))
         return self.known(key)
 
     def __exit__(self, *error) -> None:

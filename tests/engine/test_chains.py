@@ -1,6 +1,7 @@
 """Chains compute what their steps compute, in any geometry, and refuse what they cannot hold."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import sparsekit as sk
 from sparsekit import _ops
 from sparsekit.engine import chains, files, tuning
 from sparsekit.engine.plan import Layer
+from sparsekit.engine.schedule import BLOCKINGS
 
 from .common import assert_as_good, own_cache, schedule_of  # noqa: F401
 
@@ -47,6 +49,11 @@ def prune(model, sparsity):
             if isinstance(module, nn.Conv2d):
                 module.weight *= torch.rand_like(module.weight) >= sparsity
     return model
+
+
+def known_of(key):
+    """What tuning might have measured: sparse layers are faster, and their work is cut as it should be."""
+    return dict.fromkeys(BLOCKINGS, 1.0) if key.startswith("blocking-") else {"sparse": 0.5, "dense": 1.0}
 
 
 AFTER = (nn.ReLU(), nn.ReLU6(), nn.Identity(), nn.SiLU(), nn.Hardswish(), nn.Hardsigmoid(), nn.Sigmoid())
@@ -182,6 +189,81 @@ def test_residual_blocks(size, isa):
             assert_equals(engine, model, x.contiguous(memory_format=torch.channels_last))
     finally:
         _ops.set_isa(before)
+
+
+@pytest.mark.parametrize("blocking", BLOCKINGS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_blockings(blocking, isa):
+    """However the work is cut: in rows and planes, packed and not, with one block of channels and with several."""
+    torch.manual_seed(0)
+    model = prune(nn.Sequential(Block(400, 40, 1), Block(160, 24, 2), Block(96, 24, 1)), 0.8).eval()
+    for size in (14, 28, 56):
+        x = torch.randn(2, 400, size, size)
+        with sk.use_isa(isa):
+            engine = chained(model, x)
+            schedule = schedule_of(engine)
+            (chain,) = schedule.chains
+            schedule._items = schedule._items_of([chain.numbers], dict.fromkeys(schedule.layers, blocking))
+            assert schedule.chains[0] is not chain
+            assert_equals(engine, model, x)
+
+
+def test_seconds_of_layers():
+    model = prune(nn.Sequential(Block(32, 16, 2), Block(64, 16, 1)), 0.8).eval()
+    x = torch.randn(5, 32, 28, 28)
+    engine = chained(model, x)
+    (chain,) = chains_of(engine)
+    for share in (False, True):
+        seconds = {}
+        start = time.perf_counter()
+        plain, timed = chain.run([x], share), chain.run([x], share, seconds)
+        spent = time.perf_counter() - start
+        assert torch.equal(plain[0], timed[0])
+        assert seconds.keys() == schedule_of(engine).layers.keys() & set(chain.numbers)
+        # The shortcut's convolution is a part of the one that it is added to.
+        assert sorted(s > 0 for s in seconds.values()) == [False] + 6 * [True]
+        assert sum(seconds.values()) < spent * torch.get_num_threads()
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_tuning_cuts_the_work_of_layers_as_is_fastest(faster, tmp_path, monkeypatch):
+    other, x = "twice the channels", torch.randn(4, 16, 28, 28)
+    times = {"sparse": 0.5, "chained": 0.1, "cut": 0.5 if faster else 1.0}
+    made, add = [], _ops.program_conv2d
+
+    def seconds(cache, key, ways, limit=None):
+        for run in ways.values():
+            run()
+        return {way: times.get(way, 1.0) for way in ways}
+
+    def known(cache, key):
+        return known_of(key) | ({other: 0.5} if key.startswith("blocking-") and "-9-" in key else {})
+
+    def conv2d(*args, blocking, **kwargs):
+        made.append(blocking)
+        add(*args, blocking=blocking, **kwargs)
+
+    monkeypatch.setattr(tuning.Cache, "seconds", seconds)
+    monkeypatch.setattr(tuning.Cache, "known", known)
+    monkeypatch.setattr(_ops, "program_conv2d", conv2d)
+    engine = sk.compile(prune(Block(16, 8, 1), 0.8).eval(), x)
+    schedule = schedule_of(engine)
+    three = [n for n, layer in schedule.layers.items() if layer.size[2:] == (3, 3)]  # "-9-" in the keys of these alone
+    assert len(three) == 1 and schedule.blockings == (dict.fromkeys(three, other) if faster else {})
+    assert [other in layer.reason for layer in engine.explain(x)].count(True) == faster
+    engine.save(tmp_path / "engine")
+    made.clear()
+    loaded = sk.load(tmp_path / "engine")
+    assert [blocking.channels for blocking in made] == [1.0, 2.0 if faster else 1.0, 1.0, 1.0]
+    assert schedule_of(loaded).saved() == schedule.saved()
+    assert torch.equal(loaded(x), engine(x))
+    for number, way in ((three[0], "in some way"), (99, other), (schedule.chains[0].numbers[-1] + 1, other)):
+        choices = engine._choices()
+        choices["schedules"][0][1]["blockings"] = {number: way}
+        files.write(tmp_path / "engine", engine.plan, choices)
+        with pytest.raises(ValueError, match="path must be an engine's file"):
+            sk.load(tmp_path / "engine")
+    assert not schedule_of(engine.decide_(x)).blockings
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -342,7 +424,7 @@ def test_tuning_lets_threads_share_images_where_that_is_faster(faster, tmp_path,
         return {way: times.get(way, 1.0) for way in ways}
 
     monkeypatch.setattr(tuning.Cache, "seconds", seconds)
-    monkeypatch.setattr(tuning.Cache, "known", lambda cache, key: {"sparse": 0.5, "dense": 1.0})
+    monkeypatch.setattr(tuning.Cache, "known", lambda cache, key: known_of(key))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x = torch.randn(4, 16, 28, 28)
     engine = sk.compile(prune(Block(16, 8, 1), 0.8).eval(), x)
@@ -490,8 +572,8 @@ def test_programs_check_what_they_are_given():
     def program():
         return _ops.add_program([2, 4, 4, 2, 4, 4], [2, 4, 4], [2, 4, 4])
 
-    def conv(number, input=0, out=1, residual=None, values=weight[0], geometry=geometry, dense=False):
-        _ops.program_conv2d(number, input, out, residual, values, *weight[1:], None, 0.0, 1.0, *geometry, dense=dense)
+    def conv(number, input=0, out=1, residual=None, values=weight[0], geometry=geometry, **how):
+        _ops.program_conv2d(number, input, out, residual, values, *weight[1:], None, 0.0, 1.0, *geometry, **how)
 
     with pytest.raises(RuntimeError, match="triples"):
         _ops.add_program([1, 2], [], [])
@@ -510,6 +592,7 @@ def test_programs_check_what_they_are_given():
         (lambda: conv(p, values=torch.zeros(3)), "elements"),
         (lambda: conv(p, geometry=([3, 3], [1, 1], [0, 0, 0, 0], [1, 1], 1)), "geometry"),
         (lambda: conv(p, geometry=(*geometry[:-1], 2), dense=True), "one group, got 2"),
+        (lambda: conv(p, blocking=_ops.Blocking(channels=0.0)), "positive factor, got 0"),
         (lambda: _ops.program_max_pool2d(p, 0, 1, [3, 3], [1, 1], [0, 0], [1, 1]), "geometry"),
         (lambda: _ops.program_mean(p, 0, 1), "one pixel"),
         (lambda: _ops.program_avg_pool2d(p, 0, 1, [2, 2], [1, 1], [0, 0]), "geometry"),
@@ -530,6 +613,10 @@ def test_programs_check_what_they_are_given():
     _ops.finish_program(p)
     with pytest.raises(RuntimeError, match="finished"):
         conv(p)
+    images = [torch.zeros(1, 2, 4, 4)]
+    for seconds in (torch.zeros(2, dtype=torch.float64), torch.zeros(3), torch.zeros(3, 1, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match=r"seconds must be float64 \[3\]"):
+            _ops.run_program(images, images, p, seconds=seconds)
     for outputs, inputs in (
         ([], [torch.zeros(1, 2, 4, 4)]),
         ([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 5)]),
