@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -347,10 +347,10 @@ class Schedule:
         if seconds["cut"] < LEAST_GAIN * seconds["plain"]:
             self.blockings, self._items = blockings, cut
 
-    def _seconds_of(self, inputs: tuple[Tensor, ...], names: Iterable[str], keys: dict[int, str]) -> dict[str, dict]:
-        """Per key, what a layer takes in its chain when all are cut in one of these ways, by its name."""
-        chains = [chain.numbers for chain in self.chains]
-        items = {name: self._items_of(chains, dict.fromkeys(keys, name)) for name in names}
+    def _seconds_of(self, inputs: tuple[Tensor, ...], names: list[str], keys: dict[int, str]) -> dict[str, dict]:
+        """Per key, what a layer takes in its chain when all are cut in one of these ways, by its name; now in the first."""
+        (first, *others), chains = names, [chain.numbers for chain in self.chains]
+        items = {first: self._items} | {name: self._items_of(chains, dict.fromkeys(keys, name)) for name in others}
         times: dict[str, dict[str, list[float]]] = {key: defaultdict(list) for key in keys.values()}
         begin = time.perf_counter()
         for turn in range(RUNS + 1):

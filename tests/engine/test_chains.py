@@ -14,7 +14,7 @@ import sparsekit as sk
 from sparsekit import _ops
 from sparsekit.engine import chains, files, tuning
 from sparsekit.engine.plan import Layer
-from sparsekit.engine.schedule import BLOCKINGS
+from sparsekit.engine.schedule import BLOCKINGS, MOST_IMAGES, Schedule
 
 from .common import assert_as_good, own_cache, schedule_of  # noqa: F401
 
@@ -206,6 +206,35 @@ def test_blockings(blocking, isa):
             schedule._items = schedule._items_of([chain.numbers], dict.fromkeys(schedule.layers, blocking))
             assert schedule.chains[0] is not chain
             assert_equals(engine, model, x)
+
+
+def test_blockings_change_what_is_packed_at_once():
+    """Of a source with a stride that is too large to be packed as a whole: blocks, and those of short strips are larger."""
+    model = prune(nn.Sequential(nn.Conv2d(16, 256, 1), nn.Conv2d(256, 8, 3, 2, 1)), 0.8)
+    engine = chained(model, torch.randn(1, 16, 56, 56))
+    schedule = schedule_of(engine)
+    (chain,) = schedule.chains
+
+    def floats(blocking):
+        ((made, *_),) = schedule._items_of([chain.numbers], dict.fromkeys(schedule.layers, blocking))
+        return _ops.program_floats(made.number)
+
+    half, own, twice = map(floats, ("half the channels", "as its sizes ask for", "twice the channels"))
+    assert half < own < twice
+    assert floats("other strips") != own
+
+
+def test_tuning_compares_layers_on_few_images(monkeypatch):
+    model, x, seen = prune(Block(16, 8, 1), 0.8).eval(), torch.randn(9, 16, 28, 28), []
+    measure = Schedule._measure_layers
+
+    def note(schedule, inputs, *args):
+        seen.append(len(inputs[0]))
+        measure(schedule, inputs, *args)
+
+    monkeypatch.setattr(Schedule, "_measure_layers", note)
+    assert_equals(sk.compile(model, x), model, x)
+    assert seen == [MOST_IMAGES]
 
 
 def test_seconds_of_layers():
