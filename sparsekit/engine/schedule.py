@@ -22,7 +22,7 @@ from .layers import Prepared
 from .plan import Call, Const, Layer, Plan, Ref, last_uses, refs, resolve
 
 BACKENDS = ("sparse", "dense")
-# Below this fraction of zeros nobody measures whether sparse is faster.
+# Below this fraction of zeros sparse is measured only where the cost table expects it to be faster: depthwise layers.
 LOWEST_SPARSITY = 0.3
 # Parts of the batch that tuning tries, each if the one before was a gain: a part's activations may fit a cache where
 # the batch's do not. With chains, whose time per image does not depend on the batch, the first is taken untried, or
@@ -221,7 +221,8 @@ class Schedule:
         keys = {}
         for number, size in shapes.items():
             layer = self.layers[number]
-            if layer.sparsity >= LOWEST_SPARSITY and _can_run_sparse(size):
+            worth = layer.sparsity >= LOWEST_SPARSITY or self.choices[number].backend == "sparse"
+            if worth and _can_run_sparse(size):
                 keys[number] = f"{layer.shape_on(size).key}-{layer.nnz}-{layer.layer.residual is not None}"
 
         def measure(number: int, input: Tensor, residual: Tensor | None) -> Tensor:

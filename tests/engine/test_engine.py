@@ -412,6 +412,24 @@ def test_autotuning_is_measured_once():
         assert all("dense" in measured[key] for key in keys if not key.startswith(("parts-", "share-", "blocking")))
 
 
+@pytest.mark.skipif(sk.backend() == "reference", reason="there is one way to run a layer without C++ kernels")
+def test_the_cost_table_alone_makes_no_dense_layer_sparse(monkeypatch):
+    """Without zeros a layer is measured if the table expects sparse kernels to be faster, and only then."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 7, padding=3, groups=8), nn.Conv2d(8, 16, 3)).eval()
+    x = torch.randn(2, 8, 16, 16)
+    expects = {8: (1.0, 2.0), 1: (2.0, 1.0)}
+    measured = {"sparse": 2.0, "dense": 1.0, "alone": 1.0, "chained": 2.0}
+    monkeypatch.setattr("sparsekit.dispatch.predict", lambda shape, nnz, train: expects[shape.groups])
+    monkeypatch.setattr(
+        "sparsekit.engine.tuning.seconds_in_turns", lambda ways, **kwargs: {way: measured.get(way, 1.0) for way in ways}
+    )
+    engine = sk.compile(model, x)
+    depthwise, dense = schedule_of(engine).choices.values()
+    assert (depthwise.backend, depthwise.seconds) == ("dense", (2.0, 1.0)) and "measured" in depthwise.reason
+    assert (dense.backend, dense.seconds) == ("dense", None)
+    torch.testing.assert_close(engine(x), model(x))
+
+
 def test_explain():
     engine = sk.compile(small_net(), x := torch.randn(2, 3, 16, 16), autotune=False)
     report = engine.explain(x)
