@@ -1,11 +1,9 @@
 """What an engine costs besides running: `python -m benchmarks.footprint`. ResNet-50, 224 x 224, two threads.
 
 Seconds to compile without tuning, with tuning, and with what tuning kept on disk, seconds to load a saved engine, and
-memory. Weights: what a loaded engine takes, and what of its file is in memory beside (shared, and given back when memory
-is short), and what a compiled one takes, which also keeps the non-zeros to save them and for other image sizes; against
-1.3 x (8 bytes a non-zero of the pruned layers + 4 bytes a weight of the others). An image on its way: against two times
-its largest pair of tensors that live at once. Figures go to benchmarks/results/footprint, a file for every CPU, a
-sentence to README.
+memory. Weights: what a compiled engine takes, and a loaded one, with what of its file is in memory; against 1.3 x (8 bytes
+a non-zero of the pruned layers + 4 bytes a weight of the others). An image on its way: against two times its largest
+pair of tensors that live at once. Figures go to benchmarks/results/footprint, a file for every CPU, a sentence to README.
 """
 
 from __future__ import annotations
@@ -30,12 +28,12 @@ RESULTS = machines.ROOT / "benchmarks" / "results" / "footprint"
 BATCH = 16
 
 
-def resident() -> tuple[float, float]:
-    """Megabytes of this process, once it has given back what it can spare: its own, and those of mapped files."""
+def resident() -> float:
+    """Megabytes of this process, mapped files included, once it has given back what it can spare."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return tuple(int(status[kind].split()[0]) * 1024e-6 for kind in ("RssAnon", "RssFile"))
+    return int(status["VmRSS"].split()[0]) * 1024e-6
 
 
 def seconds(function) -> tuple[float, object]:
@@ -67,11 +65,11 @@ def limit(model: torch.nn.Module) -> float:
 def measure(level: float, folder: Path) -> dict:
     os.environ["SPARSEKIT_CACHE"] = str(folder)
     images = torch.randn(BATCH, 3, 224, 224)
-    before = resident()[0]
+    before = resident()
     model = sk.densify_(resnet50(level)).eval()
     untuned, engine = seconds(lambda: sk.compile(model, images, autotune=False))
     wanted, model = limit(model), None
-    compiled, engine = resident()[0] - before, None
+    compiled, engine = resident() - before, None
     model = sk.densify_(resnet50(level)).eval()
     tuned, _ = seconds(lambda: sk.compile(model, images))
     cached, engine = seconds(lambda: sk.compile(model, images))
@@ -88,9 +86,9 @@ def measure(level: float, folder: Path) -> dict:
     model = engine = schedule = None
     before = resident()
     load, engine = seconds(lambda: sk.load(folder / "engine.sk"))
-    own, mapped = (after - b for after, b in zip(resident(), before))
+    loaded = resident() - before
     del engine  # it has to be there until here
-    return cell | {"load_s": load, "loaded_mb": own, "mapped_mb": mapped}
+    return cell | {"load_s": load, "loaded_mb": loaded}
 
 
 def summary(results: dict) -> str:
@@ -101,8 +99,8 @@ def summary(results: dict) -> str:
         return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
 
     weights = ", ".join(
-        f"{cell['loaded_mb']:.0f} MB at {level} (allowed {cell['weights_limit_mb']:.0f}; {cell['mapped_mb']:.0f} of the "
-        f"file beside, {cell['compiled_mb']:.0f} where it was compiled)"
+        f"{cell['compiled_mb']:.0f} MB at {level} (allowed {cell['weights_limit_mb']:.0f}; {cell['loaded_mb']:.0f} when "
+        "loaded)"
         for level, cell in results["cells"].items()
     )
     return (

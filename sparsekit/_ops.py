@@ -749,6 +749,16 @@ def program_floats(program: int) -> int:
     return torch.ops.sparsekit_cpu.program_floats(program)
 
 
+def program_values(program: int, layer: int, crow: Tensor, col: Tensor) -> Tensor | None:
+    """The values ``[nnz]`` of the weight of a finished program's layer, given its crow_indices and col_indices.
+
+    ``layer``: by the order in which they were added. None if the program does not have them: the layer is computed as
+    if nothing of it were zero, or its weight has its non-zeros elsewhere.
+    """
+    values = torch.empty(len(col))
+    return values if torch.ops.sparsekit_cpu.program_values(values, program, layer, crow, col) else None
+
+
 def run_program(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],

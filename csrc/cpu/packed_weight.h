@@ -23,6 +23,7 @@ class PackedWeight {
         block_channels_(block_channels),
         splits_(splits),
         taps_(part.taps.size()),
+        columns_(walk.source_channels * taps_),
         shifting_(shifting),
         group_rows_(walk.rows),
         group_floats_(together ? walk.source_channels * walk.channel_stride : 0) {
@@ -31,7 +32,7 @@ class PackedWeight {
     order_.resize(lists * rows_ + Rows::kAhead);
     slot_.resize(lists * rows_);
     length_.resize(lists * rows_);
-    std::vector<int32_t> offsets(walk.source_channels * taps_);
+    std::vector<int32_t> offsets(columns_);
     if (shifting_) {
       beside_.resize(offsets.size());
       pairs_.resize(lists);
@@ -73,6 +74,19 @@ class PackedWeight {
             shifting_ ? pairs_[group * blocks_ + block] : 0};
   }
 
+  // The values that it was made of, given the rest of the CSR, in its order; false if they are not all there.
+  bool values(const Csr& csr, float* to) const {
+    if (!all_taps_ || !values_ || !made_of(csr)) return false;
+    auto kept = [](int64_t) { return true; };
+    parallel(csr.rows, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
+          each_place(csr, list, j, end, kept, [&](int64_t j, int64_t at, bool) { to[j] = values_[at]; });
+        });
+    });
+    return true;
+  }
+
   // Move sums that are in packed order to the order of the CSR.
   void unpack(const Csr& csr, const float* packed, float* grad) const {
     parallel(csr.rows, [&](int64_t first, int64_t last) {
@@ -107,12 +121,12 @@ class PackedWeight {
   }
 
   void count(const Csr& csr, const std::vector<int32_t>& offsets) {
-    const bool all_taps = std::find(offsets.begin(), offsets.end(), -1) == offsets.end();
+    all_taps_ = std::find(offsets.begin(), offsets.end(), -1) == offsets.end();
     parallel(csr.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
         each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
           int64_t n = end - j;
-          if (!all_taps)
+          if (!all_taps_)
             for (n = 0; j < end; ++j) n += offsets[csr.col[j]] >= 0;
           length_[list] = n;
         });
@@ -175,55 +189,86 @@ class PackedWeight {
     begin_.back() = total;
   }
 
+  // Whether its lists have as many non-zeros as they would have of this CSR, where all taps are kept.
+  bool made_of(const Csr& csr) const {
+    bool same = csr.rows == rows_ * groups_;
+    for (int64_t j = 0; j < csr.nnz; ++j) same &= csr.col[j] < columns_;
+    for (int64_t r = 0; same && r < csr.rows; ++r)
+      each_segment(csr, r,
+                   [&](int64_t list, int64_t j, int64_t end) { same &= length_[list] == length(csr, list, j, end); });
+    return same;
+  }
+
+  int32_t length(const Csr& csr, int64_t list, int64_t j, int64_t end) const {
+    if (!shifting_) return end - j;
+    const int32_t pairs = pairs_[list / rows_];
+    const Beside count = beside(csr, j, end);
+    return end - j + 2 * pairs - std::min(count.left, pairs) - std::min(count.right, pairs);
+  }
+
+  // f(j, at, pair) for the non-zeros of a list that are kept(column): where they are among the slots, and whether they
+  // are of a pair. Of pairs, left and right taps take turns; the others follow.
+  template <class Kept, class F>
+  void each_place(const Csr& csr, int64_t list, int64_t j, int64_t end, const Kept& kept, const F& f) const {
+    int64_t to = begin_[slot_[list]];
+    if (!shifting_) {
+      for (; j < end; ++j)
+        if (kept(csr.col[j])) f(j, to++, false);
+      return;
+    }
+    const int64_t pairs = pairs_[list / rows_];
+    int64_t left = 0, right = 0, rest = to + 2 * pairs;
+    for (; j < end; ++j) {
+      if (!kept(csr.col[j])) continue;
+      const int64_t dx = beside_[csr.col[j]];
+      if (dx == -1 && left < pairs) {
+        f(j, to + 2 * left++, true);
+      } else if (dx == 1 && right < pairs) {
+        f(j, to + 2 * right++ + 1, true);
+      } else {
+        f(j, rest++, false);
+      }
+    }
+  }
+
   void fill(const Csr& csr, const std::vector<int32_t>& offsets) {
+    auto kept = [&](int64_t column) { return offsets[column] >= 0; };
     parallel(csr.rows, [&](int64_t first, int64_t last) {
       uint32_t* const to_offsets = offsets_.get();
       float* const to_values = values_.get();
       for (int64_t r = first; r < last; ++r) {
         const int64_t group = r / group_rows_ * group_floats_;
         each_segment(csr, r, [&](int64_t list, int64_t j, int64_t end) {
-          int64_t to = begin_[slot_[list]];
-          if (shifting_) return fill_pairs(csr, offsets, group, list, j, end, to);
-          for (; j < end; ++j) {
-            const int32_t offset = offsets[csr.col[j]];
-            if (offset < 0) continue;
-            to_offsets[to] = offset + group;
-            if (to_values) to_values[to] = csr.values[csr.permutation ? csr.permutation[j] : j];
-            ++to;
-          }
-          std::fill(to_offsets + to, to_offsets + begin_[slot_[list] + 1], 0);
+          if (shifting_) fill_pairs(csr, offsets, group, list, j, end);
+          const int64_t slot = slot_[list];
+          std::fill(to_offsets + begin_[slot] + length_[list], to_offsets + begin_[slot + 1], 0);
+          each_place(csr, list, j, end, kept, [&](int64_t j, int64_t at, bool pair) {
+            to_offsets[at] = offsets[csr.col[j]] + group - (pair ? beside_[csr.col[j]] : 0);
+            if (to_values) to_values[at] = csr.values[csr.permutation ? csr.permutation[j] : j];
+          });
         });
       }
     });
   }
 
-  // Left and right taps take turns, at the offsets of the column between them; then the others. Pairs that are not
-  // there read a pixel that the row reads anyway, if there is one: an Inf of another would make NaN of it.
+  // Pairs are at the offsets of the column between them; until one is found, they read a pixel that the row reads
+  // anyway, if there is one: an Inf of another would make NaN of zero.
   void fill_pairs(const Csr& csr, const std::vector<int32_t>& offsets, int64_t group, int64_t list, int64_t j,
-                  int64_t end, int64_t to) {
-    const int64_t pairs = pairs_[list / rows_];
+                  int64_t end) {
     uint32_t pixel = centre_;
-    for (int64_t k = j; k < end; ++k)
-      if (offsets[csr.col[k]] >= 0) {
-        pixel = offsets[csr.col[k]] - beside_[csr.col[k]] + group;
+    for (; j < end; ++j)
+      if (offsets[csr.col[j]] >= 0) {
+        pixel = offsets[csr.col[j]] - beside_[csr.col[j]] + group;
         break;
       }
-    for (int64_t i = 0; i < 2 * pairs; ++i) offsets_[to + i] = pixel, values_[to + i] = 0;
-    int64_t left = 0, right = 0, rest = to + 2 * pairs;
-    for (; j < end; ++j) {
-      const int32_t offset = offsets[csr.col[j]];
-      if (offset < 0) continue;
-      const int64_t dx = beside_[csr.col[j]];
-      const int64_t at = dx == -1 && left < pairs   ? to + 2 * left++
-                         : dx == 1 && right < pairs ? to + 2 * right++ + 1
-                                                    : rest++;
-      offsets_[at] = offset + group - (at < to + 2 * pairs ? dx : 0);
-      values_[at] = csr.values[csr.permutation ? csr.permutation[j] : j];
-    }
+    const int64_t first = begin_[slot_[list]], count = 2 * pairs_[list / rows_];
+    std::fill_n(offsets_.get() + first, count, pixel);
+    std::fill_n(values_.get() + first, count, 0.0f);
   }
 
-  int64_t rows_, groups_, blocks_, block_channels_, splits_, taps_;
+  int64_t rows_, groups_, blocks_, block_channels_, splits_, taps_, columns_;
   bool shifting_;
+  bool all_taps_ = true;               // none reads nothing but zeros beside the image
   uint32_t centre_ = 0;                // offset of the lanes themselves, in the first channel
   std::vector<int8_t> beside_;         // per column of the CSR, the column of its tap
   std::vector<int32_t> pairs_;         // per group and block

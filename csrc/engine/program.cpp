@@ -46,7 +46,7 @@ struct Program::Term {
   Conv2dGeometry geometry;
   Walk walk;
   Csr weight;
-  int64_t in;
+  int64_t in, layer;
   bool direct;          // reads the tensor itself
   bool is_dense;        // computed as if no weight were zero
   bool shifts = false;  // its weight is packed for it
@@ -166,7 +166,7 @@ void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense,
                          int64_t residual, const Epilogue& epilogue, const Blocking& blocking) {
   auto conv = std::make_unique<Conv>(Conv{{}, out, residual, epilogue, blocking});
   const bool direct = in >= 0 && g.stride_h == 1 && g.stride_w == 1 && g.in_h == g.out_h && g.in_w == g.out_w;
-  conv->terms.push_back({g, forward_walk(g, {}, {}), weight, in, direct, dense});
+  conv->terms.push_back({g, forward_walk(g, {}, {}), weight, in, int64_t(layers_.size()), direct, dense});
   conv->bias.resize(g.out_channels);
   if (epilogue.bias) std::copy_n(epilogue.bias, g.out_channels, conv->bias.begin());
   const Walk& walk = conv->terms[0].walk;
@@ -204,6 +204,7 @@ void Program::join_residuals() {
           e.high != kInfinity)
         continue;
       for (Term& term : other->terms) conv->terms.push_back(std::move(term));
+      other->terms.clear();
       for (size_t r = 0; r < conv->bias.size(); ++r) conv->bias[r] += other->bias[r];
       conv->residual = kNone;
       Layer &layer = layers_[conv->layer], &joined = layers_[other->layer];
@@ -685,6 +686,13 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
     }
     tile.lanes += term.block * term.walk.channel_stride;
   }
+}
+
+bool Program::values(int64_t layer, const Csr& weight, float* to) const {
+  for (const auto& conv : convs_)
+    for (const Term& term : conv->terms)
+      if (term.layer == layer) return term.kernel && term.kernel->values(weight, to);
+  return false;
 }
 
 // Threads that go through the same steps and share the items of each. Every thread has its share, the same in every

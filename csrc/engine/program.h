@@ -72,6 +72,10 @@ class Program {
   void run(const std::vector<Images>& inputs, const std::vector<Images>& outputs, int64_t images, bool share,
            double* seconds);
 
+  // Once finished, the values of a convolution's weight, given what else it had; false if the program has not kept
+  // them.
+  bool values(int64_t layer, const Csr& weight, float* to) const;
+
   const Size& size(int64_t tensor) const { return tensor < 0 ? inputs_.at(-1 - tensor) : tensors_.at(tensor).size; }
   const std::vector<Size>& inputs() const { return inputs_; }
   const std::vector<Size>& outputs() const { return outputs_; }

@@ -209,6 +209,15 @@ void finish_program_op(int64_t number) {
   b->weights.clear();
 }
 
+// The values of a layer's weight; false if they are not there to be read.
+bool program_values_op(Tensor values, int64_t number, int64_t layer, Tensor crow, Tensor col) {
+  const auto b = programs().at(number);
+  STD_TORCH_CHECK(b->finished, "program ", number, " is not finished");
+  check_vector(values, "values", kFloat, col.size(0));
+  const Csr weight = csr(crow, col, nullptr, INT32_MAX, nullptr);
+  return b->program.values(layer, weight, static_cast<float*>(values.mutable_data_ptr()));
+}
+
 int64_t program_floats_op(int64_t number) { return programs().at(number)->program.floats(); }
 
 std::vector<Images> checked(const std::vector<Tensor>& tensors, const std::vector<Program::Size>& sizes, int64_t batch,
@@ -271,6 +280,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
   m.def("program_store(int program, int input, int output) -> ()");
   m.def("finish_program(int program) -> ()");
   m.def("program_floats(int program) -> int");
+  m.def("program_values(Tensor(a!) values, int program, int layer, Tensor crow_indices, Tensor col_indices) -> bool");
   m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program, bool share, Tensor(b!)? seconds) -> ()");
 }
 
@@ -290,5 +300,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("program_conv2d", TORCH_BOX(&sparsekit::program_conv2d_op));
+  m.impl("program_values", TORCH_BOX(&sparsekit::program_values_op));
   m.impl("run_program", TORCH_BOX(&sparsekit::run_program_op));
 }

@@ -77,6 +77,10 @@ class Chain:
             seconds |= {number: float(spent[place]) for number, place in self._place.items()}
         return [out.view(batch, *size) for out, size in zip(outputs, self._out_sizes)]
 
+    def values(self, number: int, crow: Tensor, col: Tensor) -> Tensor | None:
+        """As :func:`_ops.program_values`, of the layer that is step ``number``."""
+        return _ops.program_values(self.number, self._place[number], crow, col)
+
 
 class _Builder:
     """What a chain's program is made of.

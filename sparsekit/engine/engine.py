@@ -230,6 +230,7 @@ class Engine(nn.Module):
             for key, saved in choices["schedules"]:
                 schedule = Schedule(self.plan)
                 schedule.restore(saved)
+                schedule.tidy()
                 self._keep(tuple(map(tuple, key)), schedule)
 
     def extra_repr(self) -> str:

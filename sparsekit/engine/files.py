@@ -121,7 +121,7 @@ def _plan(header: dict, tensors: dict[str, Tensor]) -> Plan:
     outputs = _decode(header["outputs"])
     plan = Plan(
         steps,
-        tensors,
+        {name: tensor.clone() for name, tensor in tensors.items()},  # the file itself is let go with the last weight
         inputs,
         outputs,
         header["output_spec"],

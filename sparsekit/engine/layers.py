@@ -47,9 +47,7 @@ class Prepared:
 
     @cached_property
     def nnz(self) -> int:
-        tensors, compressed = self._plan.contents()
-        known = compressed.get(self.layer.weight)
-        return int(torch.count_nonzero(tensors[self.layer.weight] if known is None else known.values))
+        return self._plan.nnz_of(self.layer.weight)
 
     @property
     def sparsity(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -101,17 +102,70 @@ class Compressed(NamedTuple):
     @staticmethod
     def of(weight: Tensor) -> Compressed:
         """The non-zeros of a weight."""
-        rows, columns = weight.flatten(1).shape
         kept = weight.flatten().nonzero().squeeze(1)
-        row = kept // columns
-        crow = torch.zeros(rows + 1, dtype=torch.int32)
-        crow[1:] = torch.bincount(row, minlength=rows).cumsum(0)
-        return Compressed(weight.flatten()[kept], crow, (kept - row * columns).int(), weight.shape)
+        return Compressed(weight.flatten()[kept], *_csr(kept, weight.shape), weight.shape)
+
+    @property
+    def nnz(self) -> int:
+        return int(torch.count_nonzero(self.values))
 
     def dense(self) -> Tensor:
         """The weight itself."""
         empty = torch.empty(0, dtype=torch.int32)
         return _ops.decompress(self.values, Pattern(self.crow_indices, self.col_indices, *[empty] * 3), self.size)
+
+
+class Lent(NamedTuple):
+    """A weight whose values somebody else keeps, in a form that runs: where its non-zeros are, and who knows them.
+
+    Attributes:
+        gaps: uint8, from each non-zero to the next in the flat weight, the first from one before it; 255 is a part of
+            a gap that goes on.
+        values: gives them, ``[nnz]``, for crow_indices and col_indices.
+    """
+
+    gaps: Tensor
+    size: torch.Size
+    nnz: int
+    values: Callable[[Tensor, Tensor], Tensor]
+
+    @staticmethod
+    def of(weight: Compressed, values: Callable[[Tensor, Tensor], Tensor | None]) -> Lent | None:
+        """None if they are not what ``values`` gives."""
+        _, crow, col, size = weight
+        known = values(crow, col)
+        if known is None or not torch.equal(known, weight.values):
+            return None
+        index = torch.int32 if size.numel() < 2**31 else torch.int64
+        rows = torch.repeat_interleave(torch.arange(size[0], dtype=index), crow.diff())
+        places = rows.mul_(size[1:].numel()).add_(col)
+        gaps = torch.diff(places, prepend=places.new_tensor([-1]))
+        if len(gaps) and int(gaps.max()) >= 255:
+            more = gaps // 255
+            coded = torch.full((len(gaps) + int(more.sum()),), 255, dtype=torch.uint8)
+            coded[torch.arange(len(gaps)) + more.cumsum(0)] = (gaps % 255).byte()
+        else:
+            coded = gaps.byte()
+        return Lent(coded, size, weight.nnz, values)
+
+    def back(self) -> Compressed:
+        """The weight with its values."""
+        places = self.gaps.cumsum(0)[self.gaps != 255] - 1
+        crow, col = _csr(places, self.size)
+        return Compressed(self.values(crow, col), crow, col, self.size)
+
+    def dense(self) -> Tensor:
+        """The weight itself."""
+        return self.back().dense()
+
+
+def _csr(kept: Tensor, size: torch.Size) -> tuple[Tensor, Tensor]:
+    """crow_indices and col_indices of the non-zeros at these places of a flat weight."""
+    rows, columns = size[0], size[1:].numel()
+    row = kept // columns
+    crow = torch.zeros(rows + 1, dtype=torch.int32)
+    crow[1:] = torch.bincount(row, minlength=rows).cumsum(0)
+    return crow, (kept - row * columns).int()
 
 
 @dataclass
@@ -124,7 +178,7 @@ class Plan:
         batched: whether images do not meet: the plan may be run on parts of the batch.
         per_image: slots that hold a float32 tensor whose first dimension is the batch.
         tensors: by name, but for the compressed ones.
-        compressed: weights that nobody wants dense; see :class:`Compressed`.
+        compressed: weights that nobody wants dense; see :class:`Compressed` and :class:`Lent`.
     """
 
     steps: list[Call | Layer]
@@ -135,7 +189,7 @@ class Plan:
     slots: int
     batched: bool
     per_image: list[int] = field(default_factory=list)
-    compressed: dict[str, Compressed] = field(default_factory=dict)
+    compressed: dict[str, Compressed | Lent] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def tensor(self, name: str) -> Tensor:
@@ -149,7 +203,7 @@ class Plan:
         """One of the weights, compressed."""
         with self._lock:
             known = self.compressed.get(name)
-            return Compressed.of(self.tensors[name]) if known is None else known
+            return Compressed.of(self.tensors[name]) if known is None else _whole(known)
 
     def compress(self, name: str) -> None:
         """Keep a weight as its non-zeros, until somebody wants it dense."""
@@ -157,10 +211,23 @@ class Plan:
             if name not in self.compressed:
                 self.compressed[name] = Compressed.of(self.tensors.pop(name))
 
+    def lend(self, name: str, values: Callable[[Tensor, Tensor], Tensor | None]) -> None:
+        """Keep of a compressed weight only what ``values`` does not know; see :class:`Lent`."""
+        with self._lock:
+            if isinstance(known := self.compressed.get(name), Compressed):
+                self.compressed[name] = Lent.of(known, values) or known
+
     def contents(self) -> tuple[dict[str, Tensor], dict[str, Compressed]]:
         """``tensors`` and ``compressed`` of one moment."""
         with self._lock:
-            return dict(self.tensors), dict(self.compressed)
+            tensors, compressed = dict(self.tensors), dict(self.compressed)
+        return tensors, {name: _whole(weight) for name, weight in compressed.items()}
+
+    def nnz_of(self, name: str) -> int:
+        """How many elements of one of the weights are not zero."""
+        with self._lock:
+            known = self.compressed.get(name)
+            return int(torch.count_nonzero(self.tensors[name])) if known is None else known.nnz
 
     def size_of(self, name: str) -> torch.Size:
         """The shape of one of the tensors."""
@@ -172,6 +239,10 @@ class Plan:
         """The slots that a step reads and writes."""
         step = self.steps[number]
         return [ref.slot for ref in refs(step)], [step.out]
+
+
+def _whole(weight: Compressed | Lent) -> Compressed:
+    return weight.back() if isinstance(weight, Lent) else weight
 
 
 def last_uses(uses: list[tuple[list[int], list[int]]], outputs: list) -> list[list[int]]:

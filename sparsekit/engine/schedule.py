@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -406,6 +407,9 @@ class Schedule:
                 layer.unpack()
             if number in chained or self.choices[number].backend == "sparse":
                 layer.compress()
+        for chain in self.chains:
+            for number in self.layers.keys() & set(chain.numbers):
+                self.plan.lend(self.layers[number].layer.weight, functools.partial(chain.values, number))
 
     def _chained(self) -> set[int]:
         return {number for chain in self.chains for number in chain.numbers}

@@ -13,7 +13,8 @@ from torch import nn
 import sparsekit as sk
 from sparsekit import _ops
 from sparsekit.engine import chains, files, tuning
-from sparsekit.engine.plan import Layer
+from sparsekit.engine.engine import MOST_SIZES
+from sparsekit.engine.plan import Layer, Lent
 from sparsekit.engine.schedule import BLOCKINGS, MOST_IMAGES, Schedule
 
 from .common import assert_as_good, own_cache, schedule_of  # noqa: F401
@@ -41,6 +42,19 @@ def assert_equals(engine, model, x):
         model.float()
     for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (ours, theirs))):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * float(b.abs().nan_to_num(0, 0, 0).max() + 1))
+
+
+def assert_values_come_back(engine):
+    """What chains say of the values of their weights is true; the names of layers of which they know none."""
+    unknown = []
+    for chain in chains_of(engine):
+        for number in schedule_of(engine).layers.keys() & set(chain.numbers):
+            weight = engine.plan.steps[number].weight
+            values, crow, col, _ = engine.plan.non_zeros(weight)
+            known = chain.values(number, crow, col)
+            assert known is None or torch.equal(known, values)
+            unknown += [engine.plan.steps[number].name] * (known is None)
+    return unknown
 
 
 def prune(model, sparsity):
@@ -149,7 +163,9 @@ def test_any_geometry(network, isa):
     before = sk.backend()
     try:
         _ops.set_isa(isa)
-        assert_equals(chained(model, x), model, x)
+        engine = chained(model, x)
+        assert_equals(engine, model, x)
+        assert_values_come_back(engine)
     finally:
         _ops.set_isa(before)
 
@@ -183,6 +199,7 @@ def test_residual_blocks(size, isa):
         engine = chained(model, x)
         (chain,) = chains_of(engine)
         assert chain.numbers == list(range(chain.numbers[0], chain.numbers[0] + len(chain.numbers)))
+        assert not assert_values_come_back(engine)
         for batch in (1, 2, 3, 5):
             x = torch.randn(batch, 24, size, size)
             assert_equals(engine, model, x)
@@ -594,6 +611,30 @@ def test_tuning_runs_what_is_fastest(fastest, monkeypatch):
     assert len(asked) == 1
 
 
+def test_values_of_layers_that_run_dense_are_not_lent():
+    dense, sparse = nn.Conv2d(16, 16, 3, padding=1), prune(nn.Conv2d(16, 16, 3, padding=1), 0.8)
+    engine = chained(model := nn.Sequential(dense, sparse), x := torch.randn(1, 16, 28, 28))
+    assert assert_values_come_back(engine) == ["0"]
+    schedule_of(engine).tidy()
+    weights = {step.name: step.weight for step in engine.plan.steps}
+    assert isinstance(engine.plan.compressed[weights["1"]], Lent) and weights["0"] in engine.plan.tensors
+    assert torch.equal(engine.plan.tensor(weights["0"]), dense.weight)
+    assert torch.equal(engine.plan.tensor(weights["1"]), sparse.weight)
+    assert_equals(engine, model, x)
+
+
+def test_lent_values_outlive_their_schedule():
+    """An engine that has met many sizes forgets the schedule whose chain holds the values, and not the values."""
+    model = prune(nn.Sequential(Block(16, 8, 1)), 0.8).eval()
+    engine = chained(model, torch.randn(1, 16, 14, 14))
+    schedule_of(engine).tidy()
+    assert any(isinstance(weight, Lent) for weight in engine.plan.compressed.values())
+    for size in range(3, 5 + MOST_SIZES):
+        assert_equals(engine, model, torch.randn(1, 16, size, size))
+    assert all(key != ((16, 14, 14),) for key in engine._schedules)
+    assert_equals(engine, model, torch.randn(1, 16, 14, 14))
+
+
 def test_programs_check_what_they_are_given():
     weight = torch.zeros(2), torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
     geometry = ([1, 1], [1, 1], [0, 0, 0, 0], [1, 1], 1)
@@ -633,6 +674,7 @@ def test_programs_check_what_they_are_given():
         (lambda: _ops.program_gather(p, [0], [0, 2], 1), "got 2"),
         (lambda: _ops.program_gather(p, [-1], [0, 1], 1), "tensors of the program"),
         (lambda: _ops.program_store(p, 0, 3), "output"),
+        (lambda: _ops.program_values(p, 1, *weight[1:]), "not finished"),
         (lambda: _ops.run_program([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 4)], p), "not finished"),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -642,6 +684,18 @@ def test_programs_check_what_they_are_given():
     _ops.finish_program(p)
     with pytest.raises(RuntimeError, match="finished"):
         conv(p)
+    rows, columns = weight[1:]
+    assert torch.equal(_ops.program_values(p, 1, rows, columns), weight[0])
+    for layer, crow, col in (
+        (0, rows, columns),  # no convolution
+        (9, rows, columns),
+        (1, rows, columns + 1),  # a column that there is not
+        (1, torch.tensor([0, 0, 2], dtype=torch.int32), columns),  # rows of other lengths
+        (1, torch.tensor([0, 2], dtype=torch.int32), columns),
+    ):
+        assert _ops.program_values(p, layer, crow, col) is None
+    with pytest.raises(RuntimeError, match="crow_indices"):
+        _ops.program_values(p, 1, torch.tensor([0, 3, 1], dtype=torch.int32), columns)
     images = [torch.zeros(1, 2, 4, 4)]
     for seconds in (torch.zeros(2, dtype=torch.float64), torch.zeros(3), torch.zeros(3, 1, dtype=torch.float64)):
         with pytest.raises(RuntimeError, match=r"seconds must be float64 \[3\]"):

@@ -9,12 +9,14 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import sparsekit as sk
 from sparsekit.engine import files, tuning
 from sparsekit.engine.engine import MOST_SIZES
-from sparsekit.engine.plan import Call, Layer
+from sparsekit.engine.plan import Call, Compressed, Layer, Lent
 
 from .common import assert_as_good, own_cache, run_all, schedule_of  # noqa: F401
 
@@ -466,6 +468,24 @@ def test_weights_that_run_sparse_are_kept_as_non_zeros():
     assert kept() == (wanted, wanted)
     assert all(torch.equal(engine.plan.tensor(name), weight) for name, weight in weights.items())
     assert torch.equal(engine(x), before)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5), st.integers(1, 2000), st.sets(st.integers(0, 9999)), st.integers(0, 1))
+def test_weights_come_back_from_gaps(rows, columns, kept, wrong):
+    """Wherever the non-zeros are; a weight is lent to nobody who has other values."""
+    weight = torch.zeros(rows, columns)
+    places = torch.tensor(sorted({place % weight.numel() for place in kept}), dtype=torch.int64)
+    weight.view(-1)[places] = torch.arange(1.0, len(places) + 1)
+    compressed = Compressed.of(weight)
+    other = compressed.values + wrong
+    lent = Lent.of(compressed, lambda crow, col: other)
+    if wrong and kept:
+        assert lent is None
+        return
+    assert all(map(torch.equal, lent.back()[:3], compressed[:3])) and lent.size == compressed.size
+    assert lent.gaps.dtype == torch.uint8 and lent.nnz == compressed.nnz
+    assert torch.equal(lent.dense(), weight)
 
 
 def test_save_and_load(tmp_path):
