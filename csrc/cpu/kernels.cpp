@@ -374,96 +374,130 @@ void gemm(const Tile& tile, const Panels& panels, const Results& results, int64_
 
 // Where a register of results of `paired` goes.
 struct PairedPlace {
-  int64_t at;  // from the first result of a row on
-  bool whole;  // all of it, to neighbours
+  int64_t at;     // from the first result of a row of the weight on, in the first of two rows of results
+  bool whole;     // all of it, to neighbours
+  int64_t count;  // rows of results that there are: two, but perhaps in the last run
 };
 
-// N registers of lanes of R rows: as many sums as gemm has, half of them for either result. x: what the terms read.
+// N registers of lanes of R rows of the weight: half of the sums are for either result of a row. x: what the terms
+// read.
 template <int R, int N>
 void paired_strip(const float* x, const PairedPanels& panels, const float* values, const Results& results, int64_t row,
-                  int64_t rows, const PairedPlace (&places)[2 * N], float* (&parts)[2 * N]) {
+                  int64_t rows, const PairedPlace (&places)[2 * N], float* parts) {
   float* const out = results.data + row * results.stride;
-  for (int r = 0; r < R; ++r)
-    for (int i = 0; i < 2 * N; i += kLine)
-      __builtin_prefetch(out + (r < rows ? r : 0) * results.stride + places[i].at, 1);
-  Vec sum[2][R][N];
-  for (int i = 0; i < 2; ++i)
+  for (int y = 0; y < 2; ++y)
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < N; ++v) sum[i][r][v] = zero();
-  auto add_product = [](Vec(&sums)[R][N], const float* from, const float* w) {
-    for (int r = 0; r < R; ++r) {
-      const Vec factor = broadcast(w[r]);
-      for (int v = 0; v < N; ++v) sums[r][v] = fma(factor, load(from + v * kLanes), sums[r][v]);
-    }
+      for (int i = 0; i < 2 * N; i += kLine)
+        if (y < places[i].count)
+          __builtin_prefetch(out + (r < rows ? r : 0) * results.stride + y * results.jump + places[i].at, 1);
+  // start(i, r, v): what is added to result i of a row; finish(i, r, v, sum).
+  auto add_part = [&](const PairedPanels::Part& part, const auto& start, const auto& finish) {
+    Vec sum[2][R][N];
+    for (int i = 0; i < 2; ++i)
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < N; ++v) sum[i][r][v] = zero();
+    auto add_product = [](Vec(&sums)[R][N], const float* from, const float* w) {
+      for (int r = 0; r < R; ++r) {
+        const Vec factor = broadcast(w[r]);
+        for (int v = 0; v < N; ++v) sums[r][v] = fma(factor, load(from + v * kLanes), sums[r][v]);
+      }
+    };
+    auto add_terms = [&](int64_t count) {
+      const float *from = x, *w = values;
+      for (int64_t k = 0; k < count; ++k, from += 2 * N * kLanes, w += 2 * PairedPanels::kRows) {
+        add_product(sum[0], from, w);
+        add_product(sum[1], from + N * kLanes, w + PairedPanels::kRows);
+      }
+      x = from, values = w;
+    };
+    add_terms(part.mixed);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < N; ++v) {
+        const Vec p = sum[0][r][v], q = sum[1][r][v];
+        sum[0][r][v] = add(start(0, r, v), add(p, q));
+        sum[1][r][v] = add(start(1, r, v), fma(broadcast(-1), q, p));
+      }
+    add_terms(part.terms - part.mixed);
+    for (int i = 0; i < 2; ++i)
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < N; ++v) finish(i, r, v, sum[i][r][v]);
   };
-  auto add_terms = [&](int64_t count) {
-    for (int64_t k = 0; k < count; ++k, x += 2 * N * kLanes, values += 2 * PairedPanels::kRows) {
-      add_product(sum[0], x, values);
-      add_product(sum[1], x + N * kLanes, values + PairedPanels::kRows);
-    }
-  };
-  add_terms(panels.mixed);
-  for (int r = 0; r < R; ++r) {
-    const Vec bias = broadcast(results.bias[r < rows ? row + r : row]);
-    for (int v = 0; v < N; ++v) {
-      const Vec p = add(bias, sum[0][r][v]), q = sum[1][r][v];
-      sum[0][r][v] = add(p, q);
-      sum[1][r][v] = fma(broadcast(-1), q, p);
-    }
-  }
-  add_terms(panels.terms - panels.mixed);
+  alignas(64) float held[2][2][R][N][kLanes];  // of both rows of results
+  add_part(
+      panels.parts[0], [&](int, int r, int) { return broadcast(results.bias[r < rows ? row + r : row]); },
+      [&](int i, int r, int v, Vec sum) { store(held[0][i][r][v], sum); });
+  add_part(
+      panels.parts[1], [](int, int, int) { return zero(); },
+      [&](int i, int r, int v, Vec sum) {
+        const Vec both = load(held[0][i][r][v]);
+        store(held[0][i][r][v], add(both, sum));
+        store(held[1][i][r][v], fma(broadcast(-1), sum, both));
+      });
   const Vec low = broadcast(results.low), high = broadcast(results.high);
-  for (int r = 0; r < R && r < rows; ++r)
-    for (int v = 0; v < N; ++v) {
-      const Vec a = min(high, max(low, sum[0][r][v])), b = min(high, max(low, sum[1][r][v]));
-      const PairedPlace *const first = &places[2 * v], *const second = first + 1;
-      float* const to = out + r * results.stride;
-      store(first->whole ? to + first->at : parts[2 * v] + r * kLanes, zip_first(a, b));
-      store(second->whole ? to + second->at : parts[2 * v + 1] + r * kLanes, zip_second(a, b));
-    }
+  for (int y = 0; y < 2; ++y) {
+    auto& mine = held[y];
+    add_part(
+        panels.parts[2 + y], [&](int i, int r, int v) { return load(mine[i][r][v]); },
+        [&](int i, int r, int v, Vec sum) { store(mine[i][r][v], min(high, max(low, sum))); });
+    for (int r = 0; r < R && r < rows; ++r)
+      for (int v = 0; v < N; ++v) {
+        const Vec a = load(mine[0][r][v]), b = load(mine[1][r][v]);
+        for (int half = 0; half < 2; ++half) {
+          const PairedPlace& place = places[2 * v + half];
+          if (y >= place.count) continue;
+          float* const part = parts + ((y * 2 * N + 2 * v + half) * R + r) * kLanes;
+          float* const to = place.whole ? out + r * results.stride + y * results.jump + place.at : part;
+          store(to, half ? zip_second(a, b) : zip_first(a, b));
+        }
+      }
+  }
 }
 
-// The strip's part of what the terms read is brought together first, for all rows.
+// The strip's part of what the terms read is brought together first, for all rows of the weight.
 template <int R, int N>
 void paired_strips(const float* tile, const PairedPanels& panels, const Results& results, int64_t first_lane,
-                   int64_t lanes, int64_t run, int64_t cols, float* scratch) {
+                   int64_t lanes, int64_t run, int64_t height, int64_t width, float* scratch) {
   constexpr int kRows = PairedPanels::kRows;
-  const uint32_t* const offsets = panels.offsets;
+  const PairedPanels::Source* const sources = panels.sources;
   const float* const strip = tile + first_lane;
-  for (int64_t i = 0, reads = 2 * panels.terms; i < reads; ++i)
-    for (int v = 0; v < N; ++v) store(scratch + (i * N + v) * kLanes, load(strip + offsets[i] + v * kLanes));
-  float parts[2 * N][R * kLanes];
-  float* pointers[2 * N];
+  for (int64_t i = 0, reads = 2 * panels.terms; i < reads; ++i) {
+    const auto [a, b, scale] = sources[i];
+    float* const to = scratch + i * N * kLanes;
+    for (int v = 0; v < N; ++v) {
+      const Vec x = load(strip + a + v * kLanes);
+      store(to + v * kLanes, scale == 0 ? x : fma(broadcast(scale), load(strip + b + v * kLanes), x));
+    }
+  }
+  float parts[2][2 * N][R][kLanes];
   PairedPlace places[2 * N];
   for (int i = 0; i < 2 * N; ++i) {
-    const int64_t first = 2 * first_lane + i * kLanes, col = first % (2 * run);
-    places[i] = {first / (2 * run) * results.jump + col, col + kLanes <= cols && first + kLanes <= 2 * lanes};
-    pointers[i] = parts[i];
+    const int64_t first = 2 * first_lane + i * kLanes, y = first / (2 * run) * 2, col = first % (2 * run);
+    places[i] = {y * results.jump + col, col + kLanes <= width && first + kLanes <= 2 * lanes,
+                 height - y < 2 ? height - y : 2};
   }
   for (int64_t row = 0; row < panels.rows; row += R) {
     const float* const values = panels.values + row / kRows * kRows * 2 * panels.terms + row % kRows;
-    paired_strip<R, N>(scratch, panels, values, results, row, panels.rows - row, places, pointers);
+    paired_strip<R, N>(scratch, panels, values, results, row, panels.rows - row, places, parts[0][0][0]);
     for (int i = 0; i < 2 * N; ++i) {
       if (places[i].whole) continue;
       for (int64_t r = row; r < row + R && r < panels.rows; ++r)
         for (int64_t k = 0, first = 2 * first_lane + i * kLanes; k < kLanes && first + k < 2 * lanes; ++k) {
-          const int64_t col = (first + k) % (2 * run);
-          if (col < cols)
-            results.data[r * results.stride + (first + k) / (2 * run) * results.jump + col] =
-                parts[i][(r - row) * kLanes + k];
+          const int64_t col = (first + k) % (2 * run), y = (first + k) / (2 * run) * 2;
+          for (int64_t second = 0; second < 2 && col < width && y + second < height; ++second)
+            results.data[r * results.stride + (y + second) * results.jump + col] = parts[second][i][r - row][k];
         }
     }
   }
 }
 
 void paired(const float* tile, const PairedPanels& panels, const Results& results, int64_t lanes, int64_t run,
-            int64_t cols, float* scratch) {
+            int64_t height, int64_t width, float* scratch) {
   constexpr int kRows = PairedPanels::kRows, kSome = kRegisters >= 32 ? kRows : kRows / 2;
   for (int64_t lane = 0; lane < lanes; lane += 2 * kLanes) {
     if (lane + kLanes >= lanes) {
-      paired_strips<kRows, 1>(tile, panels, results, lane, lanes, run, cols, scratch);
+      paired_strips<kRows, 1>(tile, panels, results, lane, lanes, run, height, width, scratch);
     } else {
-      paired_strips<kSome, 2>(tile, panels, results, lane, lanes, run, cols, scratch);
+      paired_strips<kSome, 2>(tile, panels, results, lane, lanes, run, height, width, scratch);
     }
   }
 }

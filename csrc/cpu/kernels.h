@@ -36,16 +36,27 @@ struct Panels {
   int64_t terms, rows;  // rows without those that fill up
 };
 
-// A weight for two neighbouring results at once, from terms of two products p and q each (PairedConv2d): the first
-// result is the sum of p + q over `mixed` terms, and of p over those behind; the second that of p - q, and of q. Panels
-// of kRows rows of results, and for each [terms][p, q][kRows] values; rows that fill up the last panel have values of
-// zero.
+// A weight for two by two neighbouring results at once (PairedConv2d), in parts, one after another: what is added to
+// both rows, what is added to the first and subtracted from the second, what the first gets besides, and what the
+// second does. A part has terms of two products p and q each: the first result of a row is the sum of p + q over
+// `mixed` terms, and of p over those behind; the second that of p - q, and of q. Panels of kRows rows of the weight,
+// and for each [terms][p, q][kRows] values; rows that fill up the last panel have values of zero.
 struct PairedPanels {
   static constexpr int64_t kRows = 6;
 
-  const uint32_t* offsets;  // [terms][p, q], in floats, into the tile
+  // Lanes a + scale * b of the tile, or a where the scale is 0; in floats.
+  struct Source {
+    uint32_t a, b;
+    float scale;
+  };
+  struct Part {
+    int64_t mixed, terms;
+  };
+
+  const Source* sources;  // [terms][p, q], of all parts
   const float* values;
-  int64_t mixed, terms, rows;  // rows without those that fill up
+  Part parts[4];
+  int64_t terms, rows;  // rows without those that fill up
 
   int64_t scratch() const { return 2 * terms * 2 * 16; }  // two registers, of the widest, of what p and q read
 };
@@ -132,11 +143,12 @@ struct Kernels {
   // The same for a dense weight. Does not stream.
   void (*gemm)(const Tile& tile, const Panels& panels, const Results& results, int64_t lanes);
 
-  // Of runs of `run` lanes, one behind the other, result 2 * lane + i of row r and of a run is clamp(bias[r] + the i-th
-  // of the lane's two results), for the first `cols`. Wants a bias, has no start and no mask, does not stream. scratch:
-  // PairedPanels::scratch() floats.
+  // Of runs of `run` lanes, one behind the other, each gives two rows of results, results.jump floats from one to the
+  // next: of row r of the weight, results 2 * lane and 2 * lane + 1 of both are clamp(bias[r] + the lane's four
+  // results), for the first `height` rows and `width` results of a row. Wants a bias, has no start and no mask, does
+  // not stream. scratch: PairedPanels::scratch() floats.
   void (*paired)(const float* tile, const PairedPanels& panels, const Results& results, int64_t lanes, int64_t run,
-                 int64_t cols, float* scratch);
+                 int64_t height, int64_t width, float* scratch);
 
   // grad[j] += sum over lanes of dy[r][lane] * tile[offset_j + lane]. Reads no lane of dy beyond `lanes`. The number of
   // non-zeros of every slot must be a multiple of 4.

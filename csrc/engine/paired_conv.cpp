@@ -12,11 +12,11 @@ namespace {
 constexpr int64_t kFewestTerms = 16;        // of a group
 constexpr int64_t kFewestPairs = 16;        // of a row
 constexpr int64_t kBandFloats = 96 * 1024;  // of the second-level cache
-constexpr int64_t kTogether = 2;            // rows of results whose lanes follow each other
+constexpr int64_t kTogether = 4;            // rows of results, of which pairs of two follow each other
 
 // Whether all numbers are so small that no sum of a few, nor their products with others, is infinite.
 bool all_tame(const float* x, int64_t count) {
-  constexpr int32_t kHuge = (127 + 60) << 23;  // bits of 2^60
+  constexpr int32_t kHuge = (127 + 58) << 23;  // bits of 2^58
   int32_t most = 0;
   for (int64_t i = 0; i < count; ++i) {
     int32_t bits;
@@ -47,28 +47,32 @@ void deal(const float* from, int64_t rows, int64_t parts, int64_t lanes, float* 
 
 }  // namespace
 
-std::vector<PairedConv2d::Group> PairedConv2d::groups_of(const Conv2dGeometry& g) {
+std::vector<PairedConv2d::Group> PairedConv2d::groups_of(int64_t taps, int64_t stride) {
   std::vector<Group> groups;
-  for (int64_t first = 0; first < std::min(g.stride_w, g.kernel_w); ++first)
-    for (int64_t column = first; column < g.kernel_w;) {
-      const int64_t taps = ceil_div(g.kernel_w - column, g.stride_w) < 3 ? 1 : 3;
-      groups.push_back({column, taps});
-      column += taps * g.stride_w;
+  for (int64_t first = 0; first < std::min(stride, taps); ++first)
+    for (int64_t tap = first; tap < taps;) {
+      groups.push_back({tap, ceil_div(taps - tap, stride) < 3 ? 1 : 3});
+      tap += groups.back().taps * stride;
     }
   return groups;
 }
 
+// Rows that are further from each other than one are not in groups.
+std::vector<PairedConv2d::Group> PairedConv2d::groups_of_rows(const Conv2dGeometry& g) {
+  return groups_of(g.kernel_h, g.dilation_h == 1 ? g.stride_h : g.kernel_h);
+}
+
 int64_t PairedConv2d::band_rows(const Conv2dGeometry& g) {
-  return kRows + (g.kernel_h - 1) * g.dilation_h / g.stride_h;
+  return kRows / 2 + ((g.kernel_h - 1) * g.dilation_h + g.stride_h) / (2 * g.stride_h);
 }
 
 bool PairedConv2d::suits(const Conv2dGeometry& g) {
   if (g.groups != 1 || g.dilation_w != 1 || g.out_w < 2 * kFewestPairs || g.in_channels * g.kernel_h < kFewestTerms)
     return false;
   int64_t products = 0, vectors = 2 * g.stride_w;
-  for (const Group& group : groups_of(g)) products += group.taps + 1, vectors += 4;
+  for (const Group& group : groups_of(g.kernel_w, g.stride_w)) products += group.taps + 1, vectors += 4;
   return 4 * products <= 3 * 2 * g.kernel_w &&
-         vectors * g.in_channels * g.stride_h * band_rows(g) * ceil_div(g.out_w, 2) <= kBandFloats;
+         vectors * g.in_channels * 2 * g.stride_h * band_rows(g) * ceil_div(g.out_w, 2) <= kBandFloats;
 }
 
 PairedConv2d::PairedConv2d(const Conv2dGeometry& g, const Csr& weight, const Epilogue& epilogue)
@@ -86,23 +90,25 @@ PairedConv2d::PairedConv2d(const Conv2dGeometry& g, const Csr& weight, const Epi
     for (int64_t j = weight.crow[r]; j < weight.crow[r + 1]; ++j)
       dense[r * columns + weight.col[j]] = weight.values[weight.permutation ? weight.permutation[j] : j];
   tame_ = all_tame(dense.data(), dense.size());
-  for (const Group& group : groups_of(g)) add(group);
+  for (const Group& group : groups_of(g.kernel_w, g.stride_w)) add_columns(group);
+  for (const Group& group : groups_of_rows(g)) add_rows(saving_, group);
   for (int64_t i = 0; i < g.kernel_w; ++i) {
     std::vector<float> one(g.kernel_w);
     one[i] = 1;
     all_.own.push_back({{column(i), column(i + g.stride_w)}, {one, one}});
   }
+  for (int64_t i = 0; i < g.kernel_h; ++i) add_rows(all_, {i, 1});
   pack(saving_, sum_, dense);
   pack(all_, sequence_, dense);
 }
 
 PairedConv2d::Layout PairedConv2d::layout(int64_t lanes) const {
-  const int64_t residue = band_rows(g_) * lanes, channel = g_.stride_h * residue;
+  const int64_t residue = band_rows(g_) * lanes, channel = 2 * g_.stride_h * residue;
   return {lanes, residue, channel, round_up(g_.in_channels * channel, kAlign) + kAlign};
 }
 
-void PairedConv2d::add(const Group& group) {
-  auto d = [&](int64_t tap) { return column(group.column + tap * g_.stride_w); };
+void PairedConv2d::add_columns(const Group& group) {
+  auto d = [&](int64_t tap) { return column(group.first + tap * g_.stride_w); };
   auto sum = [&](Lanes a, Lanes b, float scale) {
     sums_.push_back({a, b, scale});
     return Lanes{int64_t(sums_.size()) - 1, 0};
@@ -110,7 +116,7 @@ void PairedConv2d::add(const Group& group) {
   // Factors of a row's taps, given those of the group's.
   auto of = [&](std::vector<float> taps) {
     std::vector<float> factors(g_.kernel_w);
-    for (size_t tap = 0; tap < taps.size(); ++tap) factors[group.column + tap * g_.stride_w] = taps[tap];
+    for (size_t tap = 0; tap < taps.size(); ++tap) factors[group.first + tap * g_.stride_w] = taps[tap];
     return factors;
   };
   if (group.taps == 3) {
@@ -121,30 +127,51 @@ void PairedConv2d::add(const Group& group) {
   }
 }
 
+// The same for rows.
+void PairedConv2d::add_rows(Weight& weight, const Group& group) const {
+  auto add = [&](int64_t part, int64_t a, int64_t b, float scale, std::vector<float> taps) {
+    auto row = [&](int64_t tap) { return group.first * g_.dilation_h + tap * g_.stride_h; };
+    std::vector<float> factors(g_.kernel_h);
+    for (size_t tap = 0; tap < taps.size(); ++tap) factors[group.first + tap * g_.stride_h] = taps[tap];
+    weight.parts[part].push_back({row(a), row(b), scale, std::move(factors)});
+  };
+  if (group.taps == 3) {
+    add(0, 1, 2, 1, {0.5, 0.5, 0.5});
+    add(1, 2, 1, -1, {0.5, -0.5, 0.5});
+    add(2, 0, 2, -1, {1});
+    add(3, 3, 1, -1, {0, 0, 1});
+  } else {
+    add(2, 0, 0, 0, {1});
+    add(3, 1, 1, 0, {1});
+  }
+}
+
 void PairedConv2d::pack(Weight& weight, const Layout& layout, const std::vector<float>& dense) const {
   constexpr int64_t kPanel = PairedPanels::kRows;
-  const int64_t rows = g_.in_channels * g_.kernel_h;
-  weight.terms = rows * (weight.mixed.size() + weight.own.size());
+  const int64_t taps = g_.kernel_h * g_.kernel_w;
+  for (const auto& part : weight.parts)
+    weight.terms += part.size() * g_.in_channels * (weight.mixed.size() + weight.own.size());
   weight.values.resize(2 * round_up(g_.out_channels, kPanel) * weight.terms);
-  auto add_terms = [&](const std::vector<Term>& terms) {
-    for (int64_t row = 0; row < rows; ++row)
-      for (const Term& term : terms)
-        for (int64_t i = 0; i < 2; ++i) {
-          const auto [from, shift] = term.reads[i];
-          const int64_t at = weight.offsets.size(), y = row % g_.kernel_h * g_.dilation_h;
-          weight.offsets.push_back(from * layout.all + row / g_.kernel_h * layout.channel +
-                                   y % g_.stride_h * layout.row + y / g_.stride_h * layout.lanes + shift);
-          for (int64_t r = 0; r < g_.out_channels; ++r) {
-            const float* const taps = dense.data() + (r * rows + row) * g_.kernel_w;
-            double value = 0;
-            for (int64_t x = 0; x < g_.kernel_w; ++x)
-              if (term.factors[i][x] != 0) value += double(term.factors[i][x]) * taps[x];
-            weight.values[(r / kPanel * 2 * weight.terms + at) * kPanel + r % kPanel] = value;
-          }
-        }
+  auto add = [&](const Rows& rows, int64_t c, const Lanes& lanes, const std::vector<float>& factors) {
+    const int64_t at = weight.sources.size(), from = lanes.sequence * layout.all + c * layout.channel + lanes.shift;
+    weight.sources.push_back(
+        {uint32_t(from + row_at(layout, rows.a)), uint32_t(from + row_at(layout, rows.b)), rows.scale});
+    for (int64_t r = 0; r < g_.out_channels; ++r) {
+      const float* const kernel = dense.data() + (r * g_.in_channels + c) * taps;
+      double value = 0;
+      for (int64_t y = 0; y < g_.kernel_h; ++y)
+        for (int64_t x = 0; x < g_.kernel_w; ++x)
+          if (const double factor = double(rows.factors[y]) * factors[x]; factor != 0)
+            value += factor * kernel[y * g_.kernel_w + x];
+      weight.values[(r / kPanel * 2 * weight.terms + at) * kPanel + r % kPanel] = value;
+    }
   };
-  add_terms(weight.mixed);
-  add_terms(weight.own);
+  for (const auto& part : weight.parts)
+    for (const auto* terms : {&weight.mixed, &weight.own})
+      for (const Rows& rows : part)
+        for (int64_t c = 0; c < g_.in_channels; ++c)
+          for (const Term& term : *terms)
+            for (int64_t i = 0; i < 2; ++i) add(rows, c, term.reads[i], term.factors[i]);
 }
 
 // Rows [first, first + rows) of an image; returns whether sums of them may be used.
@@ -157,7 +184,7 @@ bool PairedConv2d::fill(const Images& x, int64_t first, int64_t rows, float* seq
   std::fill_n(padded, g_.in_channels * floats, 0.0f);
   bool tame = tame_;
   for (int64_t row = 0; row < rows; ++row) {
-    float* const to = sequences + row % g_.stride_h * sequence_.row + row / g_.stride_h * sequence_.lanes;
+    float* const to = sequences + row_at(sequence_, row);
     if (first + row < 0 || first + row >= g_.in_h) {
       for (int64_t i = 0; i < columns; ++i)
         k.clear(to + i * sequence_.all, sequence_.channel, g_.in_channels, sequence_.lanes);
@@ -176,22 +203,27 @@ bool PairedConv2d::fill(const Images& x, int64_t first, int64_t rows, float* seq
   for (const auto& [a, b, scale] : sums_) {
     k.sum(sums, sum_.lanes, sequences + a.sequence * sequence_.all + a.shift,
           sequences + b.sequence * sequence_.all + b.shift, sequence_.lanes, scale,
-          g_.in_channels * g_.stride_h * band_rows(g_), pairs_);
+          g_.in_channels * 2 * g_.stride_h * band_rows(g_), pairs_);
     sums += sum_.all;
   }
   return true;
 }
 
-// Rows [row, row + rows) of an image, whose lanes follow each other.
+// Rows [row, row + rows) of an image; the lanes of two follow those of the two before.
 void PairedConv2d::multiply(const Weight& weight, const float* tile, const Images& y, int64_t row, int64_t rows) const {
-  const int64_t mixed = weight.mixed.size() * g_.in_channels * g_.kernel_h;
-  const PairedPanels panels{weight.offsets.data(), weight.values.data(), mixed, weight.terms, g_.out_channels};
+  PairedPanels panels{weight.sources.data(), weight.values.data(), {}, weight.terms, g_.out_channels};
+  for (int i = 0; i < 4; ++i) {
+    const int64_t count = weight.parts[i].size() * g_.in_channels;
+    panels.parts[i] = {int64_t(count * weight.mixed.size()),
+                       int64_t(count * (weight.mixed.size() + weight.own.size()))};
+  }
   Results out{y.data + row * y.row, y.channel, bias_.data()};
   out.low = low_;
   out.high = high_;
   out.jump = y.row;
   Scratch scratch;
-  kernels().paired(tile, panels, out, rows * pairs_, pairs_, g_.out_w, scratch.get(panels.scratch()));
+  kernels().paired(tile, panels, out, ceil_div(rows, 2) * pairs_, pairs_, rows, g_.out_w,
+                   scratch.get(panels.scratch()));
 }
 
 void PairedConv2d::run(const Images& x, const Images& y, int64_t first, int64_t last) const {
@@ -202,13 +234,10 @@ void PairedConv2d::run(const Images& x, const Images& y, int64_t first, int64_t 
     const int64_t rows = std::min(kRows, g_.out_h - top);
     const bool saves = fill(x, top * g_.stride_h - g_.pad_top,
                             (rows - 1) * g_.stride_h + (g_.kernel_h - 1) * g_.dilation_h + 1, sequences, sums);
-    const int64_t step = saves ? kTogether : 1;
+    const int64_t step = saves ? kTogether : 2;
     for (int64_t row = 0; row < rows; row += step) {
-      if (saves) {
-        multiply(saving_, sums + row * sum_.lanes, y, top + row, std::min(step, rows - row));
-      } else {
-        multiply(all_, sequences + row * sequence_.lanes, y, top + row, 1);
-      }
+      const float* const tile = saves ? sums + row / 2 * sum_.lanes : sequences + row / 2 * sequence_.lanes;
+      multiply(saves ? saving_ : all_, tile, y, top + row, std::min(step, rows - row));
     }
   }
 }
