@@ -148,6 +148,11 @@ class PackedWeight {
     return count;
   }
 
+  // How many values of zero make so many pairs of these.
+  static int32_t missing(const Beside& count, int32_t pairs) {
+    return 2 * pairs - std::min(count.left, pairs) - std::min(count.right, pairs);
+  }
+
   // As many pairs of a left and a right tap as a row has on average; rows that have fewer get values of zero, what they
   // have more of is loaded where it is. A constant number, for the branch predictor.
   void pair(const Csr& csr) {
@@ -161,8 +166,7 @@ class PackedWeight {
       int64_t taps = 0;
       for (int64_t r = first; r < last; ++r) taps += counts[r].left + counts[r].right;
       const int32_t pairs = pairs_[l] = taps / (2 * std::max<int64_t>(1, rows_));
-      for (int64_t r = first; r < last; ++r)
-        length_[r] += 2 * pairs - std::min(counts[r].left, pairs) - std::min(counts[r].right, pairs);
+      for (int64_t r = first; r < last; ++r) length_[r] += missing(counts[r], pairs);
     }
   }
 
@@ -201,9 +205,7 @@ class PackedWeight {
 
   int32_t length(const Csr& csr, int64_t list, int64_t j, int64_t end) const {
     if (!shifting_) return end - j;
-    const int32_t pairs = pairs_[list / rows_];
-    const Beside count = beside(csr, j, end);
-    return end - j + 2 * pairs - std::min(count.left, pairs) - std::min(count.right, pairs);
+    return end - j + missing(beside(csr, j, end), pairs_[list / rows_]);
   }
 
   // f(j, at, pair) for the non-zeros of a list that are kept(column): where they are among the slots, and whether they

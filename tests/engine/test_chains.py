@@ -562,6 +562,8 @@ def test_saved_chains(tmp_path):
     loaded = sk.load(tmp_path / "net.sk")
     assert [c.numbers for c in chains_of(loaded)] == [c.numbers for c in chains_of(engine)]
     assert torch.equal(loaded(x), engine(x))
+    # Neither the file nor the plan keeps values that a chain has.
+    assert loaded.plan.compressed and all(isinstance(weight, Lent) for weight in loaded.plan.compressed.values())
 
 
 @pytest.mark.parametrize("numbers", [[[99]], [[1, 0]], [[0, 0]], [[]], [[0, 1], [1, 2]], [[0, 2]]])
