@@ -145,12 +145,20 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
     if (kAsks ? pairs > 0 : (kDoes & kHasPairs) != 0) {
       Vec from_left[N], from_right[N];
       for (int v = 0; v < N; ++v) from_left[v] = from_right[v] = zero();
-      for (int64_t i = 0; i < pairs; ++i, offsets += 2, values += 2) {
-        const Vec w0 = broadcast(values[0]), w1 = broadcast(values[1]);
-        const float* const x0 = lanes + offsets[0];
-        const float* const x1 = lanes + offsets[1];
+      auto add_pair = [&](Vec w0, Vec w1, uint32_t offset0, uint32_t offset1) {
+        const float* const x0 = lanes + offset0;
+        const float* const x1 = lanes + offset1;
         for (int v = 0; v < N; ++v) from_left[v] = fma(w0, load(x0 + in_tile(v)), from_left[v]);
         for (int v = 0; v < N; ++v) from_right[v] = fma(w1, load(x1 + in_tile(v)), from_right[v]);
+      };
+      for (int64_t twos = pairs >> 1; twos > 0; --twos, offsets += 4, values += 4) {
+        const Weights w = load4(values);
+        add_pair(lane<0>(w), lane<1>(w), offsets[0], offsets[1]);
+        add_pair(lane<2>(w), lane<3>(w), offsets[2], offsets[3]);
+      }
+      if (pairs & 1) {
+        add_pair(broadcast(values[0]), broadcast(values[1]), offsets[0], offsets[1]);
+        offsets += 2, values += 2;
       }
       for (int v = 0; v < N; ++v) {
         sum[0][v] = add(sum[0][v], shift_in_last(v ? from_left[v - 1] : zero(), from_left[v]));

@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kStripVectors = 4;           // lines of lanes that spmm holds
 constexpr int64_t kFewestTasks = 4;            // of a layer, by splitting its rows, for threads that share an image
 constexpr int64_t kRowNnz = 13;                // non-zeros of a row in a block of channels, at least
-constexpr int64_t kPackedFloats = 320 * 1024;  // of a packed source that the second-level cache holds as a whole
+constexpr int64_t kPackedFloats = 128 * 1024;  // of a packed source that the second-level cache holds as a whole
 constexpr int64_t kFarWeights = 128 * 1024;  // of a layer, that are not in the second-level cache from the image before
 constexpr int64_t kTurn = 2;                 // items of a layer that the next one waits for
 constexpr int64_t kTeam = 2;                 // threads that share an image, at least if there are so many
