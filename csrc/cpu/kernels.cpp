@@ -16,6 +16,7 @@ namespace {
 constexpr int kStrip = kLanes == 16 ? 4 : 8;
 constexpr int kMostStrip = kLanes == 16 ? 5 : 8;
 constexpr bool kShiftsSums = kLanes == 16;
+constexpr bool kMovesLanes = kLanes == 16;
 constexpr int kLineFloats = 16;              // in a cache line
 constexpr int kLine = kLineFloats / kLanes;  // its registers
 constexpr int kFarAhead = 256;               // non-zeros, that their prefetch is ahead
@@ -25,6 +26,15 @@ inline void prefetch_far(const float* p) { __builtin_prefetch(p + kFarFloats, 0,
 
 inline Vec some(const float* p, int64_t lanes) { return lanes == kLanes ? load(p) : load(p, lanes); }
 inline void put(float* p, Vec v, int64_t lanes) { lanes == kLanes ? store(p, v) : store(p, v, lanes); }
+
+#if defined(__AVX512F__)
+inline void put_moved(float* p, Vec v, const Move* moves) {
+  store_lanes(p + moves[0].at, v, moves[0].lanes);
+  for (int i = 1; i < Results::kMoves && moves[i].lanes; ++i) store_lanes(p + moves[i].at, v, moves[i].lanes);
+}
+#else
+inline void put_moved(float*, Vec, const Move*) {}
+#endif
 
 // The share of a strip in what is wanted soon.
 Soon share_of(Soon soon, int64_t strip, int64_t strips) {
@@ -69,7 +79,8 @@ enum Does : unsigned {
   kAhead = 16,     // prefetches what is wanted soon
   kStreams = 32,   // with kStarts, kCounts and kAhead only
   kCounts = 64,    // starts from what counts, as bits say; with kStarts, kStreams and kAhead only
-  kAnything = 128  // asks at run time; can have a short last register, and weights that are far away
+  kMoves = 128,    // with kFinishes; not with kStreams, kCounts and runs
+  kAnything = 256  // asks at run time, but for kMoves; can have a short last register
 };
 
 // A strip of N registers, `tail` lanes in the last. All lanes are neighbours, or those of kRun registers if that is not
@@ -88,20 +99,21 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   const uint32_t* offsets = rows.offsets + begin[0];
   const float* values = rows.values + begin[0];
   const float* const lanes = tile.lanes + first_lane;
-  float* const out = results.data + first_lane;
+  float* const out = kDoes & kMoves ? results.data : results.data + first_lane;
   const float* const start = results.start ? results.start + first_lane : nullptr;
   const uint8_t* const counts = kAsks || kDoes & kCounts ? results.counts : nullptr;
   const int64_t counts_stride = results.counts_stride;
   const float* const bias = results.bias;
   const int32_t* const mask = results.mask ? results.mask + first_lane : nullptr;
-  const bool far = kAsks && rows.far;
+  const Move* const moves = results.moves + (kDoes & kMoves ? first_lane / kLanes * Results::kMoves : 0);
+  const bool far = (kAsks || kDoes & kAhead) && rows.far;
   const bool starts = kAsks ? start != nullptr : kDoes & kStarts;
   const bool has_bias = kAsks ? bias != nullptr : (kDoes & kHasBias) != 0;
   const bool capped = results.high < kInfinity;
   const bool finishes = kAsks ? mask || capped || results.low > -kInfinity : (kDoes & kFinishes) != 0;
   const bool whole = !kAsks || tail == kLanes;
   const bool stream = kAsks ? results.stream && whole : (kDoes & kStreams) != 0;
-  const bool read_elsewhere = starts && (start != out || results.stream);
+  const bool read_elsewhere = starts && (start != out || results.stream || kDoes & kMoves);
   const Vec low = broadcast(results.low), high = broadcast(results.high);
   // Where a register is, from the first of its row on.
   const int64_t tile_jump = tile.jump, jump = results.jump;
@@ -118,8 +130,11 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   for (int64_t r = 0; r < count; ++r) {
     const int64_t row = order[r], soon = order[r + Rows::kAhead];
     if (kAsks || kDoes & kAhead) ahead.step();
-    if (kAsks ? !results.stream : !(kDoes & kStreams))
+    if (kDoes & kMoves) {
+      for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + moves[v * Results::kMoves].at, 1);
+    } else if (kAsks ? !results.stream : !(kDoes & kStreams)) {
       for (int v = 0; v < N; v += kLine) __builtin_prefetch(out + soon * stride + in_row(v), 1);
+    }
     if (read_elsewhere) {
       for (int v = 0; v < N; v += kLine) __builtin_prefetch(start + soon * start_stride + in_row(v));
       // What follows in the row is the next strip, or the next tile.
@@ -208,7 +223,9 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
     }
     float* const to = out + row * stride;
     for (int v = 0; v < N; ++v) {
-      if (stream) {
+      if (kDoes & kMoves) {
+        put_moved(to, sum[0][v], moves + v * Results::kMoves);
+      } else if (stream) {
         stream_store(to + in_row(v), sum[0][v]);
       } else {
         whole || v + 1 < N ? store(to + in_row(v), sum[0][v]) : store(to + in_row(v), sum[0][v], tail);
@@ -224,7 +241,7 @@ template <int N, int kRun, unsigned kDoes = 0, unsigned kBit = kAhead>
 SpmmStrip strip_that(unsigned does) {
   if constexpr (kBit == 0) {
     return spmm_strip<N, kRun, kDoes>;
-  } else if constexpr (kBit == kHasPairs && !kShiftsSums) {
+  } else if constexpr ((kBit == kHasPairs && !kShiftsSums) || (kBit == kFinishes && kDoes & kMoves)) {
     return strip_that<N, kRun, kDoes, kBit / 2>(does);
   } else {
     return does & kBit ? strip_that<N, kRun, kDoes | kBit, kBit / 2>(does) : strip_that<N, kRun, kDoes, kBit / 2>(does);
@@ -258,10 +275,14 @@ SpmmStrip rare_strip_that(unsigned does) {
 template <int N = kMostStrip, int kRun = 0>
 SpmmStrip strip_of(int64_t vectors, int64_t run, unsigned does) {
   constexpr int kNext = kRun ? 2 * kRun : kLineFloats / kLanes;
-  if (vectors == N && (kRun ? run == kRun : run >= N))
-    return does & kAnything              ? spmm_strip<N, kRun, kAnything>
-           : does & (kStreams | kCounts) ? rare_strip_that<N, kRun>(does)
-                                         : strip_that<N, kRun>(does);
+  if (vectors == N && (kRun ? run == kRun : run >= N)) {
+    if (does & kAnything) return spmm_strip<N, kRun, kAnything>;
+    if (does & (kStreams | kCounts)) return rare_strip_that<N, kRun>(does);
+    if constexpr (kMovesLanes && kRun == 0) {
+      if (does & kMoves) return strip_that<N, kRun, kMoves | kFinishes>(does);
+    }
+    return strip_that<N, kRun>(does);
+  }
   if constexpr (kNext < N && N % kNext == 0) {
     if (vectors == N) return strip_of<N, kNext>(vectors, run, does);
   }
@@ -280,9 +301,9 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
   const bool clamps = results.low > -__builtin_inff() || results.high < __builtin_inff();
   unsigned does = (results.start ? kStarts : 0) | (results.bias ? kHasBias : 0) |
                   (results.mask || clamps ? kFinishes : 0) | (rows.pairs ? kHasPairs : 0) |
-                  (tile.soon.data ? kAhead : 0);
+                  (tile.soon.data || rows.far ? kAhead : 0) | (results.moves ? kMoves : 0);
   const bool rare = does & (kHasBias | kFinishes | kHasPairs) && (results.stream || results.counts);
-  if (rare || rows.far) does |= kAnything;
+  if (rare) does |= kAnything;
   if (results.stream) does |= kStreams;
   if (results.counts) does |= kCounts;
   if (tile.run < lanes) {
@@ -322,10 +343,11 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
 template <int R, int N>
 void gemm_strip(const float* lanes, const uint32_t* offsets, const float* values, int64_t terms, const Results& results,
                 int64_t row, int64_t rows, int64_t first_lane, int64_t tail) {
-  float* const out = results.data + row * results.stride + first_lane;
+  float* const out = results.data + row * results.stride;
   const int64_t stride = results.stride;
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < N; v += kLine) __builtin_prefetch(out + (r < rows ? r : 0) * stride + v * kLanes, 1);
+  for (int r = 0; r < R && !results.moves; ++r)
+    for (int v = 0; v < N; v += kLine)
+      __builtin_prefetch(out + (r < rows ? r : 0) * stride + first_lane + v * kLanes, 1);
   Vec sum[R][N];
   for (int r = 0; r < R; ++r) {
     const Vec first = results.bias && r < rows ? broadcast(results.bias[row + r]) : zero();
@@ -349,7 +371,11 @@ void gemm_strip(const float* lanes, const uint32_t* offsets, const float* values
     for (int r = 0; r < R; ++r) {
       if (r >= rows) break;
       const Vec y = keep(min(high, max(low, sum[r][v])), kept);
-      put(out + r * stride + v * kLanes, y, v + 1 < N ? kLanes : tail);
+      if (results.moves) {
+        put_moved(out + r * stride, y, results.moves + (first_lane / kLanes + v) * Results::kMoves);
+      } else {
+        put(out + r * stride + first_lane + v * kLanes, y, v + 1 < N ? kLanes : tail);
+      }
     }
   }
 }
@@ -1256,6 +1282,7 @@ void norm_input_grad(const NormGrad& grad, const float* dy, const float* x, cons
 extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 kLanes,
                                 kShiftsSums,
+                                kMovesLanes,
                                 kLanes == 16 ? 64 : 32,
                                 spmm,
                                 gemm,

@@ -77,6 +77,12 @@ struct Tile {
   int64_t run = INT64_MAX, jump = 0;
 };
 
+// Lanes of a register that go to a place of their own: lane i of those whose bits are set to `at` + i, in floats.
+struct Move {
+  int32_t at;
+  uint32_t lanes;
+};
+
 // Where results of spmm go, and what is done to them on the way. Null pointers stand for zeros.
 struct Results {
   float* data;
@@ -92,6 +98,11 @@ struct Results {
   // one row to the next. Null: all of it counts.
   const uint8_t* counts = nullptr;
   int64_t counts_stride = 0;
+  // Where the lanes of a row go, seen from data + row * stride: kMoves for every register, those without lanes last.
+  // Lanes in none of them are not written. For Kernels::moves_lanes; not with mask, stream, counts or runs. Null: to
+  // their own places.
+  static constexpr int kMoves = 3;
+  const Move* moves = nullptr;
 };
 
 enum class Activation : int64_t { none, sigmoid, silu, hardsigmoid, hardswish };
@@ -134,6 +145,7 @@ struct Kernels {
   const char* name;
   int64_t lanes;        // of a register
   bool shifts_sums;     // whether spmm takes Rows::pairs: shifting registers by a lane is cheap
+  bool moves_lanes;     // whether spmm and gemm take Results::moves
   int64_t strip_lanes;  // that spmm holds in few registers, so that many channels of them fit the first-level cache
 
   // results[r][lane] = clamp(bias[r] + start[r][lane] + sum of value * tile[offset + lane]), over `lanes` lanes. NaN

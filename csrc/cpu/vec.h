@@ -27,6 +27,8 @@ inline void stream_fence() { _mm_sfence(); }
 inline __mmask16 first(int64_t n) { return (__mmask16)((1u << n) - 1); }
 inline Vec load(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline void store(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+// Those lanes whose bits are set.
+inline void store_lanes(float* p, Vec v, uint32_t lanes) { _mm512_mask_storeu_ps(p, (__mmask16)lanes, v); }
 // The first n lanes of v, 0 in the others.
 inline Vec only(Vec v, int64_t n) { return _mm512_maskz_mov_ps(first(n), v); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }

@@ -24,8 +24,10 @@ constexpr int64_t kStripVectors = 4;           // lines of lanes that spmm holds
 constexpr int64_t kFewestTasks = 4;            // of a layer, by splitting its rows, for threads that share an image
 constexpr int64_t kRowNnz = 13;                // non-zeros of a row in a block of channels, at least
 constexpr int64_t kPackedFloats = 128 * 1024;  // of a packed source that the second-level cache holds as a whole
-constexpr int64_t kFarWeights = 128 * 1024;  // of a layer, that are not in the second-level cache from the image before
-constexpr int64_t kTurn = 2;                 // items of a layer that the next one waits for
+constexpr int64_t kFarWeights = 24 * 1024;   // of a layer, that are not in the second-level cache from the image before
+constexpr int64_t kRowsTurn = 2;             // items of a layer that the next one waits for, if they are rows
+constexpr int64_t kStripsTurn = 4;           // the same of strips
+constexpr int64_t kTurnFloats = 256 * 1024;  // of a tensor that is read strip by strip, as it is written, at least
 constexpr int64_t kTeam = 2;                 // threads that share an image, at least if there are so many
 
 // That a strip reads while they stay in the first-level cache, of which results and weights need a part.
@@ -68,8 +70,12 @@ struct Program::Conv {
   Blocking blocking;
   std::vector<float> bias;  // [rows]
   int64_t layer;
-  int64_t unit = 1;   // registers of lanes that no strip divides
-  int64_t parts = 1;  // strips of a row
+  int64_t layout = 0;       // of what it computes
+  int64_t at = 0;           // where that is in an image's memory, as a whole or in part
+  std::vector<Move> moves;  // of registers of the result, if that has another layout
+  bool turns = false;       // takes turns with the layer that writes what it reads
+  int64_t unit = 1;         // registers of lanes that no strip divides
+  int64_t parts = 1;        // strips of a row
   int64_t strips = 0, splits = 0;
 };
 
@@ -85,15 +91,15 @@ class Program::Memory {
 
 Program::Program(std::vector<Size> tensors, std::vector<Size> inputs, std::vector<Size> outputs)
     : inputs_(std::move(inputs)), outputs_(std::move(outputs)) {
-  for (const Size& size : tensors) tensors_.push_back({size, layout_of(size.h, size.w)});
+  for (const Size& size : tensors) tensors_.push_back({size, layout_of(size.h, size.w, false)});
 }
 
 Program::~Program() = default;
 
-int64_t Program::layout_of(int64_t h, int64_t w) {
+int64_t Program::layout_of(int64_t h, int64_t w, bool flat) {
   for (size_t i = 0; i < layouts_.size(); ++i)
-    if (layouts_[i].h == h && layouts_[i].w == w) return i;
-  layouts_.push_back({h, w});
+    if (layouts_[i].h == h && layouts_[i].w == w && layouts_[i].flat == flat) return i;
+  layouts_.push_back({h, w, flat});
   return layouts_.size() - 1;
 }
 
@@ -237,9 +243,13 @@ void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
 }
 
 // Lets the last step follow the one before it band by band, if that writes the tensor that it reads: what it wants is
-// still in a near cache then. reads(items): rows of the tensor that the first items read.
+// still in a near cache then. reads(items): rows of the tensor that the first items read; null: both have the same
+// strips.
 void Program::take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& reads) {
-  if (steps_.size() < 2 || steps_[steps_.size() - 2].tensor != tensor) return;
+  if (steps_.size() < 2) return;
+  const Step &writer = steps_[steps_.size() - 2], &reader = steps_.back();
+  if (writer.tensor != tensor || (reads ? writer.rows == 0 : writer.rows > 0 || writer.items != reader.items)) return;
+  const int64_t turn = reads ? kRowsTurn : kStripsTurn;
   const Step next = std::move(steps_.back());
   steps_.pop_back();
   const Step step = std::move(steps_.back());
@@ -251,10 +261,11 @@ void Program::take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& 
     steps_.push_back({last - first, part});
     steps_.back().layer = step.layer;
   };
-  for (int64_t first = 0, done = 0; first < step.items; first += kTurn) {
-    const int64_t last = std::min(first + kTurn, step.items), begin = done;
+  for (int64_t first = 0, done = 0; first < step.items; first += turn) {
+    const int64_t last = std::min(first + turn, step.items), begin = done;
     add(step, first, last);
-    while (done < next.items && (last == step.items || reads(done + 1) <= last * step.rows)) ++done;
+    while (done < next.items && (last == step.items || (reads ? reads(done + 1) <= last * step.rows : done < last)))
+      ++done;
     if (begin < done) add(next, begin, done);
   }
 }
@@ -281,7 +292,7 @@ void Program::add_runs(std::vector<int64_t> reads, int64_t writes, int64_t in_pl
       for (int64_t i = first; i < last; ++i) f(frame, i % channels, i / channels);
     });
   };
-  add_layer({std::move(reads), writes, in_place, add_steps});
+  add_layer({std::move(reads), writes, in_place, add_steps, false, true});
 }
 
 void Program::add_mean(int64_t in, int64_t out) {
@@ -348,38 +359,102 @@ void Program::add_store(int64_t in, int64_t output) {
   add_layer({{in}, kNone, kNone, add_steps});
 }
 
-void Program::set_layouts() {
-  for (Layout& layout : layouts_) {
-    // Rows of whole lines, or of half a line more, let the taps of a 3 x 3 be loaded by whole lines.
-    const int64_t lines = round_up(layout.w + layout.side, kAlign);
-    const bool by_rows = layout.h > 1 && lines <= kMostWaste * (layout.w + layout.side);
-    if (!by_rows) layout.side = std::max(layout.side, layout.packed_side);
-    layout.pitch = layout.w + layout.side;
-    const int64_t halves = round_up(layout.pitch, kAlign / 2);
-    if (by_rows || (layout.side && halves <= kMostWaste * layout.pitch)) {
-      layout.shifting = layout.side && layout.pitch <= kMostShifted;
-      if (by_rows || layout.shifting) layout.pitch = by_rows ? lines : halves;
+void Program::set_layout(Layout& layout) const {
+  // Rows of whole lines, or of half a line more, let the taps of a 3 x 3 be loaded by whole lines.
+  const int64_t lines = round_up(layout.w + layout.side, kAlign);
+  const bool by_rows =
+      layout.h > 1 && !layout.flat && lines > kernels().lanes && lines <= kMostWaste * (layout.w + layout.side);
+  if (!by_rows) layout.side = std::max(layout.side, layout.packed_side);
+  layout.pitch = layout.w + layout.side;
+  const int64_t halves = round_up(layout.pitch, kAlign / 2);
+  if (by_rows || (layout.side && halves <= kMostWaste * layout.pitch)) {
+    layout.shifting = layout.side && layout.pitch <= kMostShifted;
+    if (by_rows || layout.shifting) layout.pitch = by_rows ? lines : halves;
+  }
+  if (by_rows) {
+    layout.runs = layout.h;
+    layout.channel = layout.pitch;
+    // Strips of several rows want rows of whole lines.
+    layout.lanes = 2 * layout.pitch > kStripVectors * kAlign ? round_up(layout.w, kernels().lanes) : layout.pitch;
+    layout.lead = round_up(layout.side, kAlign);
+  } else {
+    layout.lead = round_up(layout.up * layout.pitch + layout.side, kAlign);
+    layout.lanes = round_up((layout.h - 1) * layout.pitch + layout.w, kernels().lanes);
+    // What lies behind a plane serves the next as what lies before it.
+    const int64_t behind = std::max(layout.lead, layout.down * layout.pitch + layout.side);
+    layout.channel = round_up(layout.lanes + behind, kAlign);
+    // An odd number of lines: the planes of a strip spread over all sets of a cache.
+    if (layout.channel / kAlign % 2 == 0) layout.channel += kAlign;
+  }
+  if (layout.lanes * layout.runs == layout.h * layout.w) return;
+  layout.mask.resize(by_rows ? std::max(kStripVectors * kAlign, layout.pitch) : layout.lanes);
+  const int64_t rows = by_rows ? INT64_MAX : layout.h;
+  for (size_t i = 0; i < layout.mask.size(); ++i)
+    layout.mask[i] = int64_t(i) % layout.pitch < layout.w && int64_t(i) / layout.pitch < rows ? -1 : 0;
+}
+
+// Zeros between the rows of planes are lanes that are computed in vain. Tensors that no tap reaches beyond do without
+// them, unless they are computed lane by lane with others that do not. Sums of products of a tensor's own lanes alone
+// have its layout, others the one with zeros; they move to that of the result on the way to memory.
+void Program::choose_layouts() {
+  for (Layout& layout : layouts_) set_layout(layout);
+  std::vector<char> flat(tensors_.size());
+  for (size_t i = 0; i < flat.size(); ++i) {
+    const Layout& padded = layout(i);
+    // A register is in no more than kMoves rows.
+    flat[i] = kernels().moves_lanes && !tensors_[i].halo && padded.runs == 1 && padded.w >= kernels().lanes / 2 &&
+              round_up(padded.h * padded.w, kernels().lanes) < padded.lanes;
+  }
+  bool changed = true;
+  auto agree = [&](const std::vector<int64_t>& some, bool may) {
+    for (int64_t tensor : some) may &= bool(flat[tensor]);
+    for (int64_t tensor : some)
+      if (!may && std::exchange(flat[tensor], false)) changed = true;
+    return may;
+  };
+  auto pointwise = [](const Conv& conv) {
+    return std::all_of(conv.terms.begin(), conv.terms.end(), [](const Term& term) { return term.walk.pointwise(); });
+  };
+  auto own_of = [](const Conv& conv) {
+    std::vector<int64_t> own;
+    for (const Term& term : conv.terms)
+      if (term.direct && term.walk.pointwise()) own.push_back(term.in);
+    return own;
+  };
+  while (std::exchange(changed, false)) {
+    for (const Layer& layer : layers_) {
+      if (!layer.lanewise) continue;
+      std::vector<int64_t> some{layer.writes};
+      for (int64_t tensor : layer.reads)
+        if (size(tensor).h == size(layer.writes).h && size(tensor).w == size(layer.writes).w) some.push_back(tensor);
+      agree(some, true);
     }
-    if (by_rows) {
-      layout.runs = layout.h;
-      layout.channel = layout.pitch;
-      // Strips of several rows want rows of whole lines.
-      layout.lanes = 2 * layout.pitch > kStripVectors * kAlign ? round_up(layout.w, kernels().lanes) : layout.pitch;
-      layout.lead = round_up(layout.side, kAlign);
-    } else {
-      layout.lead = round_up(layout.up * layout.pitch + layout.side, kAlign);
-      layout.lanes = round_up((layout.h - 1) * layout.pitch + layout.w, kernels().lanes);
-      // What lies behind a plane serves the next as what lies before it.
-      const int64_t behind = std::max(layout.lead, layout.down * layout.pitch + layout.side);
-      layout.channel = round_up(layout.lanes + behind, kAlign);
-      // An odd number of lines: the planes of a strip spread over all sets of a cache.
-      if (layout.channel / kAlign % 2 == 0) layout.channel += kAlign;
+    for (const auto& conv : convs_) {
+      const std::vector<int64_t> own = own_of(*conv);
+      std::vector<int64_t> some = own;
+      if (conv->residual != kNone) some.insert(some.end(), {conv->residual, conv->out});
+      if (!agree(some, pointwise(*conv)) && !own.empty()) agree({conv->out}, false);
     }
-    if (layout.lanes * layout.runs == layout.h * layout.w) continue;
-    layout.mask.resize(by_rows ? std::max(kStripVectors * kAlign, layout.pitch) : layout.lanes);
-    const int64_t rows = by_rows ? INT64_MAX : layout.h;
-    for (size_t i = 0; i < layout.mask.size(); ++i)
-      layout.mask[i] = int64_t(i) % layout.pitch < layout.w && int64_t(i) / layout.pitch < rows ? -1 : 0;
+  }
+  std::vector<int64_t> layouts(flat.size());
+  for (size_t i = 0; i < flat.size(); ++i) {
+    layouts[i] = tensors_[i].layout;
+    if (flat[i]) layouts[i] = layout_of(size(i).h, size(i).w, true);
+  }
+  for (const auto& conv : convs_) {
+    const std::vector<int64_t> own = own_of(*conv);
+    const int64_t like = own.empty() ? conv->out : own[0];
+    conv->layout = pointwise(*conv) ? layouts[like] : tensors_[conv->out].layout;
+  }
+  for (size_t i = 0; i < flat.size(); ++i) tensors_[i].layout = layouts[i];
+  for (Layout& layout : layouts_)
+    if (layout.flat) set_layout(layout);
+  // A tensor that no cache nearby holds is read as soon as parts of it are there.
+  for (const auto& conv : convs_) {
+    const std::vector<int64_t> own = own_of(*conv);
+    if (own.size() != 1 || conv->terms.size() != 1 || conv->residual != kNone) continue;
+    conv->turns = layout(own[0]).runs * run_stride(own[0]) >= kTurnFloats;
+    layers_[conv->layer].turns = conv->turns;
   }
 }
 
@@ -409,7 +484,7 @@ void Program::place_tensors() {
   std::vector<Buffer> buffers;
   std::vector<int64_t> buffer_of(tensors_.size(), kNone);
   for (int64_t i = 0; i < int64_t(layers_.size()); ++i) {
-    const auto& [reads, writes, in_place, add_steps, turns] = layers_[i];
+    const auto& [reads, writes, in_place, add_steps, turns, lanewise] = layers_[i];
     if (writes == kNone) continue;
     const bool over = in_place != kNone && in_place >= 0 && tensors_[in_place].last <= i;
     buffer_of[writes] = over ? buffer_of[in_place] : buffers.size();
@@ -472,6 +547,7 @@ void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, in
     const int64_t to = layout.runs > 1     ? layout.lanes
                        : y + 1 == layout.h ? layout.lanes - y * layout.pitch
                                            : layout.pitch;
+    if (to == layout.w) continue;
     kernels().clear(data(frame, tensor) + y * row_stride(tensor) + layout.w, layout.channel,
                     tensors_[tensor].size.channels, to - layout.w);
   }
@@ -479,7 +555,7 @@ void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, in
 
 void Program::finish() {
   join_residuals();
-  set_layouts();
+  choose_layouts();
   place_tensors();
   for (const Layer& layer : layers_) {
     layer.add_steps();
@@ -493,7 +569,8 @@ void Program::finish() {
 // Taps that share lines of a tensor want long strips, and so do long rows, whose channels are neighbours.
 int64_t Program::strip_vectors(const Conv& conv) const {
   const int64_t few = kernels().strip_lanes / kAlign;
-  bool many = layout(conv.out).pitch > few * kAlign;
+  const Layout& layout = layouts_[conv.layout];
+  bool many = !layout.flat && layout.pitch > few * kAlign;
   for (const Term& term : conv.terms) many |= term.direct && !term.walk.pointwise();
   const int64_t vectors = many ? kStripVectors : few;
   if (!conv.blocking.other_strips) return vectors;
@@ -501,7 +578,7 @@ int64_t Program::strip_vectors(const Conv& conv) const {
 }
 
 void Program::choose_strips(Conv& conv) {
-  const Layout& layout = this->layout(conv.out);
+  const Layout& layout = layouts_[conv.layout];
   const int64_t wanted = strip_vectors(conv), most = wanted + wanted / 4;
   auto even = [=](int64_t vectors) { return std::max(ceil_div(vectors, most), (vectors + wanted / 2) / wanted); };
   const int64_t row = ceil_div(std::min(layout.lanes, layout.pitch), kAlign);
@@ -514,11 +591,13 @@ void Program::choose_strips(Conv& conv) {
   for (const Term& term : conv.terms) shifts |= term.shifts;
   if (shifts) conv.unit = layout.pitch % kAlign ? 2 * layout.pitch / kAlign : row;
   const int64_t vectors = ceil_div(layout.lanes, kAlign);
-  conv.strips = shifts ? ceil_div(vectors, std::max<int64_t>(1, wanted / conv.unit) * conv.unit) : even(vectors);
+  // Whole rows; where one is a register, strips may be as long as any.
+  const int64_t rows = conv.unit == 1 ? most : std::max<int64_t>(1, wanted / conv.unit);
+  conv.strips = shifts ? ceil_div(vectors, rows * conv.unit) : even(vectors);
 }
 
 Program::Strip Program::strip(const Conv& conv, int64_t index) const {
-  const Layout& layout = this->layout(conv.out);
+  const Layout& layout = layouts_[conv.layout];
   if (layout.runs == 1) {
     const int64_t units = ceil_div(ceil_div(layout.lanes, kAlign), conv.unit), unit = conv.unit * kAlign;
     const int64_t begin = units * index / conv.strips * unit, end = units * (index + 1) / conv.strips * unit;
@@ -550,8 +629,10 @@ bool Program::add_paired_steps(const Conv& conv) {
 
 void Program::add_conv_steps(Conv& conv) {
   if (add_paired_steps(conv)) return;
-  const Layout& layout = this->layout(conv.out);
-  const bool by_rows = layout.runs > 1;
+  const Layout& layout = layouts_[conv.layout];
+  const bool by_rows = layout.runs > 1, elsewhere = conv.layout != tensors_[conv.out].layout;
+  conv.at = tensors_[conv.out].at;
+  if (elsewhere) choose_moves(conv);
   for (Term& term : conv.terms) {
     Walk& walk = term.walk;
     walk.tile_h = walk.grid_h;
@@ -592,7 +673,19 @@ void Program::add_conv_steps(Conv& conv) {
     term.packed = reserve(floats + walk.lead + walk.row_lanes() + kAlign, conv.layer, conv.layer);
   }
   choose_strips(conv);
+  bool parts = conv.terms.size() > 1;
+  for (const Term& term : conv.terms) parts |= term.blocks > 1;
+  if (elsewhere && parts) {
+    int64_t first = conv.layer;
+    while (conv.turns && layers_[first].writes != conv.terms[0].in) --first;
+    conv.at = reserve(size(conv.out).channels * layout.channel, first, conv.layer);
+  }
   conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.strips), 1, ceil_div(conv.terms[0].rows(), 64));
+  auto clear = [=, this, out = conv.out] {
+    if (!elsewhere) return;
+    add_step(size(out).h, out,
+             [=, this](const Frame& frame, int64_t first, int64_t last) { clear_beside(frame, out, first, last); });
+  };
   for (Term& term : conv.terms) {
     const Part& part = term.walk.parts[0];
     if (term.is_dense)
@@ -602,15 +695,14 @@ void Program::add_conv_steps(Conv& conv) {
                                                    term.shifts);
     term.weight = {};
   }
-  // Adds blocks of a term's kernel to all strips. A strip's splits of the rows follow each other.
-  auto add = [&](auto f) {
-    add_step(conv.strips * conv.splits, conv.out, [&conv, f](const Frame& frame, int64_t first, int64_t last) {
-      for (int64_t at = first, end; at < last; at = end) {
-        end = std::min(last, (at / conv.splits + 1) * conv.splits);
-        f(frame, at / conv.splits, Range{at % conv.splits, end - at});
-      }
-    });
+  // f(strip, splits) for items of the convolution. A strip's splits of the rows follow each other.
+  auto each_strip = [&conv](int64_t first, int64_t last, const auto& f) {
+    for (int64_t at = first, end; at < last; at = end) {
+      end = std::min(last, (at / conv.splits + 1) * conv.splits);
+      f(at / conv.splits, Range{at % conv.splits, end - at});
+    }
   };
+  auto add = [&](Work work) { add_step(conv.strips * conv.splits, elsewhere ? kNone : conv.out, std::move(work)); };
   auto packed = [](const Term& term) { return [at = term.packed](const Frame& frame) { return frame.memory + at; }; };
   for (Term& term : conv.terms) {
     if (term.direct) continue;
@@ -622,21 +714,47 @@ void Program::add_conv_steps(Conv& conv) {
     for (int64_t b = 0; b < term.blocks; ++b) {
       const int64_t first = b * term.block;
       add_copy(term.walk, term.in, {first, std::min(term.block, term.channels() - first)}, packed(term));
-      add([&conv, &term, this, b](const Frame& frame, int64_t strip, Range splits) {
-        run_conv(conv, term, frame, frame.memory + term.packed, {b, 1}, strip, splits);
+      add([=, &conv, &term, this](const Frame& frame, int64_t first, int64_t last) {
+        each_strip(first, last, [&](int64_t strip, Range splits) {
+          run_conv(conv, term, frame, frame.memory + term.packed, {b, 1}, strip, splits);
+        });
       });
     }
-    return;
+    return clear();
   }
-  add([&conv, this](const Frame& frame, int64_t strip, Range splits) {
-    for (const Term& term : conv.terms) {
-      const Walk& walk = term.walk;
-      const float* source =
-          term.direct ? data(frame, term.in) - walk.phases[0].up * walk.pitch - walk.left - walk.phases[0].base
-                      : frame.memory + term.packed;
-      run_conv(conv, term, frame, source, {0, term.blocks}, strip, splits);
-    }
+  add([=, &conv, this](const Frame& frame, int64_t first, int64_t last) {
+    each_strip(first, last, [&](int64_t strip, Range splits) {
+      for (const Term& term : conv.terms) {
+        const Walk& walk = term.walk;
+        const float* source =
+            term.direct ? data(frame, term.in) - walk.phases[0].up * walk.pitch - walk.left - walk.phases[0].base
+                        : frame.memory + term.packed;
+        run_conv(conv, term, frame, source, {0, term.blocks}, strip, splits);
+      }
+    });
   });
+  if (conv.splits == 1) {
+    if (conv.turns) {
+      take_turns(conv.terms[0].in);
+    } else if (!elsewhere) {
+      steps_.back().tensor = conv.out;
+    }
+  }
+  clear();
+}
+
+// Where the lanes that a convolution computes go in planes of another layout.
+void Program::choose_moves(Conv& conv) const {
+  const Layout &from = layouts_[conv.layout], &to = layout(conv.out);
+  const int64_t width = kernels().lanes;
+  conv.moves.assign(from.lanes / width * Results::kMoves, {0, 0});
+  for (int64_t lane = 0; lane < from.lanes; ++lane) {
+    const int64_t y = lane / from.pitch, x = lane % from.pitch, at = y * to.pitch + x - lane % width;
+    if (x >= from.w || y >= from.h) continue;
+    Move* move = &conv.moves[lane / width * Results::kMoves];
+    while (move->lanes && move->at != at) ++move;
+    *move = {int32_t(at), move->lanes | 1u << lane % width};
+  }
 }
 
 // Every other row begins in the middle of a line: those are read from a copy that lies half a line off.
@@ -657,31 +775,37 @@ void Program::shift_half_lines(Term& term, int64_t layer) {
 // Adds blocks of a term to a strip; `source` is that of the first.
 void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
                        int64_t index, Range splits) const {
-  const Layout& layout = this->layout(conv.out);
+  const Layout& layout = layouts_[conv.layout];
   const Strip strip = this->strip(conv, index);
+  const bool elsewhere = !conv.moves.empty();
   Results out{nullptr, layout.channel};
   out.start_stride = layout.channel;
-  out.jump = run_stride(conv.out);
+  out.jump = size(conv.out).channels * layout.channel;
   Tile tile{source + strip.row * term.walk.pitch + strip.lane, {}};
   if (strip.rows > 1) tile.run = strip.lanes, tile.jump = term.walk.pitch;
   for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b) {
     const bool first = b == 0 && &term == &conv.terms.front();
     const bool last = b + 1 == term.blocks && &term == &conv.terms.back();
-    out.mask = last && !layout.mask.empty() ? layout.mask.data() + strip.lane : nullptr;
+    if (last && elsewhere) {
+      out.stride = this->layout(conv.out).channel;
+      out.moves = conv.moves.data() + strip.lane / kernels().lanes * Results::kMoves;
+    }
+    out.mask = last && !elsewhere && !layout.mask.empty() ? layout.mask.data() + strip.lane : nullptr;
     out.low = last ? conv.epilogue.low : -kInfinity;
     out.high = last ? conv.epilogue.high : kInfinity;
     for (int64_t split = splits.first; split < splits.first + splits.count; ++split) {
       const int64_t row = term.first_row(split);
       const int64_t at = row * layout.channel + strip.row * out.jump + strip.lane;
-      out.data = data(frame, conv.out) + at;
+      float* const partial = frame.memory + conv.at + at;
+      out.data = out.moves ? data(frame, conv.out) + row * out.stride : partial;
       out.bias = first ? conv.bias.data() + row : nullptr;
-      out.start = !first ? out.data : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
+      out.start = !first ? partial : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
       if (term.dense) {
         kernels().gemm(tile, term.dense->panels(b, split), out, strip.rows * strip.lanes);
         continue;
       }
       Rows rows = term.kernel->rows(0, b, split);
-      rows.far = conv.strips == 1 && term.kernel->size() >= kFarWeights;
+      rows.far = index == 0 && term.kernel->size() >= kFarWeights;
       kernels().spmm(tile, rows, out, strip.rows * strip.lanes);
     }
     tile.lanes += term.block * term.walk.channel_stride;

@@ -3,7 +3,9 @@
 // Tensors lie row by row, all channels of a row one after another, or, where rows are short, as planes, so far apart
 // that the zeros around an image are there for every tap of the layers that read it: a kept weight is one offset into
 // the tensor, and no layer copies its input (those with a stride do). Tensors of one height and width share the layout,
-// hence a layer's output is at the same place of its row or plane as what it came from.
+// hence a layer's output is at the same place of its row or plane as what it came from. The exception are planes that
+// no tap reaches beyond: they have no zeros between their rows, and what is computed the one way for a tensor of the
+// other kind changes places when it is stored.
 //
 // Tensors share memory as soon as they are not read any more; who writes one writes the zeros around it, too.
 //
@@ -87,6 +89,7 @@ class Program {
   // What the tensors of one height and width have in common. A tensor is [runs][channels][channel] floats.
   struct Layout {
     int64_t h, w;
+    bool flat;                           // without zeros between rows
     int64_t side = 0, up = 0, down = 0;  // zeros that taps reach to the left and right, above and below
     int64_t packed_side = 0;             // the same of packed copies
     int64_t pitch = 0;                   // floats of a row
@@ -112,6 +115,7 @@ class Program {
     int64_t in_place = kNone;         // tensor whose memory the written one may take over
     std::function<void()> add_steps;  // once memory is laid out
     bool turns = false;               // may take turns with the layer that writes what it reads
+    bool lanewise = false;            // what it reads and writes has one layout, where it has one size
   };
   // One image on its way.
   struct Frame {
@@ -125,7 +129,7 @@ class Program {
   struct Step {
     int64_t items;
     Work run;
-    int64_t tensor = kNone, rows = 0;  // that its items write in order, so many rows each
+    int64_t tensor = kNone, rows = 0;  // that its items write in order, so many rows each, or a strip where it is 0
     int64_t layer = kNone;
   };
   // Memory that is taken while layers [first, last] run.
@@ -142,16 +146,17 @@ class Program {
   class Memory;
   class Team;
 
-  int64_t layout_of(int64_t h, int64_t w);
+  int64_t layout_of(int64_t h, int64_t w, bool flat);
   void add_layer(Layer layer);
   void add_runs(std::vector<int64_t> reads, int64_t writes, int64_t in_place,
                 std::function<void(const Frame&, int64_t channel, int64_t run)> f);
   void join_residuals();
-  void set_layouts();
+  void set_layout(Layout& layout) const;
+  void choose_layouts();
   void place_tensors();
   int64_t reserve(int64_t floats, int64_t first, int64_t last);
   void add_step(int64_t items, int64_t writes, Work work);
-  void take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& reads);
+  void take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& reads = nullptr);
   void clear_around(const Frame& frame, int64_t tensor, bool above, bool below) const;
   void clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const;
   const Layout& layout(int64_t tensor) const { return layouts_[tensors_[tensor].layout]; }
@@ -164,6 +169,7 @@ class Program {
   Images images(const Frame& frame, int64_t tensor) const;
   bool add_paired_steps(const Conv& conv);
   void add_conv_steps(Conv& conv);
+  void choose_moves(Conv& conv) const;
   int64_t strip_vectors(const Conv& conv) const;
   void choose_strips(Conv& conv);
   Strip strip(const Conv& conv, int64_t index) const;

@@ -208,6 +208,52 @@ def test_residual_blocks(size, isa):
         _ops.set_isa(before)
 
 
+class Mixed(nn.Module):
+    """Tensors that taps read, and tensors that none does, side by side: ``how`` says where the two meet."""
+
+    def __init__(self, channels, how):
+        super().__init__()
+        self.a, self.d = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        self.b, self.c = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.how = how
+
+    def forward(self, x):
+        x = F.relu(self.a(x))  # from the layout of its input to that of the next, if they differ
+        y = F.relu(self.b(x))
+        if self.how == "taps added":
+            return F.relu(self.c(y) + x)
+        if self.how == "own lanes added":
+            return F.relu(self.d(y) + x)
+        if self.how == "sum of both":
+            return self.b(y) + self.d(F.silu(x))
+        if self.how == "lane by lane":
+            return F.silu(self.d(y)) + self.c(x)
+        if self.how == "next to each other":
+            return torch.cat([self.d(y), self.c(y)], 1)[:, 20:60]
+        return self.d(y)
+
+
+MEETINGS = ("apart", "taps added", "own lanes added", "sum of both", "lane by lane", "next to each other")
+
+
+# Planes with registers of one, two and three rows.
+@pytest.mark.parametrize("size", [(14, 14), (9, 13), (12, 9), (8, 20)])
+@pytest.mark.parametrize("how", MEETINGS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_zeros_between_rows_are_there_for_those_that_need_them(size, how, isa):
+    torch.manual_seed(0)
+    sparse = prune(nn.Sequential(Mixed(40, how), nn.Conv2d(40, 40, 1), Mixed(40, "apart"), nn.Conv2d(40, 7, 1)), 0.8)
+    last = [nn.MaxPool2d(3, 1, 1), nn.Conv2d(7, 8, 1, 2), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*sparse, *last).eval()
+    model[0].b.weight.data[:, :20] = 0
+    x = torch.randn(3, 40, *size)
+    with sk.use_isa(isa):
+        engine = chained(model, x)
+        assert chains_of(engine)
+        engine(torch.full_like(x, torch.nan))  # stays in memory that the next images use
+        assert_equals(engine, model, x)
+
+
 @pytest.mark.parametrize("blocking", BLOCKINGS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_blockings(blocking, isa):
