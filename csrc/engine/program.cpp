@@ -644,9 +644,11 @@ void Program::add_conv_steps(Conv& conv) {
     walk.lead = term.direct ? 0 : round_up(walk.left, kAlign) - walk.left;
     place_phases(walk);
     term.block = term.channels();
+    const bool two_copies = term.shifts && !by_rows && layout.pitch % kAlign;
     if (walk.groups == 1) {
       const int64_t lanes = strip_vectors(conv) * kAlign, channels = term.channels();
-      const int64_t fit = block_channels(walk, term.weight, lanes, kRowNnz, first_level_floats());
+      const int64_t floats = first_level_floats() / (two_copies ? 2 : 1);
+      const int64_t fit = block_channels(walk, term.weight, lanes, kRowNnz, floats);
       const int64_t most = std::clamp<int64_t>(fit * conv.blocking.channels, 1, channels);
       term.block = ceil_div(channels, ceil_div(channels, most));
     }
@@ -655,7 +657,7 @@ void Program::add_conv_steps(Conv& conv) {
       walk.phases[0].base = 0;
       walk.pitch = row_stride(term.in);
       walk.channel_stride = layout.channel;
-      if (term.shifts && !by_rows && layout.pitch % kAlign) shift_half_lines(term, conv.layer);
+      if (two_copies) shift_half_lines(term, conv.layer);
       continue;
     }
     term.whole = conv.terms.size() > 1 || term.channels() * walk.channel_stride <= kPackedFloats;
