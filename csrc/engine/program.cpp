@@ -25,6 +25,7 @@ constexpr int64_t kFewestTasks = 4;            // of a layer, by splitting its r
 constexpr int64_t kRowNnz = 13;                // non-zeros of a row in a block of channels, at least
 constexpr int64_t kPackedFloats = 128 * 1024;  // of a packed source that the second-level cache holds as a whole
 constexpr int64_t kFarWeights = 24 * 1024;   // of a layer, that are not in the second-level cache from the image before
+constexpr int64_t kNearFloats = 64 * 1024;   // of sums that stay in the second-level cache
 constexpr int64_t kRowsTurn = 2;             // items of a layer that the next one waits for, if they are rows
 constexpr int64_t kStripsTurn = 4;           // the same of strips
 constexpr int64_t kTurnFloats = 256 * 1024;  // of a tensor that is read strip by strip, as it is written, at least
@@ -724,16 +725,27 @@ void Program::add_conv_steps(Conv& conv) {
     }
     return clear();
   }
+  int64_t nnz = 0, blocks = 0;
+  for (const Term& term : conv.terms) nnz += term.kernel ? term.kernel->size() : 0, blocks += term.blocks;
+  // Where weights come from far away and sums do not, all strips have a block behind them before the next begins.
+  const bool by_blocks = nnz >= kFarWeights && size(conv.out).channels * layout.channel * layout.runs <= kNearFloats;
+  const int64_t together = by_blocks ? 1 : blocks;
   add([=, &conv, this](const Frame& frame, int64_t first, int64_t last) {
-    each_strip(first, last, [&](int64_t strip, Range splits) {
-      for (const Term& term : conv.terms) {
-        const Walk& walk = term.walk;
-        const float* source =
-            term.direct ? data(frame, term.in) - walk.phases[0].up * walk.pitch - walk.left - walk.phases[0].base
-                        : frame.memory + term.packed;
-        run_conv(conv, term, frame, source, {0, term.blocks}, strip, splits);
-      }
-    });
+    for (int64_t begin = 0; begin < blocks; begin += together)
+      each_strip(first, last, [&](int64_t strip, Range splits) {
+        int64_t at = begin;  // from the term's first block on
+        for (const Term& term : conv.terms) {
+          const Walk& walk = term.walk;
+          const float* source =
+              term.direct ? data(frame, term.in) - walk.phases[0].up * walk.pitch - walk.left - walk.phases[0].base
+                          : frame.memory + term.packed;
+          const int64_t from = std::max<int64_t>(0, at), to = std::min(term.blocks, at + together);
+          if (from < to)
+            run_conv(conv, term, frame, source + from * term.block * walk.channel_stride, {from, to - from}, strip,
+                     splits);
+          at -= term.blocks;
+        }
+      });
   });
   if (conv.splits == 1) {
     if (conv.turns) {
