@@ -739,9 +739,12 @@ def program_store(program: int, input: int, output: int) -> None:
     torch.ops.sparsekit_cpu.program_store(program, input, output)
 
 
-def finish_program(program: int) -> None:
-    """Lay out memory and pack the weights; nothing can be added after it."""
-    torch.ops.sparsekit_cpu.finish_program(program)
+def finish_program(program: int, single: bool = False) -> None:
+    """Lay out memory and pack the weights; nothing can be added after it.
+
+    ``single``: it is made for one image at a time, which threads share; it takes any number.
+    """
+    torch.ops.sparsekit_cpu.finish_program(program, single)
 
 
 def program_floats(program: int) -> int:

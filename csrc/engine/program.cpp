@@ -78,6 +78,7 @@ struct Program::Conv {
   int64_t unit = 1;         // registers of lanes that no strip divides
   int64_t parts = 1;        // strips of a row
   int64_t strips = 0, splits = 0;
+  int64_t shared_strips = 0;  // where threads share an image: as many for every one
 };
 
 // What an image's tensors are in, one after another.
@@ -145,6 +146,7 @@ void Program::add_load(int64_t in, int64_t out) {
 
 // Copies channels of `in` into the packed block of a walk.
 void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block) {
+  // Rows of one register are better off as neighbours, but for threads that write to both halves of a plane.
   const bool by_rows = walk.pitch > walk.channel_stride;
   walk.reused = true;
   add_step(by_rows ? walk.tile_h : channels.count, kNone, [=, this](const Frame& frame, int64_t first, int64_t last) {
@@ -244,13 +246,9 @@ void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
 }
 
 // Lets the last step follow the one before it band by band, if that writes the tensor that it reads: what it wants is
-// still in a near cache then. reads(items): rows of the tensor that the first items read; null: both have the same
-// strips.
+// still in a near cache then. reads(items): rows of the tensor that the first items read.
 void Program::take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& reads) {
-  if (steps_.size() < 2) return;
-  const Step &writer = steps_[steps_.size() - 2], &reader = steps_.back();
-  if (writer.tensor != tensor || (reads ? writer.rows == 0 : writer.rows > 0 || writer.items != reader.items)) return;
-  const int64_t turn = reads ? kRowsTurn : kStripsTurn;
+  if (steps_.size() < 2 || steps_[steps_.size() - 2].tensor != tensor || steps_[steps_.size() - 2].rows == 0) return;
   const Step next = std::move(steps_.back());
   steps_.pop_back();
   const Step step = std::move(steps_.back());
@@ -262,11 +260,10 @@ void Program::take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& 
     steps_.push_back({last - first, part});
     steps_.back().layer = step.layer;
   };
-  for (int64_t first = 0, done = 0; first < step.items; first += turn) {
-    const int64_t last = std::min(first + turn, step.items), begin = done;
+  for (int64_t first = 0, done = 0; first < step.items; first += kRowsTurn) {
+    const int64_t last = std::min(first + kRowsTurn, step.items), begin = done;
     add(step, first, last);
-    while (done < next.items && (last == step.items || (reads ? reads(done + 1) <= last * step.rows : done < last)))
-      ++done;
+    while (done < next.items && (last == step.items || reads(done + 1) <= last * step.rows)) ++done;
     if (begin < done) add(next, begin, done);
   }
 }
@@ -360,11 +357,11 @@ void Program::add_store(int64_t in, int64_t output) {
   add_layer({{in}, kNone, kNone, add_steps});
 }
 
-void Program::set_layout(Layout& layout) const {
+void Program::set_layout(Layout& layout, bool single) const {
   // Rows of whole lines, or of half a line more, let the taps of a 3 x 3 be loaded by whole lines.
   const int64_t lines = round_up(layout.w + layout.side, kAlign);
-  const bool by_rows =
-      layout.h > 1 && !layout.flat && lines > kernels().lanes && lines <= kMostWaste * (layout.w + layout.side);
+  const bool by_rows = layout.h > 1 && !layout.flat && (single || lines > kernels().lanes) &&
+                       lines <= kMostWaste * (layout.w + layout.side);
   if (!by_rows) layout.side = std::max(layout.side, layout.packed_side);
   layout.pitch = layout.w + layout.side;
   const int64_t halves = round_up(layout.pitch, kAlign / 2);
@@ -397,8 +394,8 @@ void Program::set_layout(Layout& layout) const {
 // Zeros between the rows of planes are lanes that are computed in vain. Tensors that no tap reaches beyond do without
 // them, unless they are computed lane by lane with others that do not. Sums of products of a tensor's own lanes alone
 // have its layout, others the one with zeros; they move to that of the result on the way to memory.
-void Program::choose_layouts() {
-  for (Layout& layout : layouts_) set_layout(layout);
+void Program::choose_layouts(bool single) {
+  for (Layout& layout : layouts_) set_layout(layout, single);
   std::vector<char> flat(tensors_.size());
   for (size_t i = 0; i < flat.size(); ++i) {
     const Layout& padded = layout(i);
@@ -449,7 +446,7 @@ void Program::choose_layouts() {
   }
   for (size_t i = 0; i < flat.size(); ++i) tensors_[i].layout = layouts[i];
   for (Layout& layout : layouts_)
-    if (layout.flat) set_layout(layout);
+    if (layout.flat) set_layout(layout, single);
   // A tensor that no cache nearby holds is read as soon as parts of it are there.
   for (const auto& conv : convs_) {
     const std::vector<int64_t> own = own_of(*conv);
@@ -513,13 +510,17 @@ void Program::place_tensors() {
   }
 }
 
-// Adds a step of a layer that writes a tensor, or kNone. What was in its memory before is not zero around it.
+// The work of a layer that writes a tensor, or kNone. What was in its memory before is not zero around it.
+Program::Work Program::with_zeros(int64_t items, int64_t writes, Work work) const {
+  if (writes == kNone || !tensors_[writes].halo) return work;
+  return [=, this](const Frame& frame, int64_t first, int64_t last) {
+    clear_around(frame, writes, first == 0, last == items);
+    work(frame, first, last);
+  };
+}
+
 void Program::add_step(int64_t items, int64_t writes, Work work) {
-  if (writes == kNone || !tensors_[writes].halo) return steps_.push_back({items, std::move(work)});
-  steps_.push_back({items, [=, this](const Frame& frame, int64_t first, int64_t last) {
-                      clear_around(frame, writes, first == 0, last == items);
-                      work(frame, first, last);
-                    }});
+  steps_.push_back({items, with_zeros(items, writes, std::move(work))});
 }
 
 // Zeros that taps find beyond an image's rows, and what is beside or between these that no layer writes, as a part of
@@ -554,9 +555,9 @@ void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, in
   }
 }
 
-void Program::finish() {
+void Program::finish(bool single) {
   join_residuals();
-  choose_layouts();
+  choose_layouts(single);
   place_tensors();
   for (const Layer& layer : layers_) {
     layer.add_steps();
@@ -585,7 +586,7 @@ void Program::choose_strips(Conv& conv) {
   const int64_t row = ceil_div(std::min(layout.lanes, layout.pitch), kAlign);
   if (layout.runs > 1) {
     if (row > most) conv.parts = even(row);
-    conv.strips = ceil_div(layout.h, std::max<int64_t>(1, wanted / row)) * conv.parts;
+    conv.strips = conv.shared_strips = ceil_div(layout.h, std::max<int64_t>(1, wanted / row)) * conv.parts;
     return;
   }
   bool shifts = false;
@@ -595,17 +596,18 @@ void Program::choose_strips(Conv& conv) {
   // Whole rows; where one is a register, strips may be as long as any.
   const int64_t rows = conv.unit == 1 ? most : std::max<int64_t>(1, wanted / conv.unit);
   conv.strips = shifts ? ceil_div(vectors, rows * conv.unit) : even(vectors);
+  conv.shared_strips = conv.strips == 1 ? 1 : std::min(round_up(conv.strips, kTeam), ceil_div(vectors, conv.unit));
 }
 
-Program::Strip Program::strip(const Conv& conv, int64_t index) const {
+Program::Strip Program::strip(const Conv& conv, int64_t index, int64_t strips) const {
   const Layout& layout = layouts_[conv.layout];
   if (layout.runs == 1) {
     const int64_t units = ceil_div(ceil_div(layout.lanes, kAlign), conv.unit), unit = conv.unit * kAlign;
-    const int64_t begin = units * index / conv.strips * unit, end = units * (index + 1) / conv.strips * unit;
+    const int64_t begin = units * index / strips * unit, end = units * (index + 1) / strips * unit;
     return {0, 1, begin, std::min(layout.lanes, end) - begin};
   }
   const int64_t vectors = ceil_div(layout.lanes, kAlign), part = index % conv.parts, rows = index / conv.parts;
-  const int64_t of = conv.strips / conv.parts, row = layout.h * rows / of, lane = vectors * part / conv.parts * kAlign;
+  const int64_t of = strips / conv.parts, row = layout.h * rows / of, lane = vectors * part / conv.parts * kAlign;
   const int64_t end = std::min(layout.lanes, vectors * (part + 1) / conv.parts * kAlign);
   return {row, layout.h * (rows + 1) / of - row, lane, end - lane};
 }
@@ -683,7 +685,7 @@ void Program::add_conv_steps(Conv& conv) {
     while (conv.turns && layers_[first].writes != conv.terms[0].in) --first;
     conv.at = reserve(size(conv.out).channels * layout.channel, first, conv.layer);
   }
-  conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.strips), 1, ceil_div(conv.terms[0].rows(), 64));
+  conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.shared_strips), 1, ceil_div(conv.terms[0].rows(), 64));
   auto clear = [=, this, out = conv.out] {
     if (!elsewhere) return;
     add_step(size(out).h, out,
@@ -698,14 +700,25 @@ void Program::add_conv_steps(Conv& conv) {
                                                    term.shifts);
     term.weight = {};
   }
-  // f(strip, splits) for items of the convolution. A strip's splits of the rows follow each other.
-  auto each_strip = [&conv](int64_t first, int64_t last, const auto& f) {
+  // f(frame, strip, splits) for items of the convolution, cut into so many strips. A strip's splits of the rows follow
+  // each other.
+  auto each_strip = [&conv, this](int64_t strips, const Frame& frame, int64_t first, int64_t last, const auto& f) {
     for (int64_t at = first, end; at < last; at = end) {
       end = std::min(last, (at / conv.splits + 1) * conv.splits);
-      f(at / conv.splits, Range{at % conv.splits, end - at});
+      f(frame, strip(conv, at / conv.splits, strips), Range{at % conv.splits, end - at});
     }
   };
-  auto add = [&](Work work) { add_step(conv.strips * conv.splits, elsewhere ? kNone : conv.out, std::move(work)); };
+  // work(strips, frame, first, last)
+  auto add = [&](auto work) {
+    auto cut = [&](int64_t strips) {
+      auto some = [=](const Frame& frame, int64_t first, int64_t last) { work(strips, frame, first, last); };
+      return with_zeros(strips * conv.splits, elsewhere ? kNone : conv.out, some);
+    };
+    steps_.push_back({conv.strips * conv.splits, cut(conv.strips)});
+    if (conv.shared_strips == conv.strips) return;
+    steps_.back().shared_items = conv.shared_strips * conv.splits;
+    steps_.back().shared_run = cut(conv.shared_strips);
+  };
   auto packed = [](const Term& term) { return [at = term.packed](const Frame& frame) { return frame.memory + at; }; };
   for (Term& term : conv.terms) {
     if (term.direct) continue;
@@ -717,8 +730,8 @@ void Program::add_conv_steps(Conv& conv) {
     for (int64_t b = 0; b < term.blocks; ++b) {
       const int64_t first = b * term.block;
       add_copy(term.walk, term.in, {first, std::min(term.block, term.channels() - first)}, packed(term));
-      add([=, &conv, &term, this](const Frame& frame, int64_t first, int64_t last) {
-        each_strip(first, last, [&](int64_t strip, Range splits) {
+      add([=, &conv, &term, this](int64_t strips, const Frame& frame, int64_t first, int64_t last) {
+        each_strip(strips, frame, first, last, [&](const Frame& frame, const Strip& strip, Range splits) {
           run_conv(conv, term, frame, frame.memory + term.packed, {b, 1}, strip, splits);
         });
       });
@@ -730,9 +743,9 @@ void Program::add_conv_steps(Conv& conv) {
   // Where weights come from far away and sums do not, all strips have a block behind them before the next begins.
   const bool by_blocks = nnz >= kFarWeights && size(conv.out).channels * layout.channel * layout.runs <= kNearFloats;
   const int64_t together = by_blocks ? 1 : blocks;
-  add([=, &conv, this](const Frame& frame, int64_t first, int64_t last) {
+  add([=, &conv, this](int64_t strips, const Frame& frame, int64_t first, int64_t last) {
     for (int64_t begin = 0; begin < blocks; begin += together)
-      each_strip(first, last, [&](int64_t strip, Range splits) {
+      each_strip(strips, frame, first, last, [&](const Frame& frame, const Strip& strip, Range splits) {
         int64_t at = begin;  // from the term's first block on
         for (const Term& term : conv.terms) {
           const Walk& walk = term.walk;
@@ -747,12 +760,12 @@ void Program::add_conv_steps(Conv& conv) {
         }
       });
   });
-  if (conv.splits == 1) {
-    if (conv.turns) {
-      take_turns(conv.terms[0].in);
-    } else if (!elsewhere) {
-      steps_.back().tensor = conv.out;
-    }
+  Step& step = steps_.back();
+  if (conv.turns && conv.splits == 1) {
+    Step& writer = steps_[steps_.size() - 2];
+    writer.turns = writer.tensor == conv.terms[0].in && writer.rows == 0 && writer.items == step.items;
+  } else if (!elsewhere && conv.splits == 1) {
+    step.tensor = conv.out;
   }
   clear();
 }
@@ -788,9 +801,8 @@ void Program::shift_half_lines(Term& term, int64_t layer) {
 
 // Adds blocks of a term to a strip; `source` is that of the first.
 void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
-                       int64_t index, Range splits) const {
+                       const Strip& strip, Range splits) const {
   const Layout& layout = layouts_[conv.layout];
-  const Strip strip = this->strip(conv, index);
   const bool elsewhere = !conv.moves.empty();
   Results out{nullptr, layout.channel};
   out.start_stride = layout.channel;
@@ -819,7 +831,7 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
         continue;
       }
       Rows rows = term.kernel->rows(0, b, split);
-      rows.far = index == 0 && term.kernel->size() >= kFarWeights;
+      rows.far = strip.row + strip.lane == 0 && term.kernel->size() >= kFarWeights;
       kernels().spmm(tile, rows, out, strip.rows * strip.lanes);
     }
     tile.lanes += term.block * term.walk.channel_stride;
@@ -930,19 +942,29 @@ void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& 
     const int64_t begin = first_of(images, team), end = first_of(images, team + 1);
     Team::Member member(members[team], rank);
     std::vector<double> spent(layers_.size());
-    auto step = [&](size_t s, const Frame& frame, int64_t first, int64_t last) {
-      if (!seconds) return steps_[s].run(frame, first, last);
+    auto step = [&](size_t s, const Frame& frame, int64_t first, int64_t last, bool together = false) {
+      const Work& work = together && steps_[s].shared_run ? steps_[s].shared_run : steps_[s].run;
+      if (!seconds) return work(frame, first, last);
       const auto start = Clock::now();
-      steps_[s].run(frame, first, last);
+      work(frame, first, last);
       spent[steps_[s].layer] += std::chrono::duration<double>(Clock::now() - start).count();
     };
     auto frame = [&](int64_t image, int64_t i) { return Frame{memory[team][i]->data(), &inputs, &outputs, image}; };
     auto together = [&](int64_t image, int64_t i, size_t steps) {
       for (size_t s = 0; s < steps; ++s)
-        member.share(steps_[s].items, [&](int64_t first, int64_t last) { step(s, frame(image, i), first, last); });
+        member.share(steps_[s].shared_run ? steps_[s].shared_items : steps_[s].items,
+                     [&](int64_t first, int64_t last) { step(s, frame(image, i), first, last, true); });
     };
     auto alone = [&](int64_t image, int64_t i) {
-      for (size_t s = shared; s < steps_.size(); ++s) step(s, frame(image, i), 0, steps_[s].items);
+      const Frame mine = frame(image, i);
+      for (size_t s = shared; s < steps_.size(); s += steps_[s].turns ? 2 : 1) {
+        const int64_t items = steps_[s].items, turn = steps_[s].turns ? kStripsTurn : std::max<int64_t>(1, items);
+        for (int64_t first = 0; first < items; first += turn) {
+          const int64_t last = std::min(first + turn, items);
+          step(s, mine, first, last);
+          if (steps_[s].turns) step(s + 1, mine, first, last);
+        }
+      }
     };
     const int64_t whole = (end - begin) / size * size;  // images of which every member can have as many
     if (shared == 0) {

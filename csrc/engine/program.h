@@ -67,7 +67,8 @@ class Program {
   // Channels of `out` are `channels` of all those of `in`, one tensor after another.
   void add_gather(const std::vector<int64_t>& in, const std::vector<int64_t>& channels, int64_t out);
   void add_store(int64_t in, int64_t output);
-  void finish();
+  // single: it is made for one image at a time, which threads share.
+  void finish(bool single);
 
   // Several threads may call it at once. share: whether threads share every image. seconds: nullptr, or those of every
   // layer, in the order in which they were added, to which what all threads took together is added.
@@ -130,6 +131,9 @@ class Program {
     int64_t items;
     Work run;
     int64_t tensor = kNone, rows = 0;  // that its items write in order, so many rows each, or a strip where it is 0
+    bool turns = false;                // the next step can follow item by item
+    int64_t shared_items = 0;  // the same work for threads that share an image, if it is not cut in the same way
+    Work shared_run = nullptr;
     int64_t layer = kNone;
   };
   // Memory that is taken while layers [first, last] run.
@@ -151,12 +155,13 @@ class Program {
   void add_runs(std::vector<int64_t> reads, int64_t writes, int64_t in_place,
                 std::function<void(const Frame&, int64_t channel, int64_t run)> f);
   void join_residuals();
-  void set_layout(Layout& layout) const;
-  void choose_layouts();
+  void set_layout(Layout& layout, bool single) const;
+  void choose_layouts(bool single);
   void place_tensors();
   int64_t reserve(int64_t floats, int64_t first, int64_t last);
+  Work with_zeros(int64_t items, int64_t writes, Work work) const;
   void add_step(int64_t items, int64_t writes, Work work);
-  void take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& reads = nullptr);
+  void take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& reads);
   void clear_around(const Frame& frame, int64_t tensor, bool above, bool below) const;
   void clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const;
   const Layout& layout(int64_t tensor) const { return layouts_[tensors_[tensor].layout]; }
@@ -172,11 +177,11 @@ class Program {
   void choose_moves(Conv& conv) const;
   int64_t strip_vectors(const Conv& conv) const;
   void choose_strips(Conv& conv);
-  Strip strip(const Conv& conv, int64_t index) const;
+  Strip strip(const Conv& conv, int64_t index, int64_t strips) const;
   void shift_half_lines(Term& term, int64_t layer);
   void add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block);
   void run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
-                int64_t strip, Range splits) const;
+                const Strip& strip, Range splits) const;
   std::unique_ptr<Memory> take_memory();
   void give_back(std::unique_ptr<Memory> memory);
 

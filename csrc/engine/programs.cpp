@@ -202,10 +202,10 @@ void program_store_op(int64_t number, int64_t input, int64_t output) {
   b->program.add_store(input, output);
 }
 
-void finish_program_op(int64_t number) {
+void finish_program_op(int64_t number, bool single) {
   const auto b = open(number);
   b->finished = true;
-  b->program.finish();
+  b->program.finish(single);
   b->weights.clear();
 }
 
@@ -278,7 +278,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
       "low, float high, int activation) -> ()");
   m.def("program_gather(int program, int[] inputs, int[] channels, int out) -> ()");
   m.def("program_store(int program, int input, int output) -> ()");
-  m.def("finish_program(int program) -> ()");
+  m.def("finish_program(int program, bool single) -> ()");
   m.def("program_floats(int program) -> int");
   m.def("program_values(Tensor(a!) values, int program, int layer, Tensor crow_indices, Tensor col_indices) -> bool");
   m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program, bool share, Tensor(b!)? seconds) -> ()");

@@ -45,9 +45,10 @@ class Chain:
         inputs, outputs: slots that it reads and writes.
     """
 
-    def __init__(self, plan: Plan, sizes: Sizes, numbers: Sequence[int], weight_of: Callable):
+    def __init__(self, plan: Plan, sizes: Sizes, numbers: Sequence[int], weight_of: Callable, single: bool = False):
         """``weight_of(number)`` gives the weight of a layer: values, crow_indices, col_indices, bias, kernel_size,
-        whether it is computed as if nothing of it were zero, and how its work is cut (:class:`_ops.Blocking`)."""
+        whether it is computed as if nothing of it were zero, and how its work is cut (:class:`_ops.Blocking`). ``single``: as
+        of :func:`_ops.finish_program`."""
         self.numbers = list(numbers)
         self.inputs, self.outputs = _ends(plan, numbers)
         self._out_sizes = [sizes[slot] for slot in self.outputs]
@@ -57,7 +58,7 @@ class Chain:
         weakref.finalize(self, _ops.remove_program, self.number)
         for function, args, kwargs in builder.instructions:
             function(self.number, *args, **kwargs)
-        _ops.finish_program(self.number)
+        _ops.finish_program(self.number, single)
         self._count, self._place = len(builder.instructions), builder.place
 
     def run(

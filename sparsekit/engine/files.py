@@ -23,7 +23,7 @@ from .plan import ACTIVATIONS, Call, Compressed, Const, Layer, Plan, Ref, resolv
 from .schedule import BLOCKINGS
 
 FORMAT = "sparsekit.engine"
-VERSION = 4
+VERSION = 5
 DIMENSIONS = {"conv2d": 4, "linear": 2}  # of weights
 
 
@@ -182,8 +182,9 @@ def _checked(choices: dict, plan: Plan) -> dict:
                 raise ValueError(f"layer {step.name} runs {saved['layers'][str(i)][0]!r}")
         if not (saved["part"] is None or saved["part"] > 0):
             raise ValueError(f"part is {saved['part']}")
-        if not isinstance(saved["share"], bool):
-            raise ValueError(f"share is {saved['share']}")
+        for name in ("share", "single"):
+            if not isinstance(saved[name], bool):
+                raise ValueError(f"{name} is {saved[name]}")
         for number, name in saved["blockings"].items():
             if not isinstance(plan.steps[int(number)], Layer) or name not in BLOCKINGS:
                 raise ValueError(f"step {number} is cut by {name!r}")

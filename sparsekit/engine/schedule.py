@@ -73,6 +73,7 @@ class Schedule:
         sizes: per slot of ``plan.per_image``, the dimensions after the batch.
         part: images that are run at a time; None runs the whole batch.
         share: whether two threads share every image of a chain.
+        single: whether it was chosen for one image at a time, as which chains then lie in memory.
         blockings: how the work of layers in chains is cut, one of :data:`BLOCKINGS`, where not by the first of them.
         layers, choices: by the number of their step.
     """
@@ -82,7 +83,7 @@ class Schedule:
         self.spec = torch.utils._pytree.treespec_loads(plan.output_spec)
         self.sizes: dict[int, list[int]] = {}
         self.part: int | None = None
-        self.share = False
+        self.share = self.single = False
         self.blockings: dict[int, str] = {}
         self.layers = {n: Prepared(s, plan) for n, s in enumerate(plan.steps) if isinstance(s, Layer)}
         self.choices = {number: Choice() for number in self.layers}
@@ -170,6 +171,7 @@ class Schedule:
         Raises:
             ValueError: the model cannot take inputs of this size.
         """
+        self.single = _is_single(inputs)
         self._predict(inputs)
         self.join(self._find_chains(inputs))
 
@@ -180,6 +182,7 @@ class Schedule:
             ValueError: as :meth:`decide`.
         """
         some = (inputs[0][:MOST_IMAGES],) if self.plan.batched and inputs else inputs
+        self.single = _is_single(inputs)
         shapes = self._predict(some)
         if not inputs:
             return
@@ -293,7 +296,7 @@ class Schedule:
             layer.compress()
             return *layer.compressed(), layer.bias, list(layer.size[2:]), self._dense_in_chain(number), blocking
 
-        made = [Chain(self.plan, self.sizes, numbers, weight_of) for numbers in chains]
+        made = [Chain(self.plan, self.sizes, numbers, weight_of, self.single) for numbers in chains]
         last = {chain.numbers[-1]: chain for chain in made}
         inside = {number for numbers in chains for number in numbers}
         numbers = [number for number, *_ in self._steps if number in last or number not in inside]
@@ -451,6 +454,7 @@ class Schedule:
             "sizes": self.sizes,
             "part": self.part,
             "share": self.share,
+            "single": self.single,
             "blockings": self.blockings,
             "layers": {str(n): [c.backend, c.reason, c.seconds] for n, c in self.choices.items()},
             "chains": [chain.numbers for chain in self.chains],
@@ -463,8 +467,13 @@ class Schedule:
             choice.backend, choice.reason, seconds = saved["layers"][str(number)]
             choice.seconds = None if seconds is None else tuple(seconds)
         self.blockings = {int(number): name for number, name in saved["blockings"].items()}
+        self.single = saved["single"]
         self.join(saved["chains"])
         self.part, self.share = saved["part"], saved["share"]
+
+
+def _is_single(inputs: tuple[Tensor, ...]) -> bool:
+    return bool(inputs) and inputs[0].shape[:1] == (1,)
 
 
 def _faster(seconds: tuple[float, float]) -> str:

@@ -208,6 +208,22 @@ def test_residual_blocks(size, isa):
         _ops.set_isa(before)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_chains_for_one_image_take_any_number(isa, tmp_path):
+    torch.manual_seed(0)
+    model = prune(nn.Sequential(Block(24, 8, 1), Block(32, 16, 1), nn.Conv2d(64, 8, 3, 2, 1)), 0.7).eval()
+    x = torch.randn(5, 24, 14, 14)
+    with sk.use_isa(isa):
+        engine = chained(model, x[:1])
+        assert chains_of(engine) and schedule_of(engine).single and not schedule_of(chained(model, x)).single
+        engine.save(tmp_path / "engine")
+        loaded = sk.load(tmp_path / "engine")
+        assert schedule_of(loaded).single
+        for batch in (1, 2, 3, 5):
+            assert_equals(engine, model, x[:batch])
+            assert torch.equal(loaded(x[:batch]), engine(x[:batch]))
+
+
 class Mixed(nn.Module):
     """Tensors that taps read, and tensors that none does, side by side: ``how`` says where the two meet."""
 
