@@ -47,8 +47,8 @@ class Chain:
 
     def __init__(self, plan: Plan, sizes: Sizes, numbers: Sequence[int], weight_of: Callable, single: bool = False):
         """``weight_of(number)`` gives the weight of a layer: values, crow_indices, col_indices, bias, kernel_size,
-        whether it is computed as if nothing of it were zero, and how its work is cut (:class:`_ops.Blocking`). ``single``: as
-        of :func:`_ops.finish_program`."""
+        whether it is computed as if nothing of it were zero, and how its work is cut (:class:`_ops.Blocking`).
+        ``single``: as of :func:`_ops.finish_program`."""
         self.numbers = list(numbers)
         self.inputs, self.outputs = _ends(plan, numbers)
         self._out_sizes = [sizes[slot] for slot in self.outputs]

@@ -30,8 +30,8 @@ def compile(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], autot
 
     Args:
         model: any module in eval mode, on the CPU; it is not changed.
-        example_inputs: what ``model`` is called with, ``[n, channels, h, w]`` for a CNN: a tensor, or a tuple of them. Take
-            the batch that matters: one image makes an engine for one at a time, which threads share.
+        example_inputs: what ``model`` is called with, ``[n, channels, h, w]`` for a CNN: a tensor, or a tuple of them.
+            Take the batch that matters: one image makes an engine for one at a time, which threads share.
         autotune: measure every layer, sparse against dense and, in a chain, cut into other blocks of channels and strips
             of pixels, which part of the batch to run at a time, and whether threads share images, instead of following
             the cost table. Measurements are kept on disk

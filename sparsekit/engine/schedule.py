@@ -73,7 +73,7 @@ class Schedule:
         sizes: per slot of ``plan.per_image``, the dimensions after the batch.
         part: images that are run at a time; None runs the whole batch.
         share: whether two threads share every image of a chain.
-        single: whether it was chosen for one image at a time, as which chains then lie in memory.
+        single: whether it was chosen for one image at a time, for which chains lie in memory in another way.
         blockings: how the work of layers in chains is cut, one of :data:`BLOCKINGS`, where not by the first of them.
         layers, choices: by the number of their step.
     """
@@ -473,6 +473,7 @@ class Schedule:
 
 
 def _is_single(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether these are inputs of one image. Not whether there are more threads, on which results must not depend."""
     return bool(inputs) and inputs[0].shape[:1] == (1,)
 
 
