@@ -79,6 +79,17 @@ struct Program::Conv {
   int64_t parts = 1;        // strips of a row
   int64_t strips = 0, splits = 0;
   int64_t shared_strips = 0;  // where threads share an image: as many for every one
+
+  bool pointwise() const {
+    return std::all_of(terms.begin(), terms.end(), [](const Term& term) { return term.walk.pointwise(); });
+  }
+  // Tensors of which a lane reads that lane alone.
+  std::vector<int64_t> own() const {
+    std::vector<int64_t> tensors;
+    for (const Term& term : terms)
+      if (term.direct && term.walk.pointwise()) tensors.push_back(term.in);
+    return tensors;
+  }
 };
 
 // What an image's tensors are in, one after another.
@@ -410,15 +421,6 @@ void Program::choose_layouts(bool single) {
       if (!may && std::exchange(flat[tensor], false)) changed = true;
     return may;
   };
-  auto pointwise = [](const Conv& conv) {
-    return std::all_of(conv.terms.begin(), conv.terms.end(), [](const Term& term) { return term.walk.pointwise(); });
-  };
-  auto own_of = [](const Conv& conv) {
-    std::vector<int64_t> own;
-    for (const Term& term : conv.terms)
-      if (term.direct && term.walk.pointwise()) own.push_back(term.in);
-    return own;
-  };
   while (std::exchange(changed, false)) {
     for (const Layer& layer : layers_) {
       if (!layer.lanewise) continue;
@@ -428,10 +430,10 @@ void Program::choose_layouts(bool single) {
       agree(some, true);
     }
     for (const auto& conv : convs_) {
-      const std::vector<int64_t> own = own_of(*conv);
+      const std::vector<int64_t> own = conv->own();
       std::vector<int64_t> some = own;
       if (conv->residual != kNone) some.insert(some.end(), {conv->residual, conv->out});
-      if (!agree(some, pointwise(*conv)) && !own.empty()) agree({conv->out}, false);
+      if (!agree(some, conv->pointwise()) && !own.empty()) agree({conv->out}, false);
     }
   }
   std::vector<int64_t> layouts(flat.size());
@@ -440,16 +442,19 @@ void Program::choose_layouts(bool single) {
     if (flat[i]) layouts[i] = layout_of(size(i).h, size(i).w, true);
   }
   for (const auto& conv : convs_) {
-    const std::vector<int64_t> own = own_of(*conv);
+    const std::vector<int64_t> own = conv->own();
     const int64_t like = own.empty() ? conv->out : own[0];
-    conv->layout = pointwise(*conv) ? layouts[like] : tensors_[conv->out].layout;
+    conv->layout = conv->pointwise() ? layouts[like] : tensors_[conv->out].layout;
   }
   for (size_t i = 0; i < flat.size(); ++i) tensors_[i].layout = layouts[i];
   for (Layout& layout : layouts_)
     if (layout.flat) set_layout(layout, single);
-  // A tensor that no cache nearby holds is read as soon as parts of it are there.
+}
+
+// A tensor that no cache nearby holds is read as soon as parts of it are there.
+void Program::choose_turns() {
   for (const auto& conv : convs_) {
-    const std::vector<int64_t> own = own_of(*conv);
+    const std::vector<int64_t> own = conv->own();
     if (own.size() != 1 || conv->terms.size() != 1 || conv->residual != kNone) continue;
     conv->turns = layout(own[0]).runs * run_stride(own[0]) >= kTurnFloats;
     layers_[conv->layer].turns = conv->turns;
@@ -558,6 +563,7 @@ void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, in
 void Program::finish(bool single) {
   join_residuals();
   choose_layouts(single);
+  choose_turns();
   place_tensors();
   for (const Layer& layer : layers_) {
     layer.add_steps();

@@ -157,6 +157,7 @@ class Program {
   void join_residuals();
   void set_layout(Layout& layout, bool single) const;
   void choose_layouts(bool single);
+  void choose_turns();
   void place_tensors();
   int64_t reserve(int64_t floats, int64_t first, int64_t last);
   Work with_zeros(int64_t items, int64_t writes, Work work) const;
