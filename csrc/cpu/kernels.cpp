@@ -79,8 +79,9 @@ enum Does : unsigned {
   kAhead = 16,     // prefetches what is wanted soon
   kStreams = 32,   // with kStarts, kCounts and kAhead only
   kCounts = 64,    // starts from what counts, as bits say; with kStarts, kStreams and kAhead only
-  kMoves = 128,    // with kFinishes; not with kStreams, kCounts and runs
-  kAnything = 256  // asks at run time, but for kMoves; can have a short last register
+  kMoves = 128,    // with kFinishes; not with kStreams and kCounts, nor with runs
+  kHalves = 256,   // with kFinishes; not with kStreams, kCounts and kMoves
+  kAnything = 512  // asks at run time, but for these two; can have a short last register
 };
 
 // A strip of N registers, `tail` lanes in the last. All lanes are neighbours, or those of kRun registers if that is not
@@ -99,7 +100,7 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   const uint32_t* offsets = rows.offsets + begin[0];
   const float* values = rows.values + begin[0];
   const float* const lanes = tile.lanes + first_lane;
-  float* const out = kDoes & kMoves ? results.data : results.data + first_lane;
+  float* const out = kDoes & (kMoves | kHalves) ? results.data : results.data + first_lane;
   const float* const start = results.start ? results.start + first_lane : nullptr;
   const uint8_t* const counts = kAsks || kDoes & kCounts ? results.counts : nullptr;
   const int64_t counts_stride = results.counts_stride;
@@ -117,7 +118,9 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   const Vec low = broadcast(results.low), high = broadcast(results.high);
   // Where a register is, from the first of its row on.
   const int64_t tile_jump = tile.jump, jump = results.jump;
-  constexpr int kTogether = kRun ? kRun : N;
+  constexpr int kTogether = kRun ? kRun : N, kTwos = (kTogether + 1) / 2, kAllTwos = N / kTogether * kTwos;
+  Halves halves[kAllTwos];
+  for (int i = 0; i < kAllTwos && kDoes & kHalves; ++i) halves[i] = results.halves[first_lane / (2 * kLanes) + i];
   auto in_tile = [=](int v) { return v / kTogether * tile_jump + v % kTogether * kLanes; };
   auto in_row = [=](int v) { return v / kTogether * jump + v % kTogether * kLanes; };
   // Mostly, all lanes are kept but some in the last register of a run.
@@ -132,6 +135,11 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
     if (kAsks || kDoes & kAhead) ahead.step();
     if (kDoes & kMoves) {
       for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + moves[v * Results::kMoves].at, 1);
+    } else if (kDoes & kHalves) {
+      for (const Halves& two : halves) {
+        __builtin_prefetch(out + soon * stride + two.even, 1);
+        __builtin_prefetch(out + soon * stride + two.odd, 1);
+      }
     } else if (kAsks ? !results.stream : !(kDoes & kStreams)) {
       for (int v = 0; v < N; v += kLine) __builtin_prefetch(out + soon * stride + in_row(v), 1);
     }
@@ -222,6 +230,15 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
       }
     }
     float* const to = out + row * stride;
+    if constexpr ((kDoes & kHalves) != 0) {
+      for (int i = 0; i < kAllTwos; ++i) {
+        const int v = i / kTwos * kTogether + i % kTwos * 2;
+        const Vec a = sum[0][v], b = i % kTwos * 2 + 1 < kTogether ? sum[0][v + 1] : zero();
+        store(to + halves[i].even, even_lanes(a, b));
+        store(to + halves[i].odd, odd_lanes(a, b));
+      }
+      continue;
+    }
     for (int v = 0; v < N; ++v) {
       if (kDoes & kMoves) {
         put_moved(to, sum[0][v], moves + v * Results::kMoves);
@@ -241,7 +258,7 @@ template <int N, int kRun, unsigned kDoes = 0, unsigned kBit = kAhead>
 SpmmStrip strip_that(unsigned does) {
   if constexpr (kBit == 0) {
     return spmm_strip<N, kRun, kDoes>;
-  } else if constexpr ((kBit == kHasPairs && !kShiftsSums) || (kBit == kFinishes && kDoes & kMoves)) {
+  } else if constexpr ((kBit == kHasPairs && !kShiftsSums) || (kBit == kFinishes && kDoes & (kMoves | kHalves))) {
     return strip_that<N, kRun, kDoes, kBit / 2>(does);
   } else {
     return does & kBit ? strip_that<N, kRun, kDoes | kBit, kBit / 2>(does) : strip_that<N, kRun, kDoes, kBit / 2>(does);
@@ -281,6 +298,7 @@ SpmmStrip strip_of(int64_t vectors, int64_t run, unsigned does) {
     if constexpr (kMovesLanes && kRun == 0) {
       if (does & kMoves) return strip_that<N, kRun, kMoves | kFinishes>(does);
     }
+    if (does & kHalves) return strip_that<N, kRun, kHalves | kFinishes>(does);
     return strip_that<N, kRun>(does);
   }
   if constexpr (kNext < N && N % kNext == 0) {
@@ -301,7 +319,8 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
   const bool clamps = results.low > -__builtin_inff() || results.high < __builtin_inff();
   unsigned does = (results.start ? kStarts : 0) | (results.bias ? kHasBias : 0) |
                   (results.mask || clamps ? kFinishes : 0) | (rows.pairs ? kHasPairs : 0) |
-                  (tile.soon.data || rows.far ? kAhead : 0) | (results.moves ? kMoves : 0);
+                  (tile.soon.data || rows.far ? kAhead : 0) | (results.moves ? kMoves : 0) |
+                  (results.halves ? kHalves : 0);
   const bool rare = does & (kHasBias | kFinishes | kHasPairs) && (results.stream || results.counts);
   if (rare) does |= kAnything;
   if (results.stream) does |= kStreams;
@@ -317,6 +336,7 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
       if (to.start) to.start += first * results.jump;
       if (to.counts) to.counts += first * results.jump / 8;
       if (to.mask) to.mask += first * tile.run;
+      if (to.halves) to.data = results.data, to.halves += first * ((vectors + 1) / 2);
       if (count == 1) {
         spmm(part, rows, to, tile.run);
       } else {
@@ -329,8 +349,12 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
   // Strips of about kStrip registers, equally long, so that the last is not a short one.
   const int64_t fewest = (all + kMostStrip - 1) / kMostStrip, even = (all + kStrip / 2) / kStrip;
   const int64_t strips = even > fewest ? even : fewest;
+  auto cut = [&](int64_t strip) {
+    const int64_t first = all * strip / strips;
+    return results.halves && strip < strips ? first + first % 2 : first;
+  };
   for (int64_t strip = 0; strip < strips; ++strip) {
-    const int64_t first = all * strip / strips, vectors = all * (strip + 1) / strips - first;
+    const int64_t first = cut(strip), vectors = cut(strip + 1) - first;
     const int64_t begin = first * kLanes, left = lanes - begin;
     const int64_t tail = left >= vectors * kLanes ? kLanes : left - (vectors - 1) * kLanes;
     const Ahead ahead(share_of(tile.soon, strip, strips), rows.count);

@@ -83,6 +83,11 @@ struct Move {
   uint32_t lanes;
 };
 
+// Where even and odd lanes of two registers go, from data + row * stride on: a register of each, without gaps.
+struct Halves {
+  int32_t even, odd;
+};
+
 // Where results of spmm go, and what is done to them on the way. Null pointers stand for zeros.
 struct Results {
   float* data;
@@ -103,6 +108,9 @@ struct Results {
   // their own places.
   static constexpr int kMoves = 3;
   const Move* moves = nullptr;
+  // For every two registers of a run, of which the last may be alone, as if one of zeros followed; for spmm. Not with
+  // stream, counts and moves; `start` may still be `data`. Null: lanes stay neighbours.
+  const Halves* halves = nullptr;
 };
 
 enum class Activation : int64_t { none, sigmoid, silu, hardsigmoid, hardswish };

@@ -200,8 +200,8 @@ struct Piece {
   int64_t rows, cols;
 };
 
-// Writes the zeros where the source has no pixels.
-Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels channels, float* block) {
+// Writes the zeros where the source has no pixels. between: those to the right of rows are not its matter.
+Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels channels, bool between, float* block) {
   const Images& s = walk.source;
   // The rows [top, bottom) and columns [from, to) of the packed phase that exist in the source.
   const int64_t x0 = tile.x - walk.left, y0 = tile.y - p.up, rows = walk.tile_h + p.up + p.down;
@@ -212,9 +212,9 @@ Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels ch
   const int64_t top = from < to ? std::clamp<int64_t>(-y0, 0, rows) : rows;
   const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
   float* phase = block + p.base;
-  auto clear = [&](int64_t row, int64_t end, int64_t col, int64_t cols) {
+  auto clear = [&](int64_t row, int64_t end, int64_t col, int64_t cols, bool one = false) {
     if (row >= end || cols <= 0) return;
-    const Runs runs = runs_of(walk, end - row, channels.count);
+    const Runs runs = runs_of(walk, end - row, one ? 1 : channels.count);
     for (int64_t i = 0; i < runs.count; ++i)
       kernels().clear(phase + row * walk.pitch + col + i * runs.to, runs.to_row, runs.rows, cols);
   };
@@ -222,11 +222,11 @@ Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels ch
   clear(bottom, rows, 0, lanes);
   // Zero columns stay where the first tile had them, unless tiles are narrower than the target; zero rows move.
   if (walk.tile_w < walk.grid_w || walk.reused) {
-    if (s.channel != 1 && round_up(to - from, kernels().lanes) == room_of(walk)) {
+    if (between || (s.channel != 1 && round_up(to - from, kernels().lanes) == room_of(walk))) {
       // What lies between the pixels of two neighbours is written with those of the first: rows of a channel, or
-      // channels of a row.
+      // channels of a row. The first has none before it.
       const bool by_rows = walk.pitch > walk.channel_stride;
-      clear(top, by_rows ? bottom : std::min(top + 1, bottom), 0, from);
+      clear(top, by_rows ? bottom : std::min(top + 1, bottom), 0, from, by_rows);
     } else {
       clear(top, bottom, 0, from);
       clear(top, bottom, to, lanes - to);
@@ -247,12 +247,12 @@ void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float*
   const Images& s = walk.source;
   const int64_t count = channels.count, col = walk.step_w * s.col, row = walk.step_h * s.row;
   for (size_t i = 0; i < walk.phases.size(); ++i) {
-    const Piece piece = piece_of(walk, walk.phases[i], tile, channels, block);
+    const Piece piece = piece_of(walk, walk.phases[i], tile, channels, false, block);
     if (i + 1 < walk.phases.size() && walk.step_w == 2 && s.col == 1) {
       // Even and odd columns of the same rows are read at once.
       const Phase &p = walk.phases[i], &q = walk.phases[i + 1];
       if (p.offset_h == q.offset_h && p.up == q.up && p.down == q.down) {
-        const Piece other = piece_of(walk, q, tile, channels, block);
+        const Piece other = piece_of(walk, q, tile, channels, false, block);
         const Piece &even = p.offset_w ? other : piece, &odd = p.offset_w ? piece : other;
         if (even.rows == odd.rows && odd.from == even.from + 1) {
           const Runs runs = runs_of(walk, even.rows, count);
@@ -274,6 +274,10 @@ void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float*
                  piece.cols, room_of(walk));
     }
   }
+}
+
+void pack_zeros(const Walk& walk, const TileAt& tile, Channels channels, float* block) {
+  for (const Phase& p : walk.phases) piece_of(walk, p, tile, channels, true, block);
 }
 
 Soon source_of(const Walk& walk, const TileAt& tile, Channels channels) {

@@ -116,6 +116,9 @@ Channels channels_of(const Walk& walk, int64_t group, int64_t block, int64_t blo
 // Copy the source pixels of a tile into `block`, which starts zeroed.
 void pack_source(const Walk& walk, const TileAt& tile, Channels channels, float* block);
 
+// The zeros around the pixels of the only tile alone, for whoever writes these, and what is to the right of every row.
+void pack_zeros(const Walk& walk, const TileAt& tile, Channels channels, float* block);
+
 // Where what a tap reads of a channel of the packed block begins.
 inline int64_t offset_of(const Walk& walk, const Tap& tap, int64_t channel) {
   const Phase& p = walk.phases[tap.phase];

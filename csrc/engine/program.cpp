@@ -50,11 +50,14 @@ struct Program::Term {
   Walk walk;
   Csr weight;
   int64_t in, layer;
-  bool direct;          // reads the tensor itself
-  bool is_dense;        // computed as if no weight were zero
-  bool shifts = false;  // its weight is packed for it
-  bool whole = true;    // all channels are packed at once
-  int64_t packed = 0;   // where the packed source is in an image's memory
+  bool direct;              // reads the tensor itself
+  bool is_dense;            // computed as if no weight were zero
+  bool shifts = false;      // its weight is packed for it
+  bool two_copies = false;  // of the tensor, half a line apart
+  bool written = false;     // whoever writes the tensor writes the packed source
+  bool whole = true;        // all channels are packed at once
+  int64_t packed_floats = 0;
+  int64_t packed = 0;  // where the packed source is in an image's memory
   int64_t block = 0, blocks = 0;
   std::unique_ptr<PackedWeight> kernel;
   std::unique_ptr<DenseWeight> dense;  // the one or the other
@@ -71,12 +74,13 @@ struct Program::Conv {
   Blocking blocking;
   std::vector<float> bias;  // [rows]
   int64_t layer;
-  int64_t layout = 0;       // of what it computes
-  int64_t at = 0;           // where that is in an image's memory, as a whole or in part
-  std::vector<Move> moves;  // of registers of the result, if that has another layout
-  bool turns = false;       // takes turns with the layer that writes what it reads
-  int64_t unit = 1;         // registers of lanes that no strip divides
-  int64_t parts = 1;        // strips of a row
+  int64_t layout = 0;          // of what it computes
+  int64_t at = 0;              // where that is in an image's memory, as a whole or in part
+  std::vector<Move> moves;     // of registers of the result, if that has another layout
+  std::vector<Halves> halves;  // the same, if it is a packed source
+  bool turns = false;          // takes turns with the layer that writes what it reads
+  int64_t unit = 1;            // registers of lanes that no strip divides
+  int64_t parts = 1;           // strips of a row
   int64_t strips = 0, splits = 0;
   int64_t shared_strips = 0;  // where threads share an image: as many for every one
 
@@ -156,7 +160,8 @@ void Program::add_load(int64_t in, int64_t out) {
 }
 
 // Copies channels of `in` into the packed block of a walk.
-void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block) {
+void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block,
+                       bool zeros_alone) {
   // Rows of one register are better off as neighbours, but for threads that write to both halves of a plane.
   const bool by_rows = walk.pitch > walk.channel_stride;
   walk.reused = true;
@@ -178,7 +183,8 @@ void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<floa
       some = {channels.first + first, last - first};
       to += first * walk.channel_stride;
     }
-    pack_source(part, {0, 0, 0, walk.grid_h, walk.grid_w}, some, to);
+    const TileAt tile{0, 0, 0, walk.grid_h, walk.grid_w};
+    zeros_alone ? pack_zeros(part, tile, some, to) : pack_source(part, tile, some, to);
   });
 }
 
@@ -461,6 +467,32 @@ void Program::choose_turns() {
   }
 }
 
+// A tensor that nothing but a convolution with a stride reads, row by row, is written as its packed source.
+void Program::choose_halves() {
+  std::vector<int64_t> readers(tensors_.size());
+  for (const Layer& layer : layers_)
+    for (int64_t tensor : layer.reads)
+      if (tensor >= 0) ++readers[tensor];
+  auto is_dense = [](const Term& term) { return term.is_dense; };
+  for (auto& conv : convs_)
+    for (auto& writer : convs_) {
+      if (writer->terms.empty() || readers[writer->out] != 1 || writer->residual != kNone) continue;
+      const Layout& layout = this->layout(writer->out);
+      if (layout.runs == 1 || writer->parts > 1 || layout.lanes > kStripLanes) continue;
+      if (std::any_of(writer->terms.begin(), writer->terms.end(), is_dense)) continue;
+      for (Term& term : conv->terms) {
+        if (term.direct || term.in != writer->out) continue;
+        term.written = true;
+        choose_blocks(*conv);
+        term.written = !halves_of(layout, term.walk).empty();
+        if (term.written)
+          tensors_[writer->out].packed = &term;
+        else
+          choose_blocks(*conv);
+      }
+    }
+}
+
 // The lowest place in an image's memory that is free while layers [first, last] run.
 int64_t Program::reserve(int64_t floats, int64_t first, int64_t last) {
   floats = round_up(floats, kAlign);
@@ -474,6 +506,14 @@ int64_t Program::reserve(int64_t floats, int64_t first, int64_t last) {
   uses_.insert(std::upper_bound(uses_.begin(), uses_.end(), use, [](auto& a, auto& b) { return a.at < b.at; }), use);
   floats_ = std::max(floats_, at + floats);
   return at;
+}
+
+// The layer that runs when a layer begins to write.
+int64_t Program::first_layer(int64_t layer) const {
+  if (!layers_[layer].turns) return layer;
+  int64_t first = layer;
+  while (first > 0 && (first == layer || layers_[first].writes == kNone)) --first;
+  return layers_[first].writes == layers_[layer].reads[0] ? first : layer;
 }
 
 // Largest first, each where memory is free from the layer that writes it to the last that reads it.
@@ -491,18 +531,17 @@ void Program::place_tensors() {
     if (writes == kNone) continue;
     const bool over = in_place != kNone && in_place >= 0 && tensors_[in_place].last <= i;
     buffer_of[writes] = over ? buffer_of[in_place] : buffers.size();
-    int64_t first = i;
-    if (turns) {  // it may be written while the layer before it runs
-      while (first > 0 && (first == i || layers_[first].writes == kNone)) --first;
-      if (layers_[first].writes != reads[0]) first = i;
-    }
-    if (!over) buffers.push_back({first, i});
+    if (!over) buffers.push_back({first_layer(i), i});
     Buffer& buffer = buffers[buffer_of[writes]];
     buffer.last = std::max(i, tensors_[writes].last);
     buffer.tensors.push_back(writes);
     buffer.halo |= tensors_[writes].halo;
   }
   for (Buffer& buffer : buffers) {
+    if (const Term* packed = tensors_[buffer.tensors[0]].packed) {
+      buffer.floats = packed->packed_floats;
+      continue;
+    }
     const Layout& layout = this->layout(buffer.tensors[0]);
     const int64_t run = run_stride(buffer.tensors[0]), rows = layout.runs > 1 && buffer.halo;
     buffer.above = layout.lead + rows * layout.up * run;
@@ -511,7 +550,10 @@ void Program::place_tensors() {
   std::stable_sort(buffers.begin(), buffers.end(), [](auto& a, auto& b) { return a.floats > b.floats; });
   for (const Buffer& buffer : buffers) {
     const int64_t at = reserve(buffer.floats, buffer.first, buffer.last) + buffer.above;
-    for (int64_t tensor : buffer.tensors) tensors_[tensor].at = at;
+    for (int64_t tensor : buffer.tensors) {
+      tensors_[tensor].at = at;
+      if (Term* packed = tensors_[tensor].packed) packed->packed = at;
+    }
   }
 }
 
@@ -564,6 +606,11 @@ void Program::finish(bool single) {
   join_residuals();
   choose_layouts(single);
   choose_turns();
+  for (auto& conv : convs_) {
+    choose_blocks(*conv);
+    choose_strips(*conv);
+  }
+  choose_halves();
   place_tensors();
   for (const Layer& layer : layers_) {
     layer.add_steps();
@@ -619,10 +666,13 @@ Program::Strip Program::strip(const Conv& conv, int64_t index, int64_t strips) c
 }
 
 // What is dense and wide can do with fewer products.
-bool Program::add_paired_steps(const Conv& conv) {
+bool Program::is_paired(const Conv& conv) const {
+  return conv.terms.size() == 1 && conv.residual == kNone && conv.terms[0].is_dense &&
+         PairedConv2d::suits(conv.terms[0].geometry);
+}
+
+void Program::add_paired_steps(const Conv& conv) {
   const Term& term = conv.terms[0];
-  if (conv.terms.size() > 1 || conv.residual != kNone || !term.is_dense || !PairedConv2d::suits(term.geometry))
-    return false;
   Epilogue epilogue = conv.epilogue;
   epilogue.bias = conv.bias.data();
   auto paired = std::make_shared<PairedConv2d>(term.geometry, term.weight, epilogue);
@@ -633,15 +683,12 @@ bool Program::add_paired_steps(const Conv& conv) {
   add_step(paired->items(), conv.out, run);
   steps_.back().tensor = conv.out;
   steps_.back().rows = PairedConv2d::kRows;
-  return true;
 }
 
-void Program::add_conv_steps(Conv& conv) {
-  if (add_paired_steps(conv)) return;
+// How the sources of a convolution lie, and how many of their channels are in hand at once.
+void Program::choose_blocks(Conv& conv) {
   const Layout& layout = layouts_[conv.layout];
-  const bool by_rows = layout.runs > 1, elsewhere = conv.layout != tensors_[conv.out].layout;
-  conv.at = tensors_[conv.out].at;
-  if (elsewhere) choose_moves(conv);
+  const bool by_rows = layout.runs > 1;
   for (Term& term : conv.terms) {
     Walk& walk = term.walk;
     walk.tile_h = walk.grid_h;
@@ -653,10 +700,10 @@ void Program::add_conv_steps(Conv& conv) {
     walk.lead = term.direct ? 0 : round_up(walk.left, kAlign) - walk.left;
     place_phases(walk);
     term.block = term.channels();
-    const bool two_copies = term.shifts && !by_rows && layout.pitch % kAlign;
+    term.two_copies = term.shifts && !by_rows && layout.pitch % kAlign;
     if (walk.groups == 1) {
       const int64_t lanes = strip_vectors(conv) * kAlign, channels = term.channels();
-      const int64_t floats = first_level_floats() / (two_copies ? 2 : 1);
+      const int64_t floats = first_level_floats() / (term.two_copies ? 2 : 1);
       const int64_t fit = block_channels(walk, term.weight, lanes, kRowNnz, floats);
       const int64_t most = std::clamp<int64_t>(fit * conv.blocking.channels, 1, channels);
       term.block = ceil_div(channels, ceil_div(channels, most));
@@ -666,10 +713,9 @@ void Program::add_conv_steps(Conv& conv) {
       walk.phases[0].base = 0;
       walk.pitch = row_stride(term.in);
       walk.channel_stride = layout.channel;
-      if (two_copies) shift_half_lines(term, conv.layer);
       continue;
     }
-    term.whole = conv.terms.size() > 1 || term.channels() * walk.channel_stride <= kPackedFloats;
+    term.whole = term.written || conv.terms.size() > 1 || term.channels() * walk.channel_stride <= kPackedFloats;
     const int64_t channels = term.whole ? term.channels() : term.block;
     int64_t floats = channels * walk.channel_stride;
     if (by_rows) {
@@ -681,22 +727,24 @@ void Program::add_conv_steps(Conv& conv) {
         floats += (p.up + walk.tile_h + p.down) * walk.pitch;
       }
     }
-    term.packed = reserve(floats + walk.lead + walk.row_lanes() + kAlign, conv.layer, conv.layer);
+    term.packed_floats = floats + walk.lead + walk.row_lanes() + kAlign;
   }
-  choose_strips(conv);
-  bool parts = conv.terms.size() > 1;
-  for (const Term& term : conv.terms) parts |= term.blocks > 1;
-  if (elsewhere && parts) {
-    int64_t first = conv.layer;
-    while (conv.turns && layers_[first].writes != conv.terms[0].in) --first;
-    conv.at = reserve(size(conv.out).channels * layout.channel, first, conv.layer);
+}
+
+void Program::add_conv_steps(Conv& conv) {
+  if (conv.terms.empty()) return;
+  if (is_paired(conv)) return add_paired_steps(conv);
+  const Layout& layout = layouts_[conv.layout];
+  const bool elsewhere = conv.layout != tensors_[conv.out].layout;
+  const Term* const packed = tensors_[conv.out].packed;
+  conv.at = tensors_[conv.out].at;
+  if (elsewhere) choose_moves(conv);
+  if (packed) conv.halves = halves_of(layout, packed->walk);
+  for (Term& term : conv.terms) {
+    if (term.two_copies) shift_half_lines(term, conv.layer);
+    if (!term.direct && !term.written) term.packed = reserve(term.packed_floats, conv.layer, conv.layer);
   }
   conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.shared_strips), 1, ceil_div(conv.terms[0].rows(), 64));
-  auto clear = [=, this, out = conv.out] {
-    if (!elsewhere) return;
-    add_step(size(out).h, out,
-             [=, this](const Frame& frame, int64_t first, int64_t last) { clear_beside(frame, out, first, last); });
-  };
   for (Term& term : conv.terms) {
     const Part& part = term.walk.parts[0];
     if (term.is_dense)
@@ -718,40 +766,61 @@ void Program::add_conv_steps(Conv& conv) {
   auto add = [&](auto work) {
     auto cut = [&](int64_t strips) {
       auto some = [=](const Frame& frame, int64_t first, int64_t last) { work(strips, frame, first, last); };
-      return with_zeros(strips * conv.splits, elsewhere ? kNone : conv.out, some);
+      return with_zeros(strips * conv.splits, elsewhere || packed ? kNone : conv.out, some);
     };
     steps_.push_back({conv.strips * conv.splits, cut(conv.strips)});
     if (conv.shared_strips == conv.strips) return;
     steps_.back().shared_items = conv.shared_strips * conv.splits;
     steps_.back().shared_run = cut(conv.shared_strips);
   };
-  auto packed = [](const Term& term) { return [at = term.packed](const Frame& frame) { return frame.memory + at; }; };
+  int64_t nnz = 0, blocks = 0;
+  bool whole = true;
+  for (const Term& term : conv.terms) {
+    nnz += term.kernel ? term.kernel->size() : 0;
+    blocks += term.blocks;
+    whole &= term.direct || term.whole;
+  }
+  // Where weights come from far away and sums do not, all strips have a block behind them before the next begins.
+  const bool by_blocks = nnz >= kFarWeights && size(conv.out).channels * layout.channel * layout.runs <= kNearFloats;
+  const int64_t together = by_blocks ? 1 : blocks;
+  // Sums of some blocks are a thread's own if nothing comes between them and the others.
+  const bool own_parts = packed && blocks > 1 && whole && !by_blocks;
+  if ((elsewhere || packed) && blocks > 1 && !own_parts)
+    conv.at = reserve(size(conv.out).channels * layout.channel * layout.runs, first_layer(conv.layer), conv.layer);
+  // Neither are registers that go elsewhere written with the zeros around them.
+  auto add_zeros = [=, this, out = conv.out] {
+    if (packed)
+      add_copy(
+          packed->walk, out, {0, packed->channels()},
+          [at = packed->packed](const Frame& frame) { return frame.memory + at; }, true);
+    if (elsewhere)
+      add_step(size(out).h, out,
+               [=, this](const Frame& frame, int64_t first, int64_t last) { clear_beside(frame, out, first, last); });
+  };
   for (Term& term : conv.terms) {
-    if (term.direct) continue;
+    if (term.direct || term.written) continue;
+    auto block = [at = term.packed](const Frame& frame) { return frame.memory + at; };
     if (term.whole) {
-      add_copy(term.walk, term.in, {0, term.channels()}, packed(term));
+      add_copy(term.walk, term.in, {0, term.channels()}, block);
       continue;
     }
     // Block by block, so that the packed source stays in a cache.
     for (int64_t b = 0; b < term.blocks; ++b) {
       const int64_t first = b * term.block;
-      add_copy(term.walk, term.in, {first, std::min(term.block, term.channels() - first)}, packed(term));
+      add_copy(term.walk, term.in, {first, std::min(term.block, term.channels() - first)}, block);
       add([=, &conv, &term, this](int64_t strips, const Frame& frame, int64_t first, int64_t last) {
         each_strip(strips, frame, first, last, [&](const Frame& frame, const Strip& strip, Range splits) {
           run_conv(conv, term, frame, frame.memory + term.packed, {b, 1}, strip, splits);
         });
       });
     }
-    return clear();
+    return add_zeros();
   }
-  int64_t nnz = 0, blocks = 0;
-  for (const Term& term : conv.terms) nnz += term.kernel ? term.kernel->size() : 0, blocks += term.blocks;
-  // Where weights come from far away and sums do not, all strips have a block behind them before the next begins.
-  const bool by_blocks = nnz >= kFarWeights && size(conv.out).channels * layout.channel * layout.runs <= kNearFloats;
-  const int64_t together = by_blocks ? 1 : blocks;
   add([=, &conv, this](int64_t strips, const Frame& frame, int64_t first, int64_t last) {
     for (int64_t begin = 0; begin < blocks; begin += together)
       each_strip(strips, frame, first, last, [&](const Frame& frame, const Strip& strip, Range splits) {
+        Scratch scratch;
+        float* const parts = own_parts ? scratch.get(size(conv.out).channels * strip.rows * strip.lanes) : nullptr;
         int64_t at = begin;  // from the term's first block on
         for (const Term& term : conv.terms) {
           const Walk& walk = term.walk;
@@ -761,7 +830,7 @@ void Program::add_conv_steps(Conv& conv) {
           const int64_t from = std::max<int64_t>(0, at), to = std::min(term.blocks, at + together);
           if (from < to)
             run_conv(conv, term, frame, source + from * term.block * walk.channel_stride, {from, to - from}, strip,
-                     splits);
+                     splits, parts);
           at -= term.blocks;
         }
       });
@@ -770,10 +839,10 @@ void Program::add_conv_steps(Conv& conv) {
   if (conv.turns && conv.splits == 1) {
     Step& writer = steps_[steps_.size() - 2];
     writer.turns = writer.tensor == conv.terms[0].in && writer.rows == 0 && writer.items == step.items;
-  } else if (!elsewhere && conv.splits == 1) {
+  } else if (!elsewhere && !packed && conv.splits == 1) {
     step.tensor = conv.out;
   }
-  clear();
+  add_zeros();
 }
 
 // Where the lanes that a convolution computes go in planes of another layout.
@@ -788,6 +857,23 @@ void Program::choose_moves(Conv& conv) const {
     while (move->lanes && move->at != at) ++move;
     *move = {int32_t(at), move->lanes | 1u << lane % width};
   }
+}
+
+// Where even and odd columns go in a packed source; empty if that has no place for them, or more than for a row's.
+std::vector<Halves> Program::halves_of(const Layout& from, const Walk& walk) const {
+  const int64_t twos = ceil_div(from.lanes, 2 * kernels().lanes);  // of a row's registers
+  if (walk.step_w != 2 || walk.row_lanes() != twos * kernels().lanes) return {};
+  std::vector<Halves> halves;
+  for (int64_t y = 0; y < from.h; ++y) {
+    int64_t at[2] = {kNone, kNone};
+    for (const Phase& p : walk.phases)
+      if (p.offset_h == y % walk.step_h && y / walk.step_h < walk.tile_h + p.down)
+        at[p.offset_w] = p.base + (y / walk.step_h + p.up) * walk.pitch + walk.left;
+    if (at[0] == kNone || at[1] == kNone) return {};
+    for (int64_t i = 0; i < twos; ++i)
+      halves.push_back({int32_t(at[0] + i * kernels().lanes), int32_t(at[1] + i * kernels().lanes)});
+  }
+  return halves;
 }
 
 // Every other row begins in the middle of a line: those are read from a copy that lies half a line off.
@@ -805,14 +891,17 @@ void Program::shift_half_lines(Term& term, int64_t layer) {
   });
 }
 
-// Adds blocks of a term to a strip; `source` is that of the first.
+// Adds blocks of a term to a strip; `source` is that of the first. parts: where sums of some blocks are, if not where
+// all of them are.
 void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
-                       const Strip& strip, Range splits) const {
+                       const Strip& strip, Range splits, float* parts) const {
   const Layout& layout = layouts_[conv.layout];
+  const Term* const packed = tensors_[conv.out].packed;
   const bool elsewhere = !conv.moves.empty();
-  Results out{nullptr, layout.channel};
-  out.start_stride = layout.channel;
-  out.jump = size(conv.out).channels * layout.channel;
+  const int64_t lanes = strip.rows * strip.lanes, width = kernels().lanes;
+  Results out{nullptr, parts ? lanes : layout.channel};
+  out.start_stride = out.stride;
+  out.jump = parts ? strip.lanes : size(conv.out).channels * layout.channel;
   Tile tile{source + strip.row * term.walk.pitch + strip.lane, {}};
   if (strip.rows > 1) tile.run = strip.lanes, tile.jump = term.walk.pitch;
   for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b) {
@@ -820,7 +909,11 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
     const bool last = b + 1 == term.blocks && &term == &conv.terms.back();
     if (last && elsewhere) {
       out.stride = this->layout(conv.out).channel;
-      out.moves = conv.moves.data() + strip.lane / kernels().lanes * Results::kMoves;
+      out.moves = conv.moves.data() + strip.lane / width * Results::kMoves;
+    }
+    if (last && packed) {
+      out.stride = packed->walk.channel_stride;
+      out.halves = conv.halves.data() + strip.row * ceil_div(layout.lanes, 2 * width);
     }
     out.mask = last && !elsewhere && !layout.mask.empty() ? layout.mask.data() + strip.lane : nullptr;
     out.low = last ? conv.epilogue.low : -kInfinity;
@@ -828,17 +921,19 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
     for (int64_t split = splits.first; split < splits.first + splits.count; ++split) {
       const int64_t row = term.first_row(split);
       const int64_t at = row * layout.channel + strip.row * out.jump + strip.lane;
-      float* const partial = frame.memory + conv.at + at;
-      out.data = out.moves ? data(frame, conv.out) + row * out.stride : partial;
+      float* const partial = parts ? parts + row * lanes : frame.memory + conv.at + at;
+      out.data = partial;
+      if (out.moves) out.data = data(frame, conv.out) + row * out.stride;
+      if (out.halves) out.data = frame.memory + packed->packed + row * out.stride;
       out.bias = first ? conv.bias.data() + row : nullptr;
       out.start = !first ? partial : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
       if (term.dense) {
-        kernels().gemm(tile, term.dense->panels(b, split), out, strip.rows * strip.lanes);
+        kernels().gemm(tile, term.dense->panels(b, split), out, lanes);
         continue;
       }
       Rows rows = term.kernel->rows(0, b, split);
       rows.far = strip.row + strip.lane == 0 && term.kernel->size() >= kFarWeights;
-      kernels().spmm(tile, rows, out, strip.rows * strip.lanes);
+      kernels().spmm(tile, rows, out, lanes);
     }
     tile.lanes += term.block * term.walk.channel_stride;
   }

@@ -2,10 +2,10 @@
 //
 // Tensors lie row by row, all channels of a row one after another, or, where rows are short, as planes, so far apart
 // that the zeros around an image are there for every tap of the layers that read it: a kept weight is one offset into
-// the tensor, and no layer copies its input (those with a stride do). Tensors of one height and width share the layout,
-// hence a layer's output is at the same place of its row or plane as what it came from. The exception are planes that
-// no tap reaches beyond: they have no zeros between their rows, and what is computed the one way for a tensor of the
-// other kind changes places when it is stored.
+// the tensor, and no layer copies its input. Those with a stride do, unless the layer before them can write its output
+// as that copy. Tensors of one height and width share the layout, hence a layer's output is at the same place of its
+// row or plane as what it came from. The exception are planes that no tap reaches beyond: they have no zeros between
+// their rows, and what is computed the one way for a tensor of the other kind changes places when it is stored.
 //
 // Tensors share memory as soon as they are not read any more; who writes one writes the zeros around it, too.
 //
@@ -101,15 +101,16 @@ class Program {
     bool shifting = false;               // PackedWeight may use it
     std::vector<int32_t> mask;           // of a strip, 0 where there is no pixel; empty where all are
   };
+  struct Term;
+  struct Conv;
   struct Tensor {
     Size size;
     int64_t layout;
-    bool halo = false;  // taps reach beyond it
-    int64_t last = -1;  // layer that reads it
-    int64_t at = 0;     // its first pixel in an image's memory
+    bool halo = false;       // taps reach beyond it
+    Term* packed = nullptr;  // it is there as its packed source alone
+    int64_t last = -1;       // layer that reads it
+    int64_t at = 0;          // its first pixel in an image's memory
   };
-  struct Term;
-  struct Conv;
   struct Layer {
     std::vector<int64_t> reads;
     int64_t writes;                   // or kNone
@@ -158,6 +159,9 @@ class Program {
   void set_layout(Layout& layout, bool single) const;
   void choose_layouts(bool single);
   void choose_turns();
+  void choose_blocks(Conv& conv);
+  void choose_halves();
+  int64_t first_layer(int64_t layer) const;
   void place_tensors();
   int64_t reserve(int64_t floats, int64_t first, int64_t last);
   Work with_zeros(int64_t items, int64_t writes, Work work) const;
@@ -173,16 +177,19 @@ class Program {
   }
   float* lanes(const Frame& frame, int64_t tensor, int64_t channel, int64_t run) const;
   Images images(const Frame& frame, int64_t tensor) const;
-  bool add_paired_steps(const Conv& conv);
+  void add_paired_steps(const Conv& conv);
   void add_conv_steps(Conv& conv);
+  bool is_paired(const Conv& conv) const;
   void choose_moves(Conv& conv) const;
+  std::vector<Halves> halves_of(const Layout& from, const Walk& walk) const;
   int64_t strip_vectors(const Conv& conv) const;
   void choose_strips(Conv& conv);
   Strip strip(const Conv& conv, int64_t index, int64_t strips) const;
   void shift_half_lines(Term& term, int64_t layer);
-  void add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block);
+  void add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block,
+                bool zeros_alone = false);
   void run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
-                const Strip& strip, Range splits) const;
+                const Strip& strip, Range splits, float* parts = nullptr) const;
   std::unique_ptr<Memory> take_memory();
   void give_back(std::unique_ptr<Memory> memory);
 

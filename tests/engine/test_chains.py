@@ -287,19 +287,38 @@ def test_blockings(blocking, isa):
 
 
 def test_blockings_change_what_is_packed_at_once():
-    """Of a source with a stride that is too large to be packed as a whole: blocks, and those of short strips are larger."""
-    model = prune(nn.Sequential(nn.Conv2d(16, 256, 1), nn.Conv2d(256, 8, 3, 2, 1)), 0.8)
-    engine = chained(model, torch.randn(1, 16, 56, 56))
-    schedule = schedule_of(engine)
-    (chain,) = schedule.chains
+    """Of a source with a stride that is too large to be packed as a whole: blocks, and those of short strips are larger.
+    Who writes the tensor may write its packed source, as a whole."""
 
-    def floats(blocking):
+    def floats(stride, blocking):
+        model = prune(nn.Sequential(nn.Conv2d(16, 256, 1), nn.Conv2d(256, 8, 3, stride, 1)), 0.8)
+        schedule = schedule_of(chained(model, torch.randn(1, 16, 56, 56)))
+        (chain,) = schedule.chains
         ((made, *_),) = schedule._items_of([chain.numbers], dict.fromkeys(schedule.layers, blocking))
         return _ops.program_floats(made.number)
 
-    half, own, twice = map(floats, ("half the channels", "as its sizes ask for", "twice the channels"))
+    half, own, twice = (floats(3, b) for b in ("half the channels", "as its sizes ask for", "twice the channels"))
     assert half < own < twice
-    assert floats("other strips") != own
+    assert floats(3, "other strips") != own
+    assert floats(2, "half the channels") == floats(2, "as its sizes ask for") == floats(2, "twice the channels")
+
+
+@pytest.mark.parametrize("size", [(56, 56), (28, 28), (55, 63), (9, 38)])
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 2), (5, 4), (1, 1)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_strides_of_two(size, kernel, isa):
+    """Whoever computes the tensor writes even and odd columns apart, if the convolution has a use for both."""
+    torch.manual_seed(0)
+    padding = tuple(k // 2 for k in kernel)
+    strided = nn.Conv2d(70, 9, kernel, 2, padding)
+    model = prune(nn.Sequential(nn.Conv2d(500, 70, 1), nn.ReLU6(), strided, nn.Conv2d(9, 12, 3, 1, 1)), 0.8).eval()
+    with sk.use_isa(isa):
+        for batch in (1, 3):
+            x = torch.randn(batch, 500, *size)
+            engine = chained(model, x)
+            assert chains_of(engine)
+            engine(torch.full_like(x, torch.nan))  # stays in memory that the next images use
+            assert_equals(engine, model, x)
 
 
 def test_tuning_compares_layers_on_few_images(monkeypatch):
