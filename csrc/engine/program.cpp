@@ -784,7 +784,7 @@ void Program::add_conv_steps(Conv& conv) {
   const bool by_blocks = nnz >= kFarWeights && size(conv.out).channels * layout.channel * layout.runs <= kNearFloats;
   const int64_t together = by_blocks ? 1 : blocks;
   // Sums of some blocks are a thread's own if nothing comes between them and the others.
-  const bool own_parts = packed && blocks > 1 && whole && !by_blocks;
+  const bool own_parts = (packed || elsewhere) && blocks > 1 && whole && !by_blocks && conv.residual == kNone;
   if ((elsewhere || packed) && blocks > 1 && !own_parts)
     conv.at = reserve(size(conv.out).channels * layout.channel * layout.runs, first_layer(conv.layer), conv.layer);
   // Neither are registers that go elsewhere written with the zeros around them.
