@@ -217,12 +217,17 @@ void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense,
   add_layer({reads, out, residual == in ? kNone : residual, [=, this] { add_conv_steps(*made); }});
 }
 
-// A convolution that is nothing but another's residual becomes a part of its sum: its result needs no memory.
-void Program::join_residuals() {
+std::vector<int64_t> Program::count_readers() const {
   std::vector<int64_t> readers(tensors_.size());
   for (const Layer& layer : layers_)
     for (int64_t tensor : layer.reads)
       if (tensor >= 0) ++readers[tensor];
+  return readers;
+}
+
+// A convolution that is nothing but another's residual becomes a part of its sum: its result needs no memory.
+void Program::join_residuals() {
+  const std::vector<int64_t> readers = count_readers();
   for (auto& conv : convs_)
     for (auto& other : convs_) {
       const Epilogue& e = other->epilogue;
@@ -469,13 +474,11 @@ void Program::choose_turns() {
 
 // A tensor that nothing but a convolution with a stride reads, row by row, is written as its packed source.
 void Program::choose_halves() {
-  std::vector<int64_t> readers(tensors_.size());
-  for (const Layer& layer : layers_)
-    for (int64_t tensor : layer.reads)
-      if (tensor >= 0) ++readers[tensor];
+  const std::vector<int64_t> readers = count_readers();
   auto is_dense = [](const Term& term) { return term.is_dense; };
   for (auto& conv : convs_)
     for (auto& writer : convs_) {
+      if (is_paired(*conv)) continue;  // it packs its source in its own way
       if (writer->terms.empty() || readers[writer->out] != 1 || writer->residual != kNone) continue;
       const Layout& layout = this->layout(writer->out);
       if (layout.runs == 1 || writer->parts > 1 || layout.lanes > kStripLanes) continue;
@@ -732,7 +735,6 @@ void Program::choose_blocks(Conv& conv) {
 }
 
 void Program::add_conv_steps(Conv& conv) {
-  if (conv.terms.empty()) return;
   if (is_paired(conv)) return add_paired_steps(conv);
   const Layout& layout = layouts_[conv.layout];
   const bool elsewhere = conv.layout != tensors_[conv.out].layout;

@@ -155,6 +155,7 @@ class Program {
   void add_layer(Layer layer);
   void add_runs(std::vector<int64_t> reads, int64_t writes, int64_t in_place,
                 std::function<void(const Frame&, int64_t channel, int64_t run)> f);
+  std::vector<int64_t> count_readers() const;
   void join_residuals();
   void set_layout(Layout& layout, bool single) const;
   void choose_layouts(bool single);
