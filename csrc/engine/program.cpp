@@ -24,12 +24,10 @@ constexpr int64_t kStripVectors = 4;           // lines of lanes that spmm holds
 constexpr int64_t kFewestTasks = 4;            // of a layer, by splitting its rows, for threads that share an image
 constexpr int64_t kRowNnz = 13;                // non-zeros of a row in a block of channels, at least
 constexpr int64_t kPackedFloats = 128 * 1024;  // of a packed source that the second-level cache holds as a whole
-constexpr int64_t kFarWeights = 24 * 1024;   // of a layer, that are not in the second-level cache from the image before
-constexpr int64_t kNearFloats = 64 * 1024;   // of sums that stay in the second-level cache
-constexpr int64_t kRowsTurn = 2;             // items of a layer that the next one waits for, if they are rows
-constexpr int64_t kStripsTurn = 4;           // the same of strips
-constexpr int64_t kTurnFloats = 256 * 1024;  // of a tensor that is read strip by strip, as it is written, at least
-constexpr int64_t kTeam = 2;                 // threads that share an image, at least if there are so many
+constexpr int64_t kFarWeights = 24 * 1024;  // of a layer, that are not in the second-level cache from the image before
+constexpr int64_t kNearFloats = 64 * 1024;  // of sums that stay in the second-level cache
+constexpr int64_t kFarFloats = 256 * 1024;  // of a tensor that the second-level cache does not hold, at least
+constexpr int64_t kTeam = 2;                // threads that share an image, at least if there are so many
 
 // That a strip reads while they stay in the first-level cache, of which results and weights need a part.
 int64_t first_level_floats() {
@@ -78,7 +76,6 @@ struct Program::Conv {
   int64_t at = 0;              // where that is in an image's memory, as a whole or in part
   std::vector<Move> moves;     // of registers of the result, if that has another layout
   std::vector<Halves> halves;  // the same, if it is a packed source
-  bool turns = false;          // takes turns with the layer that writes what it reads
   int64_t unit = 1;            // registers of lanes that no strip divides
   int64_t parts = 1;           // strips of a row
   int64_t strips = 0, splits = 0;
@@ -258,36 +255,10 @@ void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
       clear_beside(frame, out, first, last);
       for (int64_t y = first; y < last; ++y) kernels().max_pool_row(g, images(frame, in), images(frame, out), y, row);
     };
-    auto reads = [=](int64_t rows) {
-      return (rows - 1) * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
-    };
     add_step(g.out_h, out, pool);
-    take_turns(in, reads);
+    steps_.back().backwards = is_far(in);
   };
-  add_layer({{in}, out, kNone, add_steps, true});
-}
-
-// Lets the last step follow the one before it band by band, if that writes the tensor that it reads: what it wants is
-// still in a near cache then. reads(items): rows of the tensor that the first items read.
-void Program::take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& reads) {
-  if (steps_.size() < 2 || steps_[steps_.size() - 2].tensor != tensor || steps_[steps_.size() - 2].rows == 0) return;
-  const Step next = std::move(steps_.back());
-  steps_.pop_back();
-  const Step step = std::move(steps_.back());
-  steps_.pop_back();
-  auto add = [this](const Step& step, int64_t first, int64_t last) {
-    auto part = [=, run = step.run](const Frame& frame, int64_t begin, int64_t end) {
-      run(frame, first + begin, first + end);
-    };
-    steps_.push_back({last - first, part});
-    steps_.back().layer = step.layer;
-  };
-  for (int64_t first = 0, done = 0; first < step.items; first += kRowsTurn) {
-    const int64_t last = std::min(first + kRowsTurn, step.items), begin = done;
-    add(step, first, last);
-    while (done < next.items && (last == step.items || reads(done + 1) <= last * step.rows)) ++done;
-    if (begin < done) add(next, begin, done);
-  }
+  add_layer({{in}, out, kNone, add_steps});
 }
 
 void Program::add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out) {
@@ -312,7 +283,7 @@ void Program::add_runs(std::vector<int64_t> reads, int64_t writes, int64_t in_pl
       for (int64_t i = first; i < last; ++i) f(frame, i % channels, i / channels);
     });
   };
-  add_layer({std::move(reads), writes, in_place, add_steps, false, true});
+  add_layer({std::move(reads), writes, in_place, add_steps, true});
 }
 
 void Program::add_mean(int64_t in, int64_t out) {
@@ -377,6 +348,16 @@ void Program::add_store(int64_t in, int64_t output) {
     add_step(size.channels * layout(in).runs, kNone, run);
   };
   add_layer({{in}, kNone, kNone, add_steps});
+}
+
+// Whether what was written of a tensor first has left the second-level cache when the last of it is written.
+bool Program::is_far(int64_t tensor) const {
+  return tensor >= 0 && layout(tensor).runs * run_stride(tensor) >= kFarFloats;
+}
+
+// What of a source was written last is read first.
+bool Program::reads_backwards(const Term& term) const {
+  return term.direct && term.walk.pointwise() && is_far(term.in);
 }
 
 void Program::set_layout(Layout& layout, bool single) const {
@@ -462,16 +443,6 @@ void Program::choose_layouts(bool single) {
     if (layout.flat) set_layout(layout, single);
 }
 
-// A tensor that no cache nearby holds is read as soon as parts of it are there.
-void Program::choose_turns() {
-  for (const auto& conv : convs_) {
-    const std::vector<int64_t> own = conv->own();
-    if (own.size() != 1 || conv->terms.size() != 1 || conv->residual != kNone) continue;
-    conv->turns = layout(own[0]).runs * run_stride(own[0]) >= kTurnFloats;
-    layers_[conv->layer].turns = conv->turns;
-  }
-}
-
 // A tensor that nothing but a convolution with a stride reads, row by row, is written as its packed source.
 void Program::choose_halves() {
   const std::vector<int64_t> readers = count_readers();
@@ -511,14 +482,6 @@ int64_t Program::reserve(int64_t floats, int64_t first, int64_t last) {
   return at;
 }
 
-// The layer that runs when a layer begins to write.
-int64_t Program::first_layer(int64_t layer) const {
-  if (!layers_[layer].turns) return layer;
-  int64_t first = layer;
-  while (first > 0 && (first == layer || layers_[first].writes == kNone)) --first;
-  return layers_[first].writes == layers_[layer].reads[0] ? first : layer;
-}
-
 // Largest first, each where memory is free from the layer that writes it to the last that reads it.
 void Program::place_tensors() {
   struct Buffer {
@@ -530,11 +493,11 @@ void Program::place_tensors() {
   std::vector<Buffer> buffers;
   std::vector<int64_t> buffer_of(tensors_.size(), kNone);
   for (int64_t i = 0; i < int64_t(layers_.size()); ++i) {
-    const auto& [reads, writes, in_place, add_steps, turns, lanewise] = layers_[i];
+    const auto& [reads, writes, in_place, add_steps, lanewise] = layers_[i];
     if (writes == kNone) continue;
     const bool over = in_place != kNone && in_place >= 0 && tensors_[in_place].last <= i;
     buffer_of[writes] = over ? buffer_of[in_place] : buffers.size();
-    if (!over) buffers.push_back({first_layer(i), i});
+    if (!over) buffers.push_back({i, i});
     Buffer& buffer = buffers[buffer_of[writes]];
     buffer.last = std::max(i, tensors_[writes].last);
     buffer.tensors.push_back(writes);
@@ -608,7 +571,6 @@ void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, in
 void Program::finish(bool single) {
   join_residuals();
   choose_layouts(single);
-  choose_turns();
   for (auto& conv : convs_) {
     choose_blocks(*conv);
     choose_strips(*conv);
@@ -684,8 +646,6 @@ void Program::add_paired_steps(const Conv& conv) {
     paired->run(images(frame, in), images(frame, out), first, last);
   };
   add_step(paired->items(), conv.out, run);
-  steps_.back().tensor = conv.out;
-  steps_.back().rows = PairedConv2d::kRows;
 }
 
 // How the sources of a convolution lie, and how many of their channels are in hand at once.
@@ -788,7 +748,7 @@ void Program::add_conv_steps(Conv& conv) {
   // Sums of some blocks are a thread's own if nothing comes between them and the others.
   const bool own_parts = (packed || elsewhere) && blocks > 1 && whole && !by_blocks && conv.residual == kNone;
   if ((elsewhere || packed) && blocks > 1 && !own_parts)
-    conv.at = reserve(size(conv.out).channels * layout.channel * layout.runs, first_layer(conv.layer), conv.layer);
+    conv.at = reserve(size(conv.out).channels * layout.channel * layout.runs, conv.layer, conv.layer);
   // Neither are registers that go elsewhere written with the zeros around them.
   auto add_zeros = [=, this, out = conv.out] {
     if (packed)
@@ -837,13 +797,7 @@ void Program::add_conv_steps(Conv& conv) {
         }
       });
   });
-  Step& step = steps_.back();
-  if (conv.turns && conv.splits == 1) {
-    Step& writer = steps_[steps_.size() - 2];
-    writer.turns = writer.tensor == conv.terms[0].in && writer.rows == 0 && writer.items == step.items;
-  } else if (!elsewhere && !packed && conv.splits == 1) {
-    step.tensor = conv.out;
-  }
+  steps_.back().backwards = !by_blocks && reads_backwards(conv.terms[0]);
   add_zeros();
 }
 
@@ -906,6 +860,7 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
   out.jump = parts ? strip.lanes : size(conv.out).channels * layout.channel;
   Tile tile{source + strip.row * term.walk.pitch + strip.lane, {}};
   if (strip.rows > 1) tile.run = strip.lanes, tile.jump = term.walk.pitch;
+  const bool ahead = layout.runs > 1 && conv.parts == 1 && strip.row > 0 && reads_backwards(term);
   for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b) {
     const bool first = b == 0 && &term == &conv.terms.front();
     const bool last = b + 1 == term.blocks && &term == &conv.terms.back();
@@ -920,6 +875,11 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
     out.mask = last && !elsewhere && !layout.mask.empty() ? layout.mask.data() + strip.lane : nullptr;
     out.low = last ? conv.epilogue.low : -kInfinity;
     out.high = last ? conv.epilogue.high : kInfinity;
+    if (ahead) {
+      const int64_t rows = std::min(strip.rows, strip.row),
+                    channels = std::min(term.block, term.channels() - b * term.block);
+      tile.soon = {tile.lanes - rows * term.walk.pitch, layout.channel, channels, term.walk.pitch, rows, strip.lanes};
+    }
     for (int64_t split = splits.first; split < splits.first + splits.count; ++split) {
       const int64_t row = term.first_row(split);
       const int64_t at = row * layout.channel + strip.row * out.jump + strip.lane;
@@ -1047,9 +1007,9 @@ void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& 
     std::vector<double> spent(layers_.size());
     auto step = [&](size_t s, const Frame& frame, int64_t first, int64_t last, bool together = false) {
       const Work& work = together && steps_[s].shared_run ? steps_[s].shared_run : steps_[s].run;
-      if (!seconds) return work(frame, first, last);
       const auto start = Clock::now();
-      work(frame, first, last);
+      if (!steps_[s].backwards) work(frame, first, last);
+      for (int64_t i = steps_[s].backwards ? last : first; i-- > first;) work(frame, i, i + 1);
       spent[steps_[s].layer] += std::chrono::duration<double>(Clock::now() - start).count();
     };
     auto frame = [&](int64_t image, int64_t i) { return Frame{memory[team][i]->data(), &inputs, &outputs, image}; };
@@ -1060,14 +1020,7 @@ void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& 
     };
     auto alone = [&](int64_t image, int64_t i) {
       const Frame mine = frame(image, i);
-      for (size_t s = shared; s < steps_.size(); s += steps_[s].turns ? 2 : 1) {
-        const int64_t items = steps_[s].items, turn = steps_[s].turns ? kStripsTurn : std::max<int64_t>(1, items);
-        for (int64_t first = 0; first < items; first += turn) {
-          const int64_t last = std::min(first + turn, items);
-          step(s, mine, first, last);
-          if (steps_[s].turns) step(s + 1, mine, first, last);
-        }
-      }
+      for (size_t s = shared; s < steps_.size(); ++s) step(s, mine, 0, steps_[s].items);
     };
     const int64_t whole = (end - begin) / size * size;  // images of which every member can have as many
     if (shared == 0) {

@@ -9,6 +9,9 @@
 //
 // Tensors share memory as soon as they are not read any more; who writes one writes the zeros around it, too.
 //
+// A layer is finished for an image before the next one begins: no part of its output is pushed on. Tensors that no
+// cache nearby holds as a whole are read from their end on, since that was written last.
+//
 // Every thread computes an image of its own. The last ones, of which there are fewer than threads, are shared by two
 // threads each: both compute the same rows in every layer, so that they find them in their own caches. Where half a
 // tensor fits these and a whole one does not, that can be faster for all images; small layers at the end of the chain,
@@ -116,7 +119,6 @@ class Program {
     int64_t writes;                   // or kNone
     int64_t in_place = kNone;         // tensor whose memory the written one may take over
     std::function<void()> add_steps;  // once memory is laid out
-    bool turns = false;               // may take turns with the layer that writes what it reads
     bool lanewise = false;            // what it reads and writes has one layout, where it has one size
   };
   // One image on its way.
@@ -131,8 +133,7 @@ class Program {
   struct Step {
     int64_t items;
     Work run;
-    int64_t tensor = kNone, rows = 0;  // that its items write in order, so many rows each, or a strip where it is 0
-    bool turns = false;                // the next step can follow item by item
+    bool backwards = false;    // item by item, the last first
     int64_t shared_items = 0;  // the same work for threads that share an image, if it is not cut in the same way
     Work shared_run = nullptr;
     int64_t layer = kNone;
@@ -157,17 +158,16 @@ class Program {
                 std::function<void(const Frame&, int64_t channel, int64_t run)> f);
   std::vector<int64_t> count_readers() const;
   void join_residuals();
+  bool is_far(int64_t tensor) const;
+  bool reads_backwards(const Term& term) const;
   void set_layout(Layout& layout, bool single) const;
   void choose_layouts(bool single);
-  void choose_turns();
   void choose_blocks(Conv& conv);
   void choose_halves();
-  int64_t first_layer(int64_t layer) const;
   void place_tensors();
   int64_t reserve(int64_t floats, int64_t first, int64_t last);
   Work with_zeros(int64_t items, int64_t writes, Work work) const;
   void add_step(int64_t items, int64_t writes, Work work);
-  void take_turns(int64_t tensor, const std::function<int64_t(int64_t)>& reads);
   void clear_around(const Frame& frame, int64_t tensor, bool above, bool below) const;
   void clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const;
   const Layout& layout(int64_t tensor) const { return layouts_[tensors_[tensor].layout]; }

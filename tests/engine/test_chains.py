@@ -445,7 +445,8 @@ def test_wide_dense_layers(kernel, stride, padding, dilation, channels, out, siz
                 floats.append(_ops.program_floats(chain.number))
                 assert_equals(engine, model, x)
                 assert_equals(engine, model, x.contiguous(memory_format=torch.channels_last))
-            assert floats[0] < floats[1] or min(stride) == 1  # others pack all of their input
+            # Others pack all of their input, perhaps to where pooling writes later.
+            assert floats[0] < floats[1] or min(stride) == 1 or pool in layers
 
 
 @pytest.mark.parametrize(
