@@ -107,7 +107,7 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   const float* const bias = results.bias;
   const int32_t* const mask = results.mask ? results.mask + first_lane : nullptr;
   const Move* const moves = results.moves + (kDoes & kMoves ? first_lane / kLanes * Results::kMoves : 0);
-  const bool far = (kAsks || kDoes & kAhead) && rows.far;
+  const bool far = (kAsks || kDoes & kAhead) && rows.far, lefts = rows.lefts;
   const bool starts = kAsks ? start != nullptr : kDoes & kStarts;
   const bool has_bias = kAsks ? bias != nullptr : (kDoes & kHasBias) != 0;
   const bool capped = results.high < kInfinity;
@@ -184,9 +184,13 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
         offsets += 2, values += 2;
       }
       for (int v = 0; v < N; ++v) {
+        if (lefts) {
+          from_left[v] = add(from_left[v], from_right[v]);
+        } else {
+          sum[kSums - 1][v] =
+              add(sum[kSums - 1][v], shift_in_first(from_right[v], v + 1 < N ? from_right[v + 1] : zero()));
+        }
         sum[0][v] = add(sum[0][v], shift_in_last(v ? from_left[v - 1] : zero(), from_left[v]));
-        sum[kSums - 1][v] =
-            add(sum[kSums - 1][v], shift_in_first(from_right[v], v + 1 < N ? from_right[v + 1] : zero()));
       }
     }
 #endif

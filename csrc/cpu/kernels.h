@@ -21,8 +21,10 @@ struct Rows {
   const float* values;      // [nnz]
   int64_t count;
   // Every slot begins with so many pairs of non-zeros that belong one lane to the left and to the right of their
-  // offsets; for spmm with Kernels::shifts_sums, over rows of lanes that are whole registers and end with a zero.
+  // offsets, or both to the left; for spmm with Kernels::shifts_sums, over rows of lanes that are whole registers and
+  // end with a zero.
   int64_t pairs = 0;
+  bool lefts = false;
   bool far = false;  // offsets and values come from memory so far away that they are prefetched
 };
 

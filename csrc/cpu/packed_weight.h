@@ -25,6 +25,7 @@ class PackedWeight {
         taps_(part.taps.size()),
         columns_(walk.source_channels * taps_),
         shifting_(shifting),
+        lefts_(shifting && walk.right == 0),
         group_rows_(walk.rows),
         group_floats_(together ? walk.source_channels * walk.channel_stride : 0) {
     const int64_t lists = groups_ * blocks_;
@@ -71,7 +72,8 @@ class PackedWeight {
             offsets_.get(),
             values_.get(),
             first_row(split + 1) - first_row(split),
-            shifting_ ? pairs_[group * blocks_ + block] : 0};
+            shifting_ ? pairs_[group * blocks_ + block] : 0,
+            lefts_};
   }
 
   // The values that it was made of, given the rest of the CSR, in its order; false if they are not all there.
@@ -149,12 +151,13 @@ class PackedWeight {
   }
 
   // How many values of zero make so many pairs of these.
-  static int32_t missing(const Beside& count, int32_t pairs) {
+  int32_t missing(const Beside& count, int32_t pairs) const {
+    if (lefts_) return 2 * pairs - std::min(count.left, 2 * pairs);
     return 2 * pairs - std::min(count.left, pairs) - std::min(count.right, pairs);
   }
 
-  // As many pairs of a left and a right tap as a row has on average; rows that have fewer get values of zero, what they
-  // have more of is loaded where it is. A constant number, for the branch predictor.
+  // As many pairs of a left and a right tap, or of two left ones, as a row has on average; rows that have fewer get
+  // values of zero, what they have more of is loaded where it is. A constant number, for the branch predictor.
   void pair(const Csr& csr) {
     std::vector<Beside> counts(length_.size());
     parallel(csr.rows, [&](int64_t first, int64_t last) {
@@ -209,7 +212,7 @@ class PackedWeight {
   }
 
   // f(j, at, pair) for the non-zeros of a list that are kept(column): where they are among the slots, and whether they
-  // are of a pair. Of pairs, left and right taps take turns; the others follow.
+  // are of a pair. Of pairs, left and right taps take turns, if there are right ones; the others follow.
   template <class Kept, class F>
   void each_place(const Csr& csr, int64_t list, int64_t j, int64_t end, const Kept& kept, const F& f) const {
     int64_t to = begin_[slot_[list]];
@@ -223,8 +226,8 @@ class PackedWeight {
     for (; j < end; ++j) {
       if (!kept(csr.col[j])) continue;
       const int64_t dx = beside_[csr.col[j]];
-      if (dx == -1 && left < pairs) {
-        f(j, to + 2 * left++, true);
+      if (dx == -1 && left < (lefts_ ? 2 * pairs : pairs)) {
+        f(j, to + (lefts_ ? 1 : 2) * left++, true);
       } else if (dx == 1 && right < pairs) {
         f(j, to + 2 * right++ + 1, true);
       } else {
@@ -269,7 +272,7 @@ class PackedWeight {
   }
 
   int64_t rows_, groups_, blocks_, block_channels_, splits_, taps_, columns_;
-  bool shifting_;
+  bool shifting_, lefts_;              // lefts: no tap is to the right of its lane
   bool all_taps_ = true;               // none reads nothing but zeros beside the image
   uint32_t centre_ = 0;                // offset of the lanes themselves, in the first channel
   std::vector<int8_t> beside_;         // per column of the CSR, the column of its tap

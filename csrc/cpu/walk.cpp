@@ -114,12 +114,15 @@ void choose_tile(Walk& walk, int64_t lanes_wanted, int64_t overhead, bool shift)
 void place_phases(Walk& walk) {
   // Pairs of taps (Rows::pairs) read one float on both sides, even where nothing is wanted of it.
   const int64_t halo = walk.left + std::max<int64_t>(walk.right, walk.shifting);
-  int64_t base = 0;
+  int64_t base = walk.lead;
   for (Phase& p : walk.phases) {
-    p.base = base + walk.lead;
-    const int64_t lanes = round_up((walk.tile_h - 1) * walk.pitch + walk.tile_w, kAlign);
-    base += round_up(walk.lead + (p.up + p.down) * walk.pitch + halo + lanes, kAlign);
+    p.base = base;
+    const int64_t pixels = (walk.tile_h - 1) * walk.pitch + walk.tile_w, rows = (p.up + p.down) * walk.pitch;
+    // With a lead, phases begin with the zeros before their first pixel, where lanes of no meaning may be.
+    base += round_up(halo + rows + (walk.lead ? pixels : round_up(pixels, kAlign)), kAlign);
   }
+  if (walk.shifting) base += kAlign;
+  base = round_up(base, kAlign);
   // Where a strip is a part of the tile: an odd number of lines, so that its channels spread over all sets of the
   // cache.
   const bool several_strips = base > 4 * kAlign;
@@ -209,7 +212,8 @@ Piece piece_of(const Walk& walk, const Phase& p, const TileAt& tile, Channels ch
   const int64_t height = ceil_div(walk.source_h - p.offset_h, walk.step_h);
   const int64_t lanes = walk.row_lanes();
   const int64_t from = std::clamp<int64_t>(-x0, 0, lanes), to = std::clamp<int64_t>(width - x0, from, lanes);
-  const int64_t top = from < to ? std::clamp<int64_t>(-y0, 0, rows) : rows;
+  const int64_t above = ceil_div(std::max<int64_t>(0, -p.offset_h), walk.step_h);  // rows before the first pixel's
+  const int64_t top = from < to ? std::clamp<int64_t>(above - y0, 0, rows) : rows;
   const int64_t bottom = std::clamp<int64_t>(height - y0, top, rows);
   float* phase = block + p.base;
   auto clear = [&](int64_t row, int64_t end, int64_t col, int64_t cols, bool one = false) {

@@ -648,6 +648,35 @@ void Program::add_paired_steps(const Conv& conv) {
   add_step(paired->items(), conv.out, run);
 }
 
+namespace {
+
+// Whether rows of a packed source have nothing behind the last lane, for taps to the left.
+bool ends_with_zeros(const Walk& walk) {
+  if (walk.left == 0 || walk.right > 0) return false;
+  return std::all_of(walk.phases.begin(), walk.phases.end(),
+                     [&](const Phase& p) { return ceil_div(walk.source_w - p.offset_w, walk.step_w) <= walk.grid_w; });
+}
+
+// Where every other row begins in the middle of a line, taps an odd number of rows from their lanes read phases that
+// are so many rows off, so that all lines are whole.
+void move_odd_rows(Walk& walk) {
+  std::vector<Phase> phases;
+  for (Tap& tap : walk.parts[0].taps) {
+    const Phase& old = walk.phases[tap.phase];
+    const int64_t rows = tap.dy % 2 ? tap.dy : 0, offset_h = old.offset_h + rows * walk.step_h;
+    auto same = [&](const Phase& p) { return p.offset_h == offset_h && p.offset_w == old.offset_w; };
+    tap.dy -= rows;
+    tap.phase = std::find_if(phases.begin(), phases.end(), same) - phases.begin();
+    if (tap.phase == int64_t(phases.size())) phases.push_back({offset_h, old.offset_w, 0, 0, 0});
+    Phase& p = phases[tap.phase];
+    p.up = std::max(p.up, -tap.dy);
+    p.down = std::max(p.down, tap.dy);
+  }
+  walk.phases = std::move(phases);
+}
+
+}  // namespace
+
 // How the sources of a convolution lie, and how many of their channels are in hand at once.
 void Program::choose_blocks(Conv& conv) {
   const Layout& layout = layouts_[conv.layout];
@@ -659,11 +688,13 @@ void Program::choose_blocks(Conv& conv) {
     walk.pitch = layout.pitch;
     // Sums are shifted within whole rows, which strips of another length may divide.
     const bool may_shift = kernels().shifts_sums && conv.blocking.pairs && !conv.blocking.other_strips;
-    term.shifts = may_shift && term.direct && layout.shifting && (walk.left || walk.right) && !term.is_dense;
+    term.shifts = may_shift && layout.shifting && (term.direct ? walk.left || walk.right : ends_with_zeros(walk)) &&
+                  !term.is_dense;
     walk.lead = term.direct ? 0 : round_up(walk.left, kAlign) - walk.left;
+    if (term.shifts && !term.direct && layout.pitch % kAlign) move_odd_rows(walk);
     place_phases(walk);
     term.block = term.channels();
-    term.two_copies = term.shifts && !by_rows && layout.pitch % kAlign;
+    term.two_copies = term.shifts && term.direct && !by_rows && layout.pitch % kAlign;
     if (walk.groups == 1) {
       const int64_t lanes = strip_vectors(conv) * kAlign, channels = term.channels();
       const int64_t floats = first_level_floats() / (term.two_copies ? 2 : 1);

@@ -303,7 +303,7 @@ def test_blockings_change_what_is_packed_at_once():
     assert floats(2, "half the channels") == floats(2, "as its sizes ask for") == floats(2, "twice the channels")
 
 
-@pytest.mark.parametrize("size", [(56, 56), (28, 28), (55, 63), (9, 38)])
+@pytest.mark.parametrize("size", [(56, 56), (28, 28), (14, 14), (13, 14), (55, 63), (9, 38)])
 @pytest.mark.parametrize("kernel", [(3, 3), (2, 2), (5, 4), (1, 1)])
 @pytest.mark.parametrize("isa", ISAS)
 def test_strides_of_two(size, kernel, isa):
