@@ -447,11 +447,12 @@ template <int R, int N>
 void paired_strip(const float* x, const PairedPanels& panels, const float* values, const Results& results, int64_t row,
                   int64_t rows, const PairedPlace (&places)[2 * N], float* parts) {
   float* const out = results.data + row * results.stride;
-  for (int y = 0; y < 2; ++y)
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 2 * N; i += kLine)
-        if (y < places[i].count)
-          __builtin_prefetch(out + (r < rows ? r : 0) * results.stride + y * results.jump + places[i].at, 1);
+  for (int i = 0; i < 2 * N; i += kLine)
+    for (int64_t y = 0; y < places[i].count; ++y) {
+      const float* const first = out + y * results.jump + places[i].at;
+      const int64_t stride = results.stride;
+      for (int r = 0; r < R; ++r) __builtin_prefetch(first + (r < rows ? r : 0) * stride, 1);
+    }
   // start(i, r, v): what is added to result i of a row; finish(i, r, v, sum).
   auto add_part = [&](const PairedPanels::Part& part, const auto& start, const auto& finish) {
     Vec sum[2][R][N];

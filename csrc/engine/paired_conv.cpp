@@ -13,6 +13,7 @@ constexpr int64_t kFewestTerms = 16;        // of a group
 constexpr int64_t kFewestPairs = 16;        // of a row
 constexpr int64_t kBandFloats = 96 * 1024;  // of the second-level cache
 constexpr int64_t kTogether = 4;            // rows of results, of which pairs of two follow each other
+constexpr int64_t kReadAhead = 6;           // rows of the source, which come from far away if they are the input's
 
 // Whether all numbers are so small that no sum of a few, nor their products with others, is infinite.
 bool all_tame(const float* x, int64_t count) {
@@ -191,6 +192,12 @@ bool PairedConv2d::fill(const Images& x, int64_t first, int64_t rows, float* seq
       continue;
     }
     const float* const from = x.data + (first + row) * x.row;
+    if (first + row + kReadAhead < g_.in_h) {
+      const bool last = x.channel == 1;  // channels are neighbours
+      for (int64_t c = 0; c < (last ? 1 : g_.in_channels); ++c)
+        for (int64_t i = 0; i < g_.in_w * x.col; i += kAlign)
+          __builtin_prefetch(from + kReadAhead * x.row + c * x.channel + i, 0, 2);
+    }
     if (x.channel == 1) {
       k.transpose(padded + g_.pad_left, floats, from, x.col, width, g_.in_channels);
     } else {
