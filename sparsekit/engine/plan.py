@@ -136,10 +136,12 @@ class Lent(NamedTuple):
         known = values(crow, col)
         if known is None or not torch.equal(known, weight.values):
             return None
-        index = torch.int32 if size.numel() < 2**31 else torch.int64
-        rows = torch.repeat_interleave(torch.arange(size[0], dtype=index), crow.diff())
-        places = rows.mul_(size[1:].numel()).add_(col)
-        gaps = torch.diff(places, prepend=places.new_tensor([-1]))
+        gaps = col.to(torch.int32 if size.numel() < 2**31 else torch.int64, copy=True)
+        gaps[1:] -= col[:-1]
+        # Where a row begins, those that end since the one before lie between.
+        filled = crow.diff().nonzero().squeeze(1)
+        gaps[crow[filled].long()] += (filled.diff(prepend=filled.new_zeros(1)) * size[1:].numel()).to(gaps.dtype)
+        gaps[:1] += 1
         if len(gaps) and int(gaps.max()) >= 255:
             more = gaps // 255
             coded = torch.full((len(gaps) + int(more.sum()),), 255, dtype=torch.uint8)
