@@ -118,10 +118,10 @@ void place_phases(Walk& walk) {
   for (Phase& p : walk.phases) {
     p.base = base;
     const int64_t pixels = (walk.tile_h - 1) * walk.pitch + walk.tile_w, rows = (p.up + p.down) * walk.pitch;
-    // With a lead, phases begin with the zeros before their first pixel, where lanes of no meaning may be.
+    // With a lead, lanes of no meaning may be where the next phase has the zeros before its first pixel.
     base += round_up(halo + rows + (walk.lead ? pixels : round_up(pixels, kAlign)), kAlign);
   }
-  if (walk.shifting) base += kAlign;
+  if (walk.shifting) base += kAlign;  // the last register of lanes ends within the channel
   base = round_up(base, kAlign);
   // Where a strip is a part of the tile: an odd number of lines, so that its channels spread over all sets of the
   // cache.

@@ -193,8 +193,8 @@ bool PairedConv2d::fill(const Images& x, int64_t first, int64_t rows, float* seq
     }
     const float* const from = x.data + (first + row) * x.row;
     if (first + row + kReadAhead < g_.in_h) {
-      const bool last = x.channel == 1;  // channels are neighbours
-      for (int64_t c = 0; c < (last ? 1 : g_.in_channels); ++c)
+      // Channels that are neighbours are parts of the same rows.
+      for (int64_t c = 0; c < (x.channel == 1 ? 1 : g_.in_channels); ++c)
         for (int64_t i = 0; i < g_.in_w * x.col; i += kAlign)
           __builtin_prefetch(from + kReadAhead * x.row + c * x.channel + i, 0, 2);
     }
