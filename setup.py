@@ -22,6 +22,7 @@ ISA_FLAGS = {
     "avx512": ["-march=x86-64-v4"],
     "zen4": ["-march=x86-64-v4", "-DSPARSEKIT_SHUFFLES"],
 }
+TILE_FLAGS = ["-march=x86-64-v4", "-mamx-tile", "-mamx-bf16"]
 CSRC = os.path.abspath("csrc")
 # g++ 12 takes the undefined lanes of its own AVX-512 intrinsics for mistakes.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
@@ -74,20 +75,21 @@ def extension():
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class Build(BuildExtension):
-        """Compiles csrc/cpu/kernels.cpp once per ISA, then the extension that picks among them."""
+        """Compiles csrc/cpu/kernels.cpp once per ISA, and tiles.cpp, then the extension that picks among them."""
 
         def build_extension(self, ext):
-            def compile_for(isa):
+            def compile_with(name, folder, flags):
                 return self.compiler.compile(
-                    ["csrc/cpu/kernels.cpp"],
-                    output_dir=os.path.join(self.build_temp, isa),
+                    [f"csrc/cpu/{name}.cpp"],
+                    output_dir=os.path.join(self.build_temp, folder),
                     include_dirs=[CSRC],
-                    extra_postargs=[*SHARED_FLAGS, *QUIET, *ISA_FLAGS[isa], f"-DSPARSEKIT_ISA={isa}"],
+                    extra_postargs=[*SHARED_FLAGS, *QUIET, *flags],
                     depends=ext.depends,
                 )
 
+            jobs = [("kernels", isa, [*flags, f"-DSPARSEKIT_ISA={isa}"]) for isa, flags in ISA_FLAGS.items()]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for objects in pool.map(compile_for, ISA_FLAGS):
+                for objects in pool.map(compile_with, *zip(*jobs, ("tiles", "amx", TILE_FLAGS))):
                     ext.extra_objects += objects
                 if cuda:
                     ext.extra_objects.append(compile_cuda(self.build_temp))
@@ -105,7 +107,10 @@ def extension():
                         f"csrc/cpu/{name}.cpp"
                         for name in ("batch_norm", "conv2d", "depthwise", "dispatch", "pattern", "pool2d", "walk")
                     ),
-                    *(f"csrc/engine/{name}.cpp" for name in ("layers", "paired_conv", "program", "programs")),
+                    *(
+                        f"csrc/engine/{name}.cpp"
+                        for name in ("layers", "paired_conv", "program", "programs", "tiled_conv")
+                    ),
                     *(["csrc/cuda/ops.cpp"] if cuda else []),
                 ],
                 include_dirs=[CSRC],

@@ -10,7 +10,7 @@ import sparsekit as sk
 from benchmarks.layers import measure
 from benchmarks.shapes import RESNET50, Layer
 from benchmarks.timing import keep_freed_memory
-from sparsekit.dispatch import Shape, chain_work, sparse_work
+from sparsekit.dispatch import WITH_TILES, Shape, chain_work, sparse_work
 from sparsekit.profile import seconds_in_turns
 
 # Few channels and pixels, in large batches: what small networks are made of.
@@ -89,8 +89,31 @@ def fit_chains() -> None:
     print(f"CHAIN_COPY = {np.median(copies):.2g}")
 
 
+def fit_tiles() -> None:
+    """What a convolution costs in matrix tiles inside of a chain."""
+    torch.set_num_threads(1)
+    rows, seconds = [], []
+    for layer in RESNET50:
+        if layer.stride > 1:
+            continue
+        back = Layer(layer.out_channels, layer.in_channels, 1, 1, layer.size, 1)
+        short, long = _chain_seconds([layer, back], 0.0, (1, 4))
+        weights = [one.in_channels * one.out_channels * one.kernel**2 for one in (layer, back)]
+        work = [chain_work(_shape(one, 1), n)._replace(weight=0) for one, n in zip((layer, back), weights)]
+        rows.append([sum(amounts) for amounts in zip(*work)])
+        seconds.append((long - short) / 3)
+    costs = _relative_fit(rows, seconds)
+    error = np.median(np.abs(np.array(rows) @ costs / np.array(seconds) - 1))
+    print(f"CHAIN_TILES = ChainWork({', '.join(f'{cost:.2g}' for cost in costs)})  # median error {error:.0%}")
+
+
 def main() -> None:
+    best = sk.backend()
+    if best in WITH_TILES:
+        fit_tiles()
+        sk.set_isa("avx512")
     fit_chains()
+    sk.set_isa(best)
     torch.set_num_threads(2)
     keep_freed_memory()
     layers = [(layer, 8) for layer in RESNET50] + [(layer, 64) for layer in SMALL]

@@ -29,8 +29,8 @@ from torch import Tensor
 from . import gpu, reference
 from .formats import Pattern
 
-# zen4 is avx512 for cores that load one register a cycle.
-ISAS = ("generic", "avx2", "avx512", "zen4")
+# zen4 is avx512 for cores that load one register a cycle, amx with units for products of tiles.
+ISAS = ("generic", "avx2", "avx512", "zen4", "amx")
 
 _LIBRARY = torch.library.Library("sparsekit", "DEF")
 _state = {"native": False, "isa": "reference"}
@@ -62,7 +62,7 @@ def build_id() -> str:
 
 
 def backend() -> str:
-    """What runs float32 on the CPU now: ``"zen4"``, ``"avx512"``, ``"avx2"``, ``"generic"`` or ``"reference"``."""
+    """What runs float32 on the CPU now: ``"amx"``, ``"zen4"``, ``"avx512"``, ``"avx2"``, ``"generic"`` or ``"reference"``."""
     return _state["isa"]
 
 
@@ -71,14 +71,14 @@ def available_backends() -> tuple[str, ...]:
     if not _state["native"]:
         return ("reference",)
     best = torch.ops.sparsekit_cpu.best_isa()
-    return ("reference", *(ISAS if best == "avx512" else ISAS[: ISAS.index(best) + 1]))
+    return ("reference", *ISAS[: ISAS.index("zen4" if best == "avx512" else best) + 1])
 
 
 def set_isa(isa: str) -> None:
     """Choose the kernels for float32 on the CPU.
 
     Args:
-        isa: ``"generic"``, ``"avx2"``, ``"avx512"``, ``"zen4"``, or ``"reference"`` for plain PyTorch.
+        isa: ``"generic"``, ``"avx2"``, ``"avx512"``, ``"zen4"``, ``"amx"``, or ``"reference"`` for plain PyTorch.
 
     Raises:
         ValueError: this machine or this build cannot run ``isa``.

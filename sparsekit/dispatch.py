@@ -168,6 +168,7 @@ LANES = 16  # floats in the widest register
 #   fma: one kept weight times one lane; move: one input or output element brought in or out; row: one row of an image
 #   copied in or out.
 SPARSE_COSTS = {
+    "amx": Work(3.1e-11, 1.6e-10, 4.3e-9),
     "zen4": Work(3.1e-11, 1.5e-10, 5.1e-9),
     "avx512": Work(3.1e-11, 1.6e-10, 4.3e-9),
     "avx2": Work(3.8e-11, 1.9e-10, 4.9e-9),
@@ -216,22 +217,37 @@ def chain_work(shape: Shape, nnz: int) -> ChainWork:
 CHAIN_COSTS = ChainWork(2.1e-11, 4.5e-11, 1.7e-11, 7.5e-11)
 #   one weight times one lane, where a layer is computed as if no weight were zero.
 CHAIN_DENSE = 1.15e-11
+#   the same in matrix tiles, on CPUs with units for them, in the units of CHAIN_COSTS.
+CHAIN_TILES = ChainWork(7.8e-12, 0, 4.1e-10, 0)
+WITH_TILES = ("amx",)
 #   an element copied into a chain or out of it.
 CHAIN_COPY = 7.3e-10
+
+
+def fills_tiles(shape: Shape) -> bool:
+    """Whether matrix tiles, of 16 rows and columns and 32 terms, would not be empty for the most part."""
+    return shape.out_channels >= 16 and shape.out_pixels >= 36 and shape.in_channels * shape.taps >= 32
 
 
 def predict_in_chain(shape: Shape, nnz: int) -> tuple[float, float]:
     """Expected seconds of a convolution within a chain, on the sparse kernels and computed as if no weight were zero.
 
-    The latter is infinite where it cannot be: for groups, and where at least half of the weights are pruned, which hide an
-    infinite input from their row.
+    The latter is infinite where it cannot be: for groups, and, without matrix tiles, where at least half of the weights are
+    pruned, which hide an infinite input from their row.
     """
     ratio = SPARSE_COSTS[_ops.backend()].fma / SPARSE_COSTS["avx512"].fma * shape.batch / _threads()
-    work = sum(cost * amount for cost, amount in zip(CHAIN_COSTS, chain_work(shape, nnz)))
     weights = shape.macs // (shape.batch * shape.out_pixels)
-    mostly_kept = shape.groups == 1 and nnz > weights / 2
-    dense = CHAIN_DENSE * chain_work(shape, weights).fma if mostly_kept else math.inf
-    return ratio * work, ratio * dense
+    sparse, all_of_it = chain_work(shape, nnz), chain_work(shape, weights)
+    dense = math.inf
+    if shape.groups == 1 and fills_tiles(shape) and _ops.backend() in WITH_TILES:
+        dense = _seconds(CHAIN_TILES, all_of_it)
+    elif shape.groups == 1 and nnz > weights / 2:
+        dense = CHAIN_DENSE * all_of_it.fma
+    return ratio * _seconds(CHAIN_COSTS, sparse), ratio * dense
+
+
+def _seconds(costs: ChainWork, work: ChainWork) -> float:
+    return sum(cost * amount for cost, amount in zip(costs, work))
 
 
 class GpuCost(NamedTuple):

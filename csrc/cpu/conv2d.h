@@ -13,7 +13,7 @@
 
 namespace sparsekit {
 
-// "generic", "avx2" or "avx512": whether this CPU can run it, the best one, and the choice of one.
+// "generic", "avx2", "avx512", "zen4" or "amx": whether this CPU can run it, the best one, and the choice of one.
 bool cpu_supports(const char* isa);
 const char* best_isa();
 bool set_isa(const char* isa);

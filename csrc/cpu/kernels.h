@@ -151,6 +151,8 @@ struct PoolSplit {
   int64_t floats;       // in all
 };
 
+struct TileKernels;
+
 struct Kernels {
   const char* name;
   int64_t lanes;        // of a register
@@ -250,6 +252,8 @@ struct Kernels {
 
   // to[c * to_row + r] = from[r * from_row + c]
   void (*transpose)(float* to, int64_t to_row, const float* from, int64_t from_row, int64_t rows, int64_t cols);
+
+  const TileKernels* tiles = nullptr;  // products of tiles, where the CPU has units for them
 };
 
 namespace generic {

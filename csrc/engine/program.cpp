@@ -15,6 +15,7 @@
 #include "cpu/pool2d.h"
 #include "cpu/walk.h"
 #include "engine/paired_conv.h"
+#include "engine/tiled_conv.h"
 
 namespace sparsekit {
 namespace {
@@ -50,6 +51,7 @@ struct Program::Term {
   int64_t in, layer;
   bool direct;              // reads the tensor itself
   bool is_dense;            // computed as if no weight were zero
+  bool in_tiles;            // the same, as products of tiles, if all terms of its sum are
   bool shifts = false;      // its weight is packed for it
   bool two_copies = false;  // of the tensor, half a line apart
   bool written = false;     // whoever writes the tensor writes the packed source
@@ -58,7 +60,8 @@ struct Program::Term {
   int64_t packed = 0;  // where the packed source is in an image's memory
   int64_t block = 0, blocks = 0;
   std::unique_ptr<PackedWeight> kernel;
-  std::unique_ptr<DenseWeight> dense;  // the one or the other
+  std::unique_ptr<DenseWeight> dense;
+  std::shared_ptr<TiledConv2d> tiled;  // one of the three
 
   int64_t channels() const { return walk.groups * walk.source_channels; }
   int64_t rows() const { return walk.groups * walk.rows; }
@@ -83,6 +86,9 @@ struct Program::Conv {
 
   bool pointwise() const {
     return std::all_of(terms.begin(), terms.end(), [](const Term& term) { return term.walk.pointwise(); });
+  }
+  bool in_tiles() const {
+    return std::all_of(terms.begin(), terms.end(), [](const Term& term) { return term.in_tiles; });
   }
   // Tensors of which a lane reads that lane alone.
   std::vector<int64_t> own() const {
@@ -189,7 +195,10 @@ void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense,
                          int64_t residual, const Epilogue& epilogue, const Blocking& blocking) {
   auto conv = std::make_unique<Conv>(Conv{{}, out, residual, epilogue, blocking});
   const bool direct = in >= 0 && g.stride_h == 1 && g.stride_w == 1 && g.in_h == g.out_h && g.in_w == g.out_w;
-  conv->terms.push_back({g, forward_walk(g, {}, {}), weight, in, int64_t(layers_.size()), direct, dense});
+  const bool in_tiles = dense && kernels().tiles && TiledConv2d::suits(g);
+  // What is pruned hides what is infinite, which other ways to compute all products do not do: not for most of them.
+  const bool is_dense = dense && 2 * weight.nnz > g.out_channels * g.in_channels * g.kernel_h * g.kernel_w;
+  conv->terms.push_back({g, forward_walk(g, {}, {}), weight, in, int64_t(layers_.size()), direct, is_dense, in_tiles});
   conv->bias.resize(g.out_channels);
   if (epilogue.bias) std::copy_n(epilogue.bias, g.out_channels, conv->bias.begin());
   const Walk& walk = conv->terms[0].walk;
@@ -449,8 +458,9 @@ void Program::choose_halves() {
   auto is_dense = [](const Term& term) { return term.is_dense; };
   for (auto& conv : convs_)
     for (auto& writer : convs_) {
-      if (is_paired(*conv)) continue;  // it packs its source in its own way
-      if (writer->terms.empty() || readers[writer->out] != 1 || writer->residual != kNone) continue;
+      if (conv->in_tiles() || is_paired(*conv)) continue;  // it packs its source in its own way
+      if (writer->in_tiles() || writer->terms.empty() || readers[writer->out] != 1 || writer->residual != kNone)
+        continue;
       const Layout& layout = this->layout(writer->out);
       if (layout.runs == 1 || writer->parts > 1 || layout.lanes > kStripLanes) continue;
       if (std::any_of(writer->terms.begin(), writer->terms.end(), is_dense)) continue;
@@ -725,7 +735,44 @@ void Program::choose_blocks(Conv& conv) {
   }
 }
 
+// Band by band, one term on top of the other.
+void Program::add_tiled_steps(Conv& conv) {
+  int64_t bands = 1;
+  for (Term& term : conv.terms) {
+    const bool first = &term == &conv.terms.front(), last = &term == &conv.terms.back();
+    Epilogue epilogue;
+    if (first) epilogue.bias = conv.bias.data();
+    if (last) epilogue.low = conv.epilogue.low, epilogue.high = conv.epilogue.high;
+    term.tiled = std::make_shared<TiledConv2d>(term.geometry, term.weight, epilogue);
+    term.weight = {};
+    bands = std::max(bands, term.tiled->bands());
+  }
+  auto cut = [&](int64_t bands) {
+    return with_zeros(bands, conv.out, [=, &conv, this](const Frame& frame, int64_t first, int64_t last) {
+      const Images y = images(frame, conv.out);
+      for (int64_t band = first; band < last; ++band) {
+        const int64_t h = size(conv.out).h, begin = h * band / bands, end = h * (band + 1) / bands;
+        clear_beside(frame, conv.out, begin, end);
+        Images start = conv.residual == kNone ? y : images(frame, conv.residual);
+        bool starts = conv.residual != kNone;
+        for (const Term& term : conv.terms) {
+          term.tiled->run(images(frame, term.in), starts ? &start : nullptr, y, begin, end);
+          start = y;
+          starts = true;
+        }
+      }
+    });
+  };
+  const int64_t shared = std::min(round_up(bands, kTeam), size(conv.out).h);
+  steps_.push_back({bands, cut(bands)});
+  steps_.back().backwards = is_far(conv.terms[0].in);
+  if (shared == bands) return;
+  steps_.back().shared_items = shared;
+  steps_.back().shared_run = cut(shared);
+}
+
 void Program::add_conv_steps(Conv& conv) {
+  if (conv.in_tiles()) return add_tiled_steps(conv);
   if (is_paired(conv)) return add_paired_steps(conv);
   const Layout& layout = layouts_[conv.layout];
   const bool elsewhere = conv.layout != tensors_[conv.out].layout;

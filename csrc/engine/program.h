@@ -179,6 +179,7 @@ class Program {
   float* lanes(const Frame& frame, int64_t tensor, int64_t channel, int64_t run) const;
   Images images(const Frame& frame, int64_t tensor) const;
   void add_paired_steps(const Conv& conv);
+  void add_tiled_steps(Conv& conv);
   void add_conv_steps(Conv& conv);
   bool is_paired(const Conv& conv) const;
   void choose_moves(Conv& conv) const;

@@ -42,7 +42,7 @@ BLOCKINGS = {
     "no pairs": _ops.Blocking(pairs=False),
 }
 BLOCKING_SECONDS = 1.0
-WITH_PAIRS = ("avx512", "zen4")
+WITH_PAIRS = ("avx512", "zen4", "amx")
 # Images on which it compares all but the last two choices: what one takes hardly depends on how many more there are.
 MOST_IMAGES = 4
 LEAST_GAIN = 0.97
@@ -262,6 +262,8 @@ class Schedule:
                 chained[number] = min(*in_chain, seconds[0])
         copy = dispatch.CHAIN_COPY * batch / threads
         chains = choose(self.plan, self.sizes, alone, chained, lambda slot: copy * math.prod(self.sizes[slot]))
+        if _ops.backend() in dispatch.WITH_TILES:
+            return chains
         # Where nothing is sparse, PyTorch's own kernels are as fast.
         return [numbers for numbers in chains if any(n in chained and not self._dense_in_chain(n) for n in numbers)]
 

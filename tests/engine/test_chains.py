@@ -12,6 +12,7 @@ from torch import nn
 
 import sparsekit as sk
 from sparsekit import _ops
+from sparsekit.dispatch import WITH_TILES, ChainWork
 from sparsekit.engine import chains, files, tuning
 from sparsekit.engine.engine import MOST_SIZES
 from sparsekit.engine.plan import Layer, Lent
@@ -63,6 +64,12 @@ def prune(model, sparsity):
             if isinstance(module, nn.Conv2d):
                 module.weight *= torch.rand_like(module.weight) >= sparsity
     return model
+
+
+def let_dense_cost(seconds, monkeypatch):
+    """Of every layer in a chain."""
+    monkeypatch.setattr("sparsekit.dispatch.CHAIN_DENSE", seconds)
+    monkeypatch.setattr("sparsekit.dispatch.CHAIN_TILES", ChainWork(seconds, seconds, seconds, seconds))
 
 
 def known_of(key):
@@ -396,7 +403,7 @@ def test_tuning_cuts_the_work_of_layers_as_is_fastest(faster, tmp_path, monkeypa
 @pytest.mark.parametrize("size", [(14, 14), (30, 22), (56, 56), (112, 20)])
 def test_layers_without_zeros(size, isa, monkeypatch):
     """In rows and planes, packed and not, with more than one block of channels, beside sparse layers and added to them."""
-    monkeypatch.setattr("sparsekit.dispatch.CHAIN_DENSE", 0.0)
+    let_dense_cost(0.0, monkeypatch)
     first = [nn.Conv2d(3, 13, 7, 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(13, 32, 3, padding=1), nn.ReLU6()]
     last = [nn.Conv2d(64, 300, 1), nn.Conv2d(300, 7, (1, 3), padding=(0, 1))]
     model = nn.Sequential(*first, Block(32, 16, 1), Block(64, 16, 2), *last).eval()
@@ -407,8 +414,9 @@ def test_layers_without_zeros(size, isa, monkeypatch):
         (chain,) = chains_of(engine)
         layers = [number for number in chain.numbers if isinstance(engine.plan.steps[number], Layer)]
         dense = [schedule_of(engine)._dense_in_chain(number) for number in layers]
-        assert dense.count(False) == sum(isinstance(module, nn.Conv2d) for module in model[6].modules()) == 4
-        assert dense.count(True) == 8
+        # Without tiles, what is pruned stays sparse at any cost.
+        assert isa in WITH_TILES or dense.count(False) == sum(isinstance(m, nn.Conv2d) for m in model[6].modules()) == 4
+        assert dense.count(True) >= 8
         assert_equals(engine, model, x)
         kernels = {report.kernel for report in engine.explain(x) if report.backend == "dense"}
     assert kernels == {isa}
@@ -439,7 +447,7 @@ def test_wide_dense_layers(kernel, stride, padding, dilation, channels, out, siz
         for layers in ([conv, *last], [*first, conv, *last], [conv, pool, *last], [*first, conv, pool, *last]):
             model, floats = nn.Sequential(*layers).eval(), []
             for cost in (0.0, 1.0):  # of dense layers
-                monkeypatch.setattr("sparsekit.dispatch.CHAIN_DENSE", cost)
+                let_dense_cost(cost, monkeypatch)
                 engine = chained(model, x)
                 (chain,) = chains_of(engine)
                 floats.append(_ops.program_floats(chain.number))
@@ -454,7 +462,7 @@ def test_wide_dense_layers(kernel, stride, padding, dilation, channels, out, siz
 )
 def test_wide_dense_layers_of_what_is_not_finite(of, bad, monkeypatch):
     """No output gets what it does not read, though pairs of outputs are computed together."""
-    monkeypatch.setattr("sparsekit.dispatch.CHAIN_DENSE", 0.0)
+    let_dense_cost(0.0, monkeypatch)
     conv = nn.Conv2d(3, 16, 7, 2, 3)
     model, x = nn.Sequential(conv, nn.Conv2d(16, 16, 1, groups=16)).eval(), torch.randn(2, 3, 60, 96)
     target = conv.weight if of == "weight" else x
@@ -466,6 +474,84 @@ def test_wide_dense_layers_of_what_is_not_finite(of, bad, monkeypatch):
         ours, eager = engine(x), model(x)
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5, equal_nan=True)
         assert not eager.isfinite().all() or bad == 2.0**80
+
+
+@st.composite
+def layers_in_tiles(draw):
+    """A convolution that fills tiles, dense or pruned, what it adds to itself, if anything, and its input."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    kernel, stride, dilation, padding = (
+        [draw(st.integers(*few)) for _ in range(2)] for few in ((1, 4), (1, 3), (1, 2), (0, 2))
+    )
+    channels, out = draw(st.sampled_from([1, 3, 7, 16, 17, 40, 70])), draw(st.sampled_from([16, 24, 33, 64]))
+    conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, bias=draw(st.booleans()))
+    size = [draw(st.integers(d * (k - 1) + 1, 40)) for d, k in zip(dilation, kernel)]
+    x = torch.randn(draw(st.integers(1, 3)), channels, *size)
+    if draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    if draw(st.booleans()):
+        prune(conv, 0.8)
+    return conv, x, draw(st.booleans())
+
+
+class Added(nn.Module):
+    """A convolution plus another of the same input, of which there may be several kinds."""
+
+    def __init__(self, conv, other):
+        super().__init__()
+        self.conv, self.other = conv, other
+
+    def forward(self, x):
+        return F.relu(self.conv(x) + self.other(x))
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no tiles")
+@settings(max_examples=80)
+@given(drawn=layers_in_tiles())
+def test_layers_in_tiles(drawn):
+    """As near to float64 as float32 is, in the network's first layer and behind another, alone and in sums."""
+    conv, x, adds = drawn
+    other = prune(
+        nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation), 0.5
+    )
+    layer = Added(conv, other) if adds else nn.Sequential(conv, nn.ReLU6())
+    with pytest.MonkeyPatch.context() as monkeypatch, sk.use_isa("amx"):
+        let_dense_cost(0.0, monkeypatch)
+        for model in (layer, nn.Sequential(nn.Conv2d(conv.in_channels, conv.in_channels, 1), layer)):
+            engine = chained(model, x)
+            assert_as_good(engine, model, x)
+            one = engine(x[:1])
+            assert torch.equal(engine(x)[:1], one)
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no tiles")
+@pytest.mark.parametrize("of", ["input", "weight"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3.4e38, 2.0**80, 2.0**-140])
+@pytest.mark.parametrize("channels, kernel, stride", [(3, 5, 2), (32, 3, 1), (32, 1, 2)])
+def test_tiles_of_what_is_not_finite(channels, kernel, stride, of, bad, monkeypatch):
+    """Numbers that are not a sum of three of fewer bits; what is pruned hides them."""
+    let_dense_cost(0.0, monkeypatch)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, 32, kernel, stride, kernel // 2).eval()
+    x = torch.randn(3, channels, 30, 32)
+    model = nn.Sequential(conv, nn.Conv2d(32, 32, 1, groups=32)).eval()
+    with torch.no_grad(), sk.use_isa("amx"):
+        conv.weight[7, 2] = 0
+        clean = chained(model, x)(x)
+        (x if of == "input" else conv.weight)[1, 2, 0, 0] = bad
+        engine = chained(model, x)
+        assert chains_of(engine)
+        ours, eager = engine(x), model(x)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3 - min(threads, 2))
+        others = engine(x)
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(ours[:, 7], clean[:, 7], rtol=1e-4, atol=1e-5)
+    kept = [c for c in range(32) if c != 7]
+    torch.testing.assert_close(ours[:, kept], eager[:, kept], rtol=1e-4, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(others, ours, rtol=0, atol=0, equal_nan=True)
+    if of == "input":  # rows that do not read it are what they were
+        assert torch.equal(ours[0], clean[0]) and torch.equal(ours[1, :, 6:], clean[1, :, 6:])
 
 
 @pytest.mark.parametrize("isa", ISAS)
