@@ -27,7 +27,7 @@ TiledConv2d::Place TiledConv2d::place(int64_t tap, int64_t dilation, int64_t pad
 
 bool TiledConv2d::by_taps(const Conv2dGeometry& g) {
   return g.in_channels < 2 * kFewestPairs && g.dilation_h == 1 &&
-         g.in_channels * ceil_div(g.kernel_w, 2) * g.kernel_h >= kFewestPairs;
+         g.in_channels * g.kernel_w * g.kernel_h >= 2 * kFewestPairs;
 }
 
 bool TiledConv2d::suits(const Conv2dGeometry& g) {
@@ -50,16 +50,20 @@ TiledConv2d::TiledConv2d(const Conv2dGeometry& g, const Csr& weight, const Epilo
 
 void TiledConv2d::choose_terms() { by_taps_ ? choose_taps() : choose_channels(); }
 
-// Terms are the taps of a row of the kernel, two by two, of all channels and rows.
+// Terms are the taps of a row of the kernel, two by two, and those left over of two channels, of all rows.
 void TiledConv2d::choose_taps() {
-  const int64_t twos = ceil_div(g_.kernel_w, 2), count = g_.kernel_h * g_.in_channels * twos;
-  pairs_ = g_.in_channels * twos;
+  for (int64_t c = 0; c < g_.in_channels; ++c)
+    for (int64_t kx = 0; kx + 1 < g_.kernel_w; kx += 2) row_terms_.push_back({{c, kx}, {c, kx + 1}});
+  for (int64_t c = 0; c < g_.in_channels && g_.kernel_w % 2; c += 2)
+    row_terms_.push_back({{c, g_.kernel_w - 1}, {c + 1, g_.kernel_w - 1}});
+  pairs_ = row_terms_.size();
   pitch_ = round_up(g_.out_w, kTile);
+  const int64_t count = g_.kernel_h * pairs_;
   depth_ = ceil_div(count, ceil_div(count, kTile));
   for (int64_t pair = 0; pair < round_up(count, depth_); ++pair) {
     if (pair % depth_ == 0) chunks_.push_back({0, 0, 0, pair});
-    const int64_t ky = pair / pairs_, c = pair % pairs_ / twos, kx = pair % twos * 2;
-    terms_.push_back({element(c, ky, kx), element(c, ky, kx + 1)});
+    const auto& [a, b] = row_terms_[pair % pairs_];
+    terms_.push_back({element(a.channel, pair / pairs_, a.kx), element(b.channel, pair / pairs_, b.kx)});
   }
 }
 
@@ -182,7 +186,7 @@ bool TiledConv2d::split_channels(const Images& x, int64_t first, int64_t rows, c
 // The same by rows, channels and twos of taps.
 bool TiledConv2d::split_taps(const Images& x, int64_t first, int64_t rows, const Layout& at, uint32_t* to) const {
   const SplitFrom zeros{nullptr, 0, 0};
-  const int64_t source_rows = (rows - 1) * g_.stride_h + g_.kernel_h, twos = ceil_div(g_.kernel_w, 2);
+  const int64_t source_rows = (rows - 1) * g_.stride_h + g_.kernel_h;
   const int64_t stride = g_.stride_w, cols = ceil_div(g_.in_w, stride), room = round_up(cols, kAlign);
   const Kernels& k = kernels();
   bool have_parts = true;
@@ -208,17 +212,16 @@ bool TiledConv2d::split_taps(const Images& x, int64_t first, int64_t rows, const
         k.gather(residues + i * room, stride * room, row.data + i * row.col, row.channel, stride * row.col,
                  g_.in_channels, ceil_div(g_.in_w - i, stride), room);
     }
-    uint32_t* pair = to;
-    for (int64_t c = 0; c < g_.in_channels; ++c)
-      for (int64_t two = 0; two < twos; ++two, pair += at.pair) {
-        SplitFrom from[2] = {zeros, zeros};
-        for (int64_t i = 0; i < 2 && 2 * two + i < g_.kernel_w; ++i) {
-          const Place tap = place(2 * two + i, g_.dilation_w, g_.pad_left, stride);
-          from[i] = {stride > 1 ? residues + (c * stride + tap.residue) * room : row.data + c * row.channel, -tap.step,
-                     ceil_div(g_.in_w - tap.residue, stride)};
-        }
-        have_parts &= tiles_.split(from[0], from[1], 0, 1, pitch_, pair, at.part);
-      }
+    auto from = [&](const RowTerm& term) {
+      if (term.channel >= g_.in_channels) return zeros;
+      const Place tap = place(term.kx, g_.dilation_w, g_.pad_left, stride);
+      const float* data =
+          stride > 1 ? residues + (term.channel * stride + tap.residue) * room : row.data + term.channel * row.channel;
+      return SplitFrom{data, -tap.step, ceil_div(g_.in_w - tap.residue, stride)};
+    };
+    for (int64_t pair = 0; pair < pairs_; ++pair)
+      have_parts &= tiles_.split(from(row_terms_[pair].first), from(row_terms_[pair].second), 0, 1, pitch_,
+                                 to + pair * at.pair, at.part);
   }
   tiles_.split(zeros, zeros, 0, 1, at.part - source_rows * at.row, to, at.part);
   return have_parts;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "cpu/conv2d.h"
@@ -35,6 +36,10 @@ class TiledConv2d {
   // Two terms of the sum, as elements of the weight's row; kNone for one that does not exist.
   struct Pair {
     int64_t a, b;
+  };
+  // The same of a row of the kernel, where taps are the terms.
+  struct RowTerm {
+    int64_t channel, kx;
   };
   // Where a tap reads, along rows or columns: so many steps of the stride from where the lane is, in a phase.
   struct Place {
@@ -73,6 +78,7 @@ class TiledConv2d {
   std::vector<float> bias_, values_;  // the latter as of TileWeight
   bool has_parts_ = true;             // the weight
   std::vector<Phase> phases_;
+  std::vector<std::pair<RowTerm, RowTerm>> row_terms_;
   std::vector<Chunk> chunks_;
   std::vector<Pair> terms_;                           // [chunks][depth]
   int64_t depth_ = 0, pairs_ = 0;                     // of a chunk; of a phase, or of a row
