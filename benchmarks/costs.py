@@ -60,28 +60,30 @@ def _chain_seconds(layers: list[Layer], sparsity: float, times: tuple[int, ...])
     return [seconds / len(images) for seconds in seconds_in_turns(runs, runs=9).values()]
 
 
+def _pairs() -> list[tuple[list[Layer], list[int]]]:
+    """Layers that keep an image's size, each with one that leads back, and how many weights they have."""
+    pairs = []
+    for layer in RESNET50:
+        if layer.stride == 1:
+            pair = [layer, Layer(layer.out_channels, layer.in_channels, 1, 1, layer.size, 1)]
+            pairs.append((pair, [one.in_channels * one.out_channels * one.kernel**2 for one in pair]))
+    return pairs
+
+
 def fit_chains() -> None:
     """What a convolution costs inside of a chain: long chains against short ones, so that copies cancel."""
     torch.set_num_threads(1)
     rows, seconds, copies, dense = [], [], [], []
-    for layer in RESNET50:
-        if layer.stride > 1:
-            continue
-        back = Layer(layer.out_channels, layer.in_channels, 1, 1, layer.size, 1)
-        short, long = _chain_seconds([layer, back], 0.0, (1, 4))
-        weights = [one.in_channels * one.out_channels * one.kernel**2 for one in (layer, back)]
-        work = sum(chain_work(_shape(one, 1), n).fma for one, n in zip((layer, back), weights))
+    for pair, weights in _pairs():
+        short, long = _chain_seconds(pair, 0.0, (1, 4))
+        work = sum(chain_work(_shape(one, 1), n).fma for one, n in zip(pair, weights))
         dense.append((long - short) / 3 / work)
         for sparsity in SPARSITIES:
-            short, long = _chain_seconds([layer, back], sparsity, (1, 4))
-            pair = (long - short) / 3
-            work = [
-                chain_work(_shape(one, 1), round((1 - sparsity) * one.in_channels * one.out_channels * one.kernel**2))
-                for one in (layer, back)
-            ]
+            short, long = _chain_seconds(pair, sparsity, (1, 4))
+            work = [chain_work(_shape(one, 1), round((1 - sparsity) * n)) for one, n in zip(pair, weights)]
             rows.append([sum(amounts) for amounts in zip(*work)])
-            seconds.append(pair)
-            copies.append((short - pair) / (2 * layer.in_channels * layer.size**2))
+            seconds.append((long - short) / 3)
+            copies.append((short - seconds[-1]) / (2 * pair[0].in_channels * pair[0].size ** 2))
     costs = _relative_fit(rows, seconds)
     error = np.median(np.abs(np.array(rows) @ costs / np.array(seconds) - 1))
     print(f"CHAIN_COSTS = ChainWork({', '.join(f'{cost:.2g}' for cost in costs)})  # median error {error:.0%}")
@@ -93,13 +95,9 @@ def fit_tiles() -> None:
     """What a convolution costs in matrix tiles inside of a chain."""
     torch.set_num_threads(1)
     rows, seconds = [], []
-    for layer in RESNET50:
-        if layer.stride > 1:
-            continue
-        back = Layer(layer.out_channels, layer.in_channels, 1, 1, layer.size, 1)
-        short, long = _chain_seconds([layer, back], 0.0, (1, 4))
-        weights = [one.in_channels * one.out_channels * one.kernel**2 for one in (layer, back)]
-        work = [chain_work(_shape(one, 1), n)._replace(weight=0) for one, n in zip((layer, back), weights)]
+    for pair, weights in _pairs():
+        short, long = _chain_seconds(pair, 0.0, (1, 4))
+        work = [chain_work(_shape(one, 1), n)._replace(weight=0) for one, n in zip(pair, weights)]
         rows.append([sum(amounts) for amounts in zip(*work)])
         seconds.append((long - short) / 3)
     costs = _relative_fit(rows, seconds)
