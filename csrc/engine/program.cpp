@@ -982,7 +982,8 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
 bool Program::values(int64_t layer, const Csr& weight, float* to) const {
   for (const auto& conv : convs_)
     for (const Term& term : conv->terms)
-      if (term.layer == layer) return term.kernel && term.kernel->values(weight, to);
+      if (term.layer == layer)
+        return term.tiled ? term.tiled->values(weight, to) : term.kernel && term.kernel->values(weight, to);
   return false;
 }
 

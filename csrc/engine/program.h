@@ -51,7 +51,8 @@ class Program {
     bool other_strips = false;  // long ones in place of short ones, or the other way around
     bool pairs = true;          // taps beside their lanes may be added by shifting sums
   };
-  // The weight is read until finish(). dense: it is computed as if nothing of it were zero; wants one group.
+  // The weight is read until finish(). dense: it is computed as if nothing of it were zero, if it has one group, which
+  // it must, and either the CPU has tiles, which it fills, or most of it is kept.
   void add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense, int64_t in, int64_t out, int64_t residual,
                   const Epilogue& epilogue, const Blocking& blocking);
   void add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out);

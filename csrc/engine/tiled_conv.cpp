@@ -1,6 +1,7 @@
 #include "engine/tiled_conv.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 namespace sparsekit {
@@ -20,7 +21,7 @@ int64_t floor_div(int64_t n, int64_t by) { return n < 0 ? -ceil_div(-n, by) : n 
 
 }  // namespace
 
-TiledConv2d::Place TiledConv2d::place(int64_t tap, int64_t dilation, int64_t pad, int64_t stride) {
+TiledConv2d::Reach TiledConv2d::reach(int64_t tap, int64_t dilation, int64_t pad, int64_t stride) {
   const int64_t at = tap * dilation - pad, step = floor_div(at, stride);
   return {at - step * stride, step};
 }
@@ -73,8 +74,8 @@ void TiledConv2d::choose_channels() {
   int64_t widest = 0;
   for (int64_t ky = 0; ky < g_.kernel_h; ++ky)
     for (int64_t kx = 0; kx < g_.kernel_w; ++kx) {
-      const Place y = place(ky, g_.dilation_h, g_.pad_top, g_.stride_h);
-      const Place x = place(kx, g_.dilation_w, g_.pad_left, g_.stride_w);
+      const Reach y = reach(ky, g_.dilation_h, g_.pad_top, g_.stride_h);
+      const Reach x = reach(kx, g_.dilation_w, g_.pad_left, g_.stride_w);
       up_ = std::max(up_, -y.step), down_ = std::max(down_, y.step);
       left_ = std::max(left_, -x.step), right_ = std::max(right_, x.step);
       widest = std::max(widest, ceil_div(g_.in_w - x.residue, g_.stride_w));
@@ -84,8 +85,8 @@ void TiledConv2d::choose_channels() {
       taps.push_back({phase, y.step, x.step, 0});
     }
   // Zeros behind a row are those before the next, too.
-  const int64_t reach = g_.out_w + right_;
-  pitch_ = std::max(std::min(widest, reach) + left_, reach);
+  const int64_t farthest = g_.out_w + right_;
+  pitch_ = std::max(std::min(widest, farthest) + left_, farthest);
   const int64_t twos = ceil_div(g_.in_channels, 2), chunks = ceil_div(twos, kTile);
   depth_ = ceil_div(twos, chunks);
   pairs_ = chunks * depth_;
@@ -124,23 +125,54 @@ TiledConv2d::Layout TiledConv2d::layout(int64_t rows) const {
   return at;
 }
 
+// Of a row's weight for the first of two terms, in values_; that for the second is kTile further.
+int64_t TiledConv2d::place(int64_t row, int64_t pair) const {
+  const int64_t chunks = chunks_.size(), chunk = row / kRows * chunks + pair / depth_;
+  return (chunk * kRows + row % kRows) * 2 * kTile + pair % depth_;
+}
+
 void TiledConv2d::pack(const Csr& weight) {
-  const int64_t chunks = chunks_.size();
-  values_.resize(ceil_div(g_.out_channels, kRows) * chunks * kRows * 2 * kTile);
-  std::vector<float> dense(columns());
-  for (int64_t r = 0; r < g_.out_channels; ++r) {
-    std::fill(dense.begin(), dense.end(), 0.0f);
-    for (int64_t j = weight.crow[r]; j < weight.crow[r + 1]; ++j)
-      dense[weight.col[j]] = weight.values[weight.permutation ? weight.permutation[j] : j];
-    for (float value : dense) has_parts_ &= std::abs(value) < kHuge;
-    for (int64_t c = 0; c < chunks; ++c)
-      for (int64_t i = 0; i < depth_; ++i) {
-        const Pair& pair = terms_[c * depth_ + i];
-        float* const to = values_.data() + (((r / kRows * chunks + c) * kRows + r % kRows) * 2) * kTile + i;
-        if (pair.a != kNone) to[0] = dense[pair.a];
-        if (pair.b != kNone) to[kTile] = dense[pair.b];
+  values_.resize(round_up(g_.out_channels, kRows) * chunks_.size() * 2 * kTile);
+  std::vector<int64_t> places;  // of the first row's
+  for (size_t pair = 0; pair < terms_.size(); ++pair) places.push_back(place(0, pair));
+  std::atomic<bool> has_parts = true;
+  parallel(g_.out_channels, [&](int64_t first, int64_t last) {
+    std::vector<float> dense(columns());
+    for (int64_t r = first; r < last; ++r) {
+      std::fill(dense.begin(), dense.end(), 0.0f);
+      for (int64_t j = weight.crow[r]; j < weight.crow[r + 1]; ++j)
+        dense[weight.col[j]] = weight.values[weight.permutation ? weight.permutation[j] : j];
+      if (!std::all_of(dense.begin(), dense.end(), [](float x) { return std::abs(x) < kHuge; })) has_parts = false;
+      for (size_t pair = 0; pair < terms_.size(); ++pair) {
+        float* const to = values_.data() + place(r, 0) + places[pair];
+        if (terms_[pair].a != kNone) to[0] = dense[terms_[pair].a];
+        if (terms_[pair].b != kNone) to[kTile] = dense[terms_[pair].b];
       }
+    }
+  });
+  has_parts_ = has_parts;
+}
+
+bool TiledConv2d::values(const Csr& weight, float* to) const {
+  if (weight.rows != g_.out_channels) return false;
+  std::vector<int64_t> places(columns());  // of the first row's
+  for (size_t pair = 0; pair < terms_.size(); ++pair) {
+    if (terms_[pair].a != kNone) places[terms_[pair].a] = place(0, pair);
+    if (terms_[pair].b != kNone) places[terms_[pair].b] = place(0, pair) + kTile;
   }
+  std::atomic<bool> fits = true;
+  parallel(weight.rows, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const float* const row = values_.data() + place(r, 0);
+      for (int64_t j = weight.crow[r]; j < weight.crow[r + 1]; ++j) {
+        if (weight.col[j] < columns())
+          to[j] = row[places[weight.col[j]]];
+        else
+          fits = false;
+      }
+    }
+  });
+  return fits;
 }
 
 // The band of rows [first, first + rows), by phases and channels. Whatever is read of it is written, in its order: what
@@ -214,7 +246,7 @@ bool TiledConv2d::split_taps(const Images& x, int64_t first, int64_t rows, const
     }
     auto from = [&](const RowTerm& term) {
       if (term.channel >= g_.in_channels) return zeros;
-      const Place tap = place(term.kx, g_.dilation_w, g_.pad_left, stride);
+      const Reach tap = reach(term.kx, g_.dilation_w, g_.pad_left, stride);
       const float* data =
           stride > 1 ? residues + (term.channel * stride + tap.residue) * room : row.data + term.channel * row.channel;
       return SplitFrom{data, -tap.step, ceil_div(g_.in_w - tap.residue, stride)};
@@ -296,7 +328,7 @@ bool TiledConv2d::run_in_tiles(const Images& x, const Images* start, const Image
 
 void TiledConv2d::run_exactly(const Images& x, const Images* start, const Images& y, int64_t first,
                               int64_t last) const {
-  const int64_t chunks = chunks_.size(), taps = g_.kernel_h * g_.kernel_w;
+  const int64_t taps = g_.kernel_h * g_.kernel_w;
   std::vector<float> sums(g_.out_w);
   auto add = [&](int64_t row, int64_t element, float value) {
     if (element == kNone || value == 0) return;  // what is pruned hides what is infinite
@@ -310,11 +342,10 @@ void TiledConv2d::run_exactly(const Images& x, const Images* start, const Images
   for (int64_t r = 0; r < g_.out_channels; ++r)
     for (int64_t row = first; row < last; ++row) {
       std::fill(sums.begin(), sums.end(), bias_[r]);
-      for (int64_t k = 0; k < chunks * depth_; ++k) {
-        const float* const value =
-            values_.data() + (((r / kRows * chunks + k / depth_) * kRows + r % kRows) * 2) * kTile + k % depth_;
-        add(row, terms_[k].a, value[0]);
-        add(row, terms_[k].b, value[kTile]);
+      for (size_t pair = 0; pair < terms_.size(); ++pair) {
+        const float* const value = values_.data() + place(r, pair);
+        add(row, terms_[pair].a, value[0]);
+        add(row, terms_[pair].b, value[kTile]);
       }
       for (int64_t i = 0; i < g_.out_w; ++i) {
         float sum = sums[i];

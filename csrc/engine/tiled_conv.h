@@ -28,6 +28,9 @@ class TiledConv2d {
   // Rows [first, last) of an image. start: what is added, or null; its size is y's.
   void run(const Images& x, const Images* start, const Images& y, int64_t first, int64_t last) const;
 
+  // The values that it was made of, given the rest of the weight; false if it was made of another.
+  bool values(const Csr& weight, float* to) const;
+
  private:
   // The pixels of the input whose rows and columns leave these when divided by the stride.
   struct Phase {
@@ -42,7 +45,7 @@ class TiledConv2d {
     int64_t channel, kx;
   };
   // Where a tap reads, along rows or columns: so many steps of the stride from where the lane is, in a phase.
-  struct Place {
+  struct Reach {
     int64_t residue, step;
   };
   // How a band of rows of results is split; in numbers of 32 bits.
@@ -56,12 +59,13 @@ class TiledConv2d {
   };
 
   static bool by_taps(const Conv2dGeometry& g);
-  static Place place(int64_t tap, int64_t dilation, int64_t pad, int64_t stride);
+  static Reach reach(int64_t tap, int64_t dilation, int64_t pad, int64_t stride);
   int64_t columns() const { return g_.in_channels * g_.kernel_h * g_.kernel_w; }
   int64_t element(int64_t c, int64_t ky, int64_t kx) const;
   void choose_terms();
   void choose_taps();
   void choose_channels();
+  int64_t place(int64_t row, int64_t term) const;
   void pack(const Csr& weight);
   Layout layout(int64_t rows) const;
   bool split_channels(const Images& x, int64_t first, int64_t rows, const Layout& at, uint32_t* to) const;

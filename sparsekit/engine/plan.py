@@ -102,6 +102,12 @@ class Compressed(NamedTuple):
     @staticmethod
     def of(weight: Tensor) -> Compressed:
         """The non-zeros of a weight."""
+        rows, columns = weight.shape[0], weight[0].numel()
+        if int(torch.count_nonzero(weight)) == weight.numel():
+            crow = torch.arange(0, weight.numel() + 1, columns, dtype=torch.int32)
+            return Compressed(
+                weight.flatten(), crow, torch.arange(columns, dtype=torch.int32).repeat(rows), weight.shape
+            )
         kept = weight.flatten().nonzero().squeeze(1)
         return Compressed(weight.flatten()[kept], *_csr(kept, weight.shape), weight.shape)
 
@@ -214,16 +220,22 @@ class Plan:
                 self.compressed[name] = Compressed.of(self.tensors.pop(name))
 
     def lend(self, name: str, values: Callable[[Tensor, Tensor], Tensor | None]) -> None:
-        """Keep of a compressed weight only what ``values`` does not know; see :class:`Lent`."""
+        """Keep of a weight only what ``values`` does not know; see :class:`Lent`."""
         with self._lock:
-            if isinstance(known := self.compressed.get(name), Compressed):
-                self.compressed[name] = Lent.of(known, values) or known
+            known = self.compressed.get(name)
+            if isinstance(known, Lent):
+                return
+            if (lent := Lent.of(known or Compressed.of(self.tensors[name]), values)) is not None:
+                self.compressed[name] = lent
+                self.tensors.pop(name, None)
 
     def contents(self) -> tuple[dict[str, Tensor], dict[str, Compressed]]:
-        """``tensors`` and ``compressed`` of one moment."""
+        """``tensors`` and ``compressed`` of one moment; weights that are smaller so are dense."""
         with self._lock:
             tensors, compressed = dict(self.tensors), dict(self.compressed)
-        return tensors, {name: _whole(weight) for name, weight in compressed.items()}
+        whole = {name: _whole(weight) for name, weight in compressed.items()}
+        dense = {name: weight.dense() for name, weight in whole.items() if 2 * weight.nnz > weight.size.numel()}
+        return tensors | dense, {name: weight for name, weight in whole.items() if name not in dense}
 
     def nnz_of(self, name: str) -> int:
         """How many elements of one of the weights are not zero."""
