@@ -20,18 +20,23 @@ __m512 rounded(__m512 x) {
   return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(0xffff0000)));
 }
 
-// left: adds what the first part leaves, which is not finite if there are no parts.
-Split split_pairs(__m512 a, __m512 b, __m512& left) {
+// most: becomes the largest magnitude, as its bits times two.
+Split split_pairs(__m512 a, __m512 b, __m512i& most) {
   auto together = [](__m512 a, __m512 b) {
-    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(a), 16), _mm512_castps_si512(b));
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(a), 16), high = _mm512_castps_si512(b);
+    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(0xffff0000), 0xf8);  // low | (high & mask)
   };
   const __m512 a0 = rounded(a), b0 = rounded(b), a_left = _mm512_sub_ps(a, a0), b_left = _mm512_sub_ps(b, b0);
   const __m512 a1 = rounded(a_left), b1 = rounded(b_left);
-  left = _mm512_add_ps(left, _mm512_add_ps(a_left, b_left));
+  most = _mm512_max_epu32(most, _mm512_slli_epi32(_mm512_castps_si512(a), 1));
+  most = _mm512_max_epu32(most, _mm512_slli_epi32(_mm512_castps_si512(b), 1));
   return {together(a0, b0), together(a1, b1), together(_mm512_sub_ps(a_left, a1), _mm512_sub_ps(b_left, b1))};
 }
 
-bool finite(__m512 x) { return _mm512_fpclass_ps_mask(x, 0x99) == 0; }
+bool have_parts(__m512i most) {
+  constexpr uint32_t kLimit = (127 + kMostExponent) << 24;
+  return _mm512_cmpge_epu32_mask(most, _mm512_set1_epi32(kLimit)) == 0;
+}
 
 __m512 lanes_of(const SplitFrom& from, const float* row, int64_t lane) {
   const int64_t first = lane - from.first;
@@ -45,26 +50,29 @@ bool split(const SplitFrom& a, const SplitFrom& b, int64_t row, int64_t rows, in
            int64_t part) {
   const SplitFrom from_a = a, from_b = b;
   const int64_t count_a = a.data ? a.count : 0, count_b = b.data ? b.count : 0;
-  __m512 left = _mm512_setzero_ps();
+  __m512i most = _mm512_setzero_si512();
   for (int64_t r = 0; r < rows; ++r, to += lanes)
     for (int64_t i = 0; i < lanes; i += kTile) {
       const Split s = split_pairs(lanes_of({nullptr, from_a.first, count_a}, from_a.data + r * row, i),
-                                  lanes_of({nullptr, from_b.first, count_b}, from_b.data + r * row, i), left);
+                                  lanes_of({nullptr, from_b.first, count_b}, from_b.data + r * row, i), most);
       for (int64_t p = 0; p < kParts; ++p) _mm512_storeu_si512(to + p * part + i, s.parts[p]);
     }
-  return finite(left);
+  return have_parts(most);
 }
 
 // A set of rows of the weight as tiles: [chunks][kParts][kTogether].
 void split_weight(const TileWeight& weight, int64_t set, uint32_t* to) {
   const float* values = weight.values + set * weight.chunks * kRows * 2 * kTile;
-  __m512 left = _mm512_setzero_ps();
+  __m512i most = _mm512_setzero_si512();  // its maker knows it
   for (int64_t c = 0; c < weight.chunks; ++c, to += kParts * kTogether * kNumbers)
     for (int64_t r = 0; r < kRows; ++r, values += 2 * kTile) {
-      const Split s = split_pairs(_mm512_loadu_ps(values), _mm512_loadu_ps(values + kTile), left);
+      const Split s = split_pairs(_mm512_loadu_ps(values), _mm512_loadu_ps(values + kTile), most);
       for (int64_t p = 0; p < kParts; ++p) _mm512_store_si512(to + p * kTogether * kNumbers + r * kTile, s.parts[p]);
     }
 }
+
+// Tile instructions may read it: not every compiler's intrinsics say so.
+inline void written(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
 struct alignas(64) Config {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -167,12 +175,14 @@ void multiply(const TileWeight& weight, const TileSource& source, const TileLane
     config.bytes[i] = i == 4 || i == 5 ? weight.depth * 4 : 64;
     config.rows[i] = i >= 6 ? weight.depth : kTile;
   }
+  written(&config);
   _tile_loadconfig(&config);
   uint32_t* const panel = reinterpret_cast<uint32_t*>(scratch);
   alignas(64) float sums[2][2 * kRows * kTile];  // those of two columns, and those of two that wait
   Pending pending{};
   for (int64_t set = 0, turn = 0; set < weight.sets(); ++set) {
     split_weight(weight, set, panel);
+    written(panel);
     const int64_t first = set * kRows, rows = std::min(kRows, weight.rows - first);
     for (int64_t i = 0; i < count; i += 2, turn ^= 1) {
       const int64_t columns = std::min<int64_t>(2, count - i);

@@ -1,8 +1,10 @@
 // Products of float32 matrices on units for bfloat16 (AMX), without losing what float32 has.
 //
-// A float32 is the sum of three bfloat16: it rounded, what is left rounded, and what is left then, with nothing left.
-// Of the nine products of two such sums six are computed; the others are below a thousandth of float32's last bit.
-// Rounding may overflow, and what is infinite or NaN has no such parts: whoever splits numbers learns of it.
+// A float32 is the sum of three bfloat16: it rounded, what is left rounded, and what is left then, with nothing left;
+// the units take denormals for zeros, so that of numbers below 2^-110 a part may be lost. Of the nine products of two
+// such sums six are computed; the others are below a thousandth of float32's last bit. What is infinite or NaN has no
+// such parts, and where products overflow, so may those of parts, to both sides: whoever splits numbers learns whether
+// all are small enough.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +13,9 @@
 
 namespace sparsekit {
 
-constexpr int64_t kTile = 16;  // rows of a tile, and columns of 32 bits
-constexpr int64_t kParts = 3;  // of a number
+constexpr int64_t kTile = 16;      // rows of a tile, and columns of 32 bits
+constexpr int64_t kParts = 3;      // of a number
+constexpr int kMostExponent = 64;  // numbers have parts if they are less than two to this
 
 // Terms of the sum go two by two, a and b: what is split of them lies together, as two bfloat16 in 32 bits.
 struct TileWeight {
@@ -53,7 +56,7 @@ struct SplitFrom {
 
 struct TileKernels {
   // Splits `rows` rows of `lanes` pairs each, `row` numbers from one to the next in a and b, without a gap between them
-  // in `to`; may write up to kTile pairs behind. Returns whether all had their parts.
+  // in `to`; may write up to kTile pairs behind. Returns whether all have their parts.
   bool (*split)(const SplitFrom& a, const SplitFrom& b, int64_t row, int64_t rows, int64_t lanes, uint32_t* to,
                 int64_t part);
 

@@ -49,13 +49,13 @@ struct Program::Term {
   Walk walk;
   Csr weight;
   int64_t in, layer;
-  bool direct;              // reads the tensor itself
-  bool is_dense;            // computed as if no weight were zero
-  bool in_tiles;            // the same, as products of tiles, if all terms of its sum are
-  bool shifts = false;      // its weight is packed for it
-  bool two_copies = false;  // of the tensor, half a line apart
-  bool written = false;     // whoever writes the tensor writes the packed source
-  bool whole = true;        // all channels are packed at once
+  bool direct;               // reads the tensor itself
+  bool is_dense;             // computed as if no weight were zero
+  const TileKernels* tiles;  // the same, as products of tiles, if all terms of its sum have them
+  bool shifts = false;       // its weight is packed for it
+  bool two_copies = false;   // of the tensor, half a line apart
+  bool written = false;      // whoever writes the tensor writes the packed source
+  bool whole = true;         // all channels are packed at once
   int64_t packed_floats = 0;
   int64_t packed = 0;  // where the packed source is in an image's memory
   int64_t block = 0, blocks = 0;
@@ -88,7 +88,7 @@ struct Program::Conv {
     return std::all_of(terms.begin(), terms.end(), [](const Term& term) { return term.walk.pointwise(); });
   }
   bool in_tiles() const {
-    return std::all_of(terms.begin(), terms.end(), [](const Term& term) { return term.in_tiles; });
+    return std::all_of(terms.begin(), terms.end(), [](const Term& term) { return term.tiles; });
   }
   // Tensors of which a lane reads that lane alone.
   std::vector<int64_t> own() const {
@@ -195,10 +195,10 @@ void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense,
                          int64_t residual, const Epilogue& epilogue, const Blocking& blocking) {
   auto conv = std::make_unique<Conv>(Conv{{}, out, residual, epilogue, blocking});
   const bool direct = in >= 0 && g.stride_h == 1 && g.stride_w == 1 && g.in_h == g.out_h && g.in_w == g.out_w;
-  const bool in_tiles = dense && kernels().tiles && TiledConv2d::suits(g);
+  const TileKernels* const tiles = dense && TiledConv2d::suits(g) ? kernels().tiles : nullptr;
   // What is pruned hides what is infinite, which other ways to compute all products do not do: not for most of them.
   const bool is_dense = dense && 2 * weight.nnz > g.out_channels * g.in_channels * g.kernel_h * g.kernel_w;
-  conv->terms.push_back({g, forward_walk(g, {}, {}), weight, in, int64_t(layers_.size()), direct, is_dense, in_tiles});
+  conv->terms.push_back({g, forward_walk(g, {}, {}), weight, in, int64_t(layers_.size()), direct, is_dense, tiles});
   conv->bias.resize(g.out_channels);
   if (epilogue.bias) std::copy_n(epilogue.bias, g.out_channels, conv->bias.begin());
   const Walk& walk = conv->terms[0].walk;
@@ -743,7 +743,7 @@ void Program::add_tiled_steps(Conv& conv) {
     Epilogue epilogue;
     if (first) epilogue.bias = conv.bias.data();
     if (last) epilogue.low = conv.epilogue.low, epilogue.high = conv.epilogue.high;
-    term.tiled = std::make_shared<TiledConv2d>(term.geometry, term.weight, epilogue);
+    term.tiled = std::make_shared<TiledConv2d>(*term.tiles, term.geometry, term.weight, epilogue);
     term.weight = {};
     bands = std::max(bands, term.tiled->bands());
   }

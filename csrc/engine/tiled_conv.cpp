@@ -15,7 +15,7 @@ constexpr int64_t kNarrowest = 5;             // so that TileLanes::kPieces are 
 constexpr int64_t kRows = TileWeight::kRows;
 constexpr int64_t kNone = -1;  // no element of the weight
 
-constexpr float kHuge = 0x1.fep127f;  // no number below it becomes infinite when it is rounded to bfloat16
+bool is_small(float x) { return std::abs(x) < std::ldexp(1.0f, kMostExponent); }  // and not NaN
 
 int64_t floor_div(int64_t n, int64_t by) { return n < 0 ? -ceil_div(-n, by) : n / by; }
 
@@ -36,13 +36,8 @@ bool TiledConv2d::suits(const Conv2dGeometry& g) {
   return by_taps(g) ? 4 * g.out_w >= 3 * round_up(g.out_w, kTile) : g.in_channels >= 2 * kFewestPairs;
 }
 
-TiledConv2d::TiledConv2d(const Conv2dGeometry& g, const Csr& weight, const Epilogue& epilogue)
-    : g_(g),
-      tiles_(*kernels().tiles),
-      low_(epilogue.low),
-      high_(epilogue.high),
-      by_taps_(by_taps(g)),
-      bias_(g.out_channels) {
+TiledConv2d::TiledConv2d(const TileKernels& tiles, const Conv2dGeometry& g, const Csr& weight, const Epilogue& epilogue)
+    : g_(g), tiles_(tiles), low_(epilogue.low), high_(epilogue.high), by_taps_(by_taps(g)), bias_(g.out_channels) {
   if (epilogue.bias) std::copy_n(epilogue.bias, g.out_channels, bias_.begin());
   choose_terms();
   pack(weight);
@@ -142,7 +137,7 @@ void TiledConv2d::pack(const Csr& weight) {
       std::fill(dense.begin(), dense.end(), 0.0f);
       for (int64_t j = weight.crow[r]; j < weight.crow[r + 1]; ++j)
         dense[weight.col[j]] = weight.values[weight.permutation ? weight.permutation[j] : j];
-      if (!std::all_of(dense.begin(), dense.end(), [](float x) { return std::abs(x) < kHuge; })) has_parts = false;
+      if (!std::all_of(dense.begin(), dense.end(), is_small)) has_parts = false;
       for (size_t pair = 0; pair < terms_.size(); ++pair) {
         float* const to = values_.data() + place(r, 0) + places[pair];
         if (terms_[pair].a != kNone) to[0] = dense[terms_[pair].a];
@@ -227,7 +222,8 @@ bool TiledConv2d::split_taps(const Images& x, int64_t first, int64_t rows, const
   float* const residues = stride > 1 ? scratch.get(g_.in_channels * stride * room) : nullptr;
   for (int64_t r = 0; r < source_rows; ++r, to += at.row) {
     const int64_t y = first * g_.stride_h - g_.pad_top + r;
-    if (y < 0 || y >= g_.in_h) {
+    // Rows that no tap reads may hold anything, and terms that do not exist read it.
+    if (y < 0 || y >= g_.in_h || r % g_.stride_h >= g_.kernel_h) {
       tiles_.split(zeros, zeros, 0, pairs_, pitch_, to, at.part);
       continue;
     }
@@ -276,7 +272,7 @@ bool TiledConv2d::has_parts(const Images& x, int64_t row) const {
     if (in_y < 0 || in_y >= g_.in_h) continue;
     for (int64_t c = 0; c < g_.in_channels; ++c)
       for (int64_t i = 0; i < g_.in_w; ++i)
-        if (!(std::abs(x.data[c * x.channel + in_y * x.row + i * x.col]) < kHuge)) return false;
+        if (!is_small(x.data[c * x.channel + in_y * x.row + i * x.col])) return false;
   }
   return true;
 }

@@ -2,7 +2,7 @@
 //
 // Its source is split once for every band of rows, as [part][phase][pair of terms][lanes], or, where there are so few
 // channels that their taps are the terms, as [part][row][pair of terms][lanes]: from there every tap is an offset.
-// Inputs that are not finite are not the sum of parts: a plain loop computes the rows of results that read them.
+// Inputs that are huge or not finite have no parts: a plain loop computes the rows of results that read them.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ class TiledConv2d {
   // Whether tiles would be full enough.
   static bool suits(const Conv2dGeometry& g);
 
-  // Copies the weight and the bias. Wants kernels().tiles.
-  TiledConv2d(const Conv2dGeometry& g, const Csr& weight, const Epilogue& epilogue);
+  // Copies the weight and the bias.
+  TiledConv2d(const TileKernels& tiles, const Conv2dGeometry& g, const Csr& weight, const Epilogue& epilogue);
 
   int64_t bands() const { return bands_; }  // that the second-level cache holds
 

@@ -102,8 +102,8 @@ class Compressed(NamedTuple):
     @staticmethod
     def of(weight: Tensor) -> Compressed:
         """The non-zeros of a weight."""
-        rows, columns = weight.shape[0], weight[0].numel()
-        if int(torch.count_nonzero(weight)) == weight.numel():
+        rows, columns = weight.shape[0], weight.shape[1:].numel()
+        if columns and int(torch.count_nonzero(weight)) == weight.numel():
             crow = torch.arange(0, weight.numel() + 1, columns, dtype=torch.int32)
             return Compressed(
                 weight.flatten(), crow, torch.arange(columns, dtype=torch.int32).repeat(rows), weight.shape
