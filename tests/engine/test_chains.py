@@ -521,8 +521,6 @@ def test_layers_in_tiles(drawn):
             assume(model(x).std() > 1e-3)
             engine = chained(model, x)
             assert_as_good(engine, model, x)
-            one = engine(x[:1])
-            assert torch.equal(engine(x)[:1], one)
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no tiles")
