@@ -37,7 +37,7 @@ OWN_ENVIRONMENT = {
 }
 OTHER_PRECISIONS = ("bf16 eager", "bf16 openvino", "int8 torch", "int8 onnxruntime", "int8 openvino")
 DENSE = ("eager", "channels_last", "inductor", "onnxruntime", "openvino")
-RUNS = {1: 10, 16: 5, 64: 3}  # in a turn, whose first is slower: what others have run since has taken the caches
+RUNS = {1: 10, 16: 5, 64: 3}  # in a turn, whose first is slower: its memory has been idle
 
 
 def export(level: float, folder: Path) -> str:

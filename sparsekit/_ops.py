@@ -684,7 +684,7 @@ def program_conv2d(
     program, input, out, residual, values, crow, col, bias, low, high, *geometry, dense=False, blocking=OWN_BLOCKING
 ) -> None:
     """Add: ``out = clamp(conv2d(input) + bias + residual, low, high)``; bias and residual may be None. ``dense``: compute
-    it as if no weight were zero, for one group only."""
+    it as if no weight were zero, for one group only, if most are not, or the CPU has tiles and the layer fills them."""
     residual = _NO_TENSOR if residual is None else residual
     torch.ops.sparsekit_cpu.program_conv2d(
         program, input, out, residual, values, crow, col, bias, low, high, *geometry, dense, *blocking

@@ -72,7 +72,7 @@ void split_weight(const TileWeight& weight, int64_t set, uint32_t* to) {
 }
 
 // Tile instructions may read it: not every compiler's intrinsics say so.
-inline void written(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+void written(const void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
 struct alignas(64) Config {
   uint8_t palette = 1, start = 0, reserved[14] = {};

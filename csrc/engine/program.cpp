@@ -61,7 +61,7 @@ struct Program::Term {
   int64_t block = 0, blocks = 0;
   std::unique_ptr<PackedWeight> kernel;
   std::unique_ptr<DenseWeight> dense;
-  std::shared_ptr<TiledConv2d> tiled;  // one of the three
+  std::unique_ptr<TiledConv2d> tiled;  // one of the three
 
   int64_t channels() const { return walk.groups * walk.source_channels; }
   int64_t rows() const { return walk.groups * walk.rows; }
@@ -743,7 +743,7 @@ void Program::add_tiled_steps(Conv& conv) {
     Epilogue epilogue;
     if (first) epilogue.bias = conv.bias.data();
     if (last) epilogue.low = conv.epilogue.low, epilogue.high = conv.epilogue.high;
-    term.tiled = std::make_shared<TiledConv2d>(*term.tiles, term.geometry, term.weight, epilogue);
+    term.tiled = std::make_unique<TiledConv2d>(*term.tiles, term.geometry, term.weight, epilogue);
     term.weight = {};
     bands = std::max(bands, term.tiled->bands());
   }

@@ -39,12 +39,10 @@ bool TiledConv2d::suits(const Conv2dGeometry& g) {
 TiledConv2d::TiledConv2d(const TileKernels& tiles, const Conv2dGeometry& g, const Csr& weight, const Epilogue& epilogue)
     : g_(g), tiles_(tiles), low_(epilogue.low), high_(epilogue.high), by_taps_(by_taps(g)), bias_(g.out_channels) {
   if (epilogue.bias) std::copy_n(epilogue.bias, g.out_channels, bias_.begin());
-  choose_terms();
+  by_taps_ ? choose_taps() : choose_channels();
   pack(weight);
   while (bands_ < g.out_h && kParts * layout(ceil_div(g.out_h, bands_)).part > kBandNumbers) ++bands_;
 }
-
-void TiledConv2d::choose_terms() { by_taps_ ? choose_taps() : choose_channels(); }
 
 // Terms are the taps of a row of the kernel, two by two, and those left over of two channels, of all rows.
 void TiledConv2d::choose_taps() {

@@ -62,10 +62,9 @@ class TiledConv2d {
   static Reach reach(int64_t tap, int64_t dilation, int64_t pad, int64_t stride);
   int64_t columns() const { return g_.in_channels * g_.kernel_h * g_.kernel_w; }
   int64_t element(int64_t c, int64_t ky, int64_t kx) const;
-  void choose_terms();
   void choose_taps();
   void choose_channels();
-  int64_t place(int64_t row, int64_t term) const;
+  int64_t place(int64_t row, int64_t pair) const;
   void pack(const Csr& weight);
   Layout layout(int64_t rows) const;
   bool split_channels(const Images& x, int64_t first, int64_t rows, const Layout& at, uint32_t* to) const;
