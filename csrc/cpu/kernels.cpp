@@ -70,6 +70,25 @@ class Ahead {
   int64_t row_ = 0, float_ = 0, left_ = 0, per_step_ = 0;
 };
 
+// Independent sums of a strip of so many registers, so that FMAs do not wait for each other: eight for two units of a
+// latency of four cycles.
+constexpr int sums_of(int64_t vectors) {
+  return vectors >= 6 || (vectors >= 5 && kRegisters < 32) ? 1 : vectors >= 2 ? 2 : 4;
+}
+
+// Into how many strips of about kStrip registers spmm cuts so many: equally long, so that the last is not a short one.
+int64_t strips_of(int64_t vectors) {
+  const int64_t fewest = (vectors + kMostStrip - 1) / kMostStrip, even = (vectors + kStrip / 2) / kStrip;
+  return even > fewest ? even : fewest;
+}
+
+int64_t sums(int64_t lanes, int64_t lane) {
+  const int64_t vectors = (lanes + kLanes - 1) / kLanes, strips = strips_of(vectors);
+  int64_t strip = 0;
+  while (vectors * (strip + 1) / strips <= lane / kLanes) ++strip;
+  return sums_of(vectors * (strip + 1) / strips - vectors * strip / strips);
+}
+
 // What a strip of spmm does, known at compile time: rows can be so short that every branch counts.
 enum Does : unsigned {
   kStarts = 1,
@@ -89,8 +108,7 @@ enum Does : unsigned {
 template <int N, int kRun, unsigned kDoes>
 void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& results, const int64_t first_lane,
                 const int64_t tail) {
-  // Independent sums, so that FMAs do not wait for each other: eight for two units of a latency of four cycles.
-  constexpr int kSums = N >= 6 || (N >= 5 && kRegisters < 32) ? 1 : N >= 2 ? 2 : 4;
+  constexpr int kSums = sums_of(N);
   constexpr float kInfinity = __builtin_inff();
   constexpr bool kAsks = (kDoes & kAnything) != 0;
   const int64_t count = rows.count, pairs = kShiftsSums && (kAsks || kDoes & kHasPairs) ? rows.pairs : 0;
@@ -349,10 +367,7 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
     }
     return;
   }
-  const int64_t all = (lanes + kLanes - 1) / kLanes;
-  // Strips of about kStrip registers, equally long, so that the last is not a short one.
-  const int64_t fewest = (all + kMostStrip - 1) / kMostStrip, even = (all + kStrip / 2) / kStrip;
-  const int64_t strips = even > fewest ? even : fewest;
+  const int64_t all = (lanes + kLanes - 1) / kLanes, strips = strips_of(all);
   auto cut = [&](int64_t strip) {
     const int64_t first = all * strip / strips;
     return results.halves && strip < strips ? first + first % 2 : first;
@@ -1313,6 +1328,7 @@ extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 kShiftsSums,
                                 kMovesLanes,
                                 kLanes == 16 ? 64 : 32,
+                                sums,
                                 spmm,
                                 gemm,
                                 paired,

@@ -160,6 +160,9 @@ struct Kernels {
   bool moves_lanes;     // whether spmm and gemm take Results::moves
   int64_t strip_lanes;  // that spmm holds in few registers, so that many channels of them fit the first-level cache
 
+  // As how many sums, side by side, spmm computes the results of a lane, of so many in all: that decides on their bits.
+  int64_t (*sums)(int64_t lanes, int64_t lane);
+
   // results[r][lane] = clamp(bias[r] + start[r][lane] + sum of value * tile[offset + lane]), over `lanes` lanes. NaN
   // stays NaN. Touches no lane of results and start beyond `lanes`; may read the tile up to the next multiple of 16.
   void (*spmm)(const Tile& tile, const Rows& rows, const Results& results, int64_t lanes);

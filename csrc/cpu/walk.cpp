@@ -117,7 +117,9 @@ void place_phases(Walk& walk) {
   int64_t base = walk.lead;
   for (Phase& p : walk.phases) {
     p.base = base;
-    const int64_t pixels = (walk.tile_h - 1) * walk.pitch + walk.tile_w, rows = (p.up + p.down) * walk.pitch;
+    // Who writes zeros to the right of all rows must not write into the next channel: another may be at that.
+    const int64_t last = walk.reused ? std::max(walk.tile_w, walk.pitch - halo) : walk.tile_w;
+    const int64_t pixels = (walk.tile_h - 1) * walk.pitch + last, rows = (p.up + p.down) * walk.pitch;
     // With a lead, lanes of no meaning may be where the next phase has the zeros before its first pixel.
     base += round_up(halo + rows + (walk.lead ? pixels : round_up(pixels, kAlign)), kAlign);
   }

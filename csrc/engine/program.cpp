@@ -155,6 +155,7 @@ void Program::add_load(int64_t in, int64_t out) {
     walk.pitch = row_stride(out);
     walk.channel_stride = layout(out).channel;
     walk.phases[0].base = 0;
+    walk.reused = true;
     add_step(size.h, out,
              [=, this](const Frame& frame, int64_t first, int64_t last) { clear_beside(frame, out, first, last); });
     add_copy(walk, in, {0, size.channels}, [=, this](const Frame& frame) { return data(frame, out); });
@@ -167,7 +168,6 @@ void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<floa
                        bool zeros_alone) {
   // Rows of one register are better off as neighbours, but for threads that write to both halves of a plane.
   const bool by_rows = walk.pitch > walk.channel_stride;
-  walk.reused = true;
   add_step(by_rows ? walk.tile_h : channels.count, kNone, [=, this](const Frame& frame, int64_t first, int64_t last) {
     Walk part = walk;
     part.source = images(frame, in);
@@ -199,6 +199,7 @@ void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense,
   // What is pruned hides what is infinite, which other ways to compute all products do not do: not for most of them.
   const bool is_dense = dense && 2 * weight.nnz > g.out_channels * g.in_channels * g.kernel_h * g.kernel_w;
   conv->terms.push_back({g, forward_walk(g, {}, {}), weight, in, int64_t(layers_.size()), direct, is_dense, tiles});
+  conv->terms[0].walk.reused = true;
   conv->bias.resize(g.out_channels);
   if (epilogue.bias) std::copy_n(epilogue.bias, g.out_channels, conv->bias.begin());
   const Walk& walk = conv->terms[0].walk;
@@ -625,6 +626,15 @@ void Program::choose_strips(Conv& conv) {
   const int64_t rows = conv.unit == 1 ? most : std::max<int64_t>(1, wanted / conv.unit);
   conv.strips = shifts ? ceil_div(vectors, rows * conv.unit) : even(vectors);
   conv.shared_strips = conv.strips == 1 ? 1 : std::min(round_up(conv.strips, kTeam), ceil_div(vectors, conv.unit));
+  // Bits must not depend on who computes them.
+  auto sums = [&](int64_t strips) {
+    std::vector<int64_t> sums;  // of every register of lanes
+    for (int64_t i = 0; i < strips; ++i)
+      for (int64_t lane = 0, lanes = strip(conv, i, strips).lanes; lane < lanes; lane += kernels().lanes)
+        sums.push_back(kernels().sums(lanes, lane));
+    return sums;
+  };
+  if (sums(conv.strips) != sums(conv.shared_strips)) conv.shared_strips = conv.strips;
 }
 
 Program::Strip Program::strip(const Conv& conv, int64_t index, int64_t strips) const {

@@ -642,6 +642,26 @@ def test_same_bits_for_any_number_of_threads(dense_first):
         torch.set_num_threads(threads)
 
 
+# Planes that end with a line of the cache, or are cut into other strips where threads share an image.
+@pytest.mark.parametrize("size", [(5, 12), (9, 8), (10, 17), (11, 17), (15, 12)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_images_that_threads_share(size, isa):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(64, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 1)]
+    model, x, threads = prune(nn.Sequential(*layers), 0.5).eval(), torch.randn(3, 64, *size), torch.get_num_threads()
+    with sk.use_isa(isa):
+        engine = chained(model, x)
+        try:
+            torch.set_num_threads(1)
+            alone = engine(x)
+            torch.set_num_threads(2)
+            for _ in range(5):
+                assert torch.equal(engine(x), alone)
+            assert_equals(engine, model, x)
+        finally:
+            torch.set_num_threads(threads)
+
+
 def test_chains_run_in_parts_of_a_batch():
     model, pixels = prune(Block(16, 8, 1), 0.8), 120 * 120
     engine = chained(model, torch.randn(2, 16, 120, 120))
