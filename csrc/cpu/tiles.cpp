@@ -186,9 +186,6 @@ void multiply(const TileWeight& weight, const TileSource& source, const TileLane
     const int64_t first = set * kRows, rows = std::min(kRows, weight.rows - first);
     for (int64_t i = 0; i < count; i += 2, turn ^= 1) {
       const int64_t columns = std::min<int64_t>(2, count - i);
-      for (int64_t c = 0; c < columns; ++c)
-        for (int64_t r = 0; r < rows; ++r)
-          __builtin_prefetch(results.data + (first + r) * results.stride + lanes[i + c].pieces[0].to, 1);
       const auto multiply_some = columns == 2 ? multiply_columns<2> : multiply_columns<1>;
       multiply_some(weight, panel, source, lanes + i, sums[turn], pending, results);
       pending = {sums[turn], lanes + i, columns, first, rows};
