@@ -808,8 +808,12 @@ void gather(float* to, int64_t to_row, const float* from, int64_t from_row, int6
       for (; c + kLanes < cols; c += kLanes) store(to + c, even_lanes(load(from + 2 * c), load(from + 2 * c + kLanes)));
     }
     for (; c < cols; c += kLanes) {
-      const int64_t n = cols - c < kLanes ? cols - c : kLanes;
-      put(to + c, every(from + c * from_col, from_col, n), c + kLanes <= room ? kLanes : n);
+      const int64_t n = cols - c < kLanes ? cols - c : kLanes, floats = 2 * n - 1;
+      const float* const p = from + c * from_col;
+      const Vec v = from_col != 2     ? every(p, from_col, n)
+                    : floats > kLanes ? even_lanes(load(p), load(p + kLanes, floats - kLanes))
+                                      : even_lanes(some(p, floats), zero());
+      put(to + c, v, c + kLanes <= room ? kLanes : n);
     }
   }
 }
