@@ -55,13 +55,14 @@ struct Walk {
   // all of them.
   int64_t grid_h, grid_w, tile_h, tile_w, pitch, channel_stride;
   int64_t lead = 0;       // floats before the first pixel of a phase
+  int64_t row = 0;        // floats of a channel's row in the packed block, unless they are all that there are
   bool shifting = false;  // PackedWeight may use it
   bool direct = false;    // the source itself serves as packed block
   bool reused = false;    // the packed block is not zero where no tile has had a pixel
 
   int64_t tiles_h() const { return ceil_div(grid_h, tile_h); }
   int64_t tiles_w() const { return ceil_div(grid_w, tile_w); }
-  int64_t row_lanes() const { return std::min(pitch, channel_stride); }  // of a channel in the packed block
+  int64_t row_lanes() const { return row ? row : std::min(pitch, channel_stride); }  // of a channel's row
   int64_t tiles() const { return images * tiles_h() * tiles_w(); }
   bool pointwise() const { return parts.size() == 1 && parts[0].taps.size() == 1; }
   // Whether results are too large for the caches.

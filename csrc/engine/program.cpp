@@ -29,6 +29,7 @@ constexpr int64_t kFarWeights = 24 * 1024;  // of a layer, that are not in the s
 constexpr int64_t kNearFloats = 64 * 1024;  // of sums that stay in the second-level cache
 constexpr int64_t kFarFloats = 256 * 1024;  // of a tensor that the second-level cache does not hold, at least
 constexpr int64_t kTeam = 2;                // threads that share an image, at least if there are so many
+constexpr int64_t kSideBySide = 2;          // images in one tensor
 
 // That a strip reads while they stay in the first-level cache, of which results and weights need a part.
 int64_t first_level_floats() {
@@ -131,14 +132,15 @@ void Program::add_layer(Layer layer) {
 
 float* Program::data(const Frame& frame, int64_t tensor) const { return frame.memory + tensors_[tensor].at; }
 
+// The image that the frame is about.
 Images Program::images(const Frame& frame, int64_t tensor) const {
   if (tensor < 0) {
     Images images = (*frame.inputs)[-1 - tensor];
-    images.data += frame.image * images.image;
+    images.data += (frame.image + frame.at) * images.image;
     return images;
   }
   const Layout& layout = this->layout(tensor);
-  return {data(frame, tensor), 0, layout.channel, row_stride(tensor), 1};
+  return {data(frame, tensor) + frame.at * layout.step, 0, layout.channel, row_stride(tensor), 1};
 }
 
 float* Program::lanes(const Frame& frame, int64_t tensor, int64_t channel, int64_t run) const {
@@ -156,22 +158,27 @@ void Program::add_load(int64_t in, int64_t out) {
     walk.channel_stride = layout(out).channel;
     walk.phases[0].base = 0;
     walk.reused = true;
-    add_step(size.h, out,
-             [=, this](const Frame& frame, int64_t first, int64_t last) { clear_beside(frame, out, first, last); });
-    add_copy(walk, in, {0, size.channels}, [=, this](const Frame& frame) { return data(frame, out); });
+    add_step(size.h, out, for_each_image([=, this](const Frame& frame, int64_t first, int64_t last) {
+               clear_beside(frame, out, first, last);
+             }));
+    add_copy(
+        walk, in, {0, size.channels}, [=, this](const Frame& frame) { return data(frame, out); }, layout(out).step);
   };
   add_layer({{in}, out, kNone, add_steps});
 }
 
-// Copies channels of `in` into the packed block of a walk.
-void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block,
+// Copies channels of `in` into the packed block of a walk. step: floats from an image to the next, where they are side
+// by side in it.
+void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block, int64_t step,
                        bool zeros_alone) {
   // Rows of one register are better off as neighbours, but for threads that write to both halves of a plane.
   const bool by_rows = walk.pitch > walk.channel_stride;
-  add_step(by_rows ? walk.tile_h : channels.count, kNone, [=, this](const Frame& frame, int64_t first, int64_t last) {
+  auto copy = [=, this](const Frame& frame, int64_t first, int64_t last) {
     Walk part = walk;
     part.source = images(frame, in);
-    float* to = block(frame);
+    float* to = block(frame) + frame.at * step;
+    // The last image's row goes on to the end.
+    if (step) part.row = frame.at + 1 < frame.count ? step : walk.row_lanes() - frame.at * step;
     Channels some{channels.first, channels.count};
     if (by_rows) {
       for (Phase& p : part.phases) {
@@ -188,7 +195,11 @@ void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<floa
     }
     const TileAt tile{0, 0, 0, walk.grid_h, walk.grid_w};
     zeros_alone ? pack_zeros(part, tile, some, to) : pack_source(part, tile, some, to);
-  });
+  };
+  // What the tail reads of a tensor that is one image's is copied when that image has it.
+  const bool tail = std::exchange(in_tail_, in_tail_ && (in < 0 || side_by_side(in)));
+  add_step(by_rows ? walk.tile_h : channels.count, kNone, for_each_image(copy));
+  in_tail_ = tail;
 }
 
 void Program::add_conv2d(const Conv2dGeometry& g, const Csr& weight, bool dense, int64_t in, int64_t out,
@@ -265,21 +276,22 @@ void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
       clear_beside(frame, out, first, last);
       for (int64_t y = first; y < last; ++y) kernels().max_pool_row(g, images(frame, in), images(frame, out), y, row);
     };
-    add_step(g.out_h, out, pool);
-    steps_.back().backwards = is_far(in);
+    add_step(g.out_h, out, for_each_image(pool));
+    steps().back().backwards = is_far(in);
   };
   add_layer({{in}, out, kNone, add_steps});
 }
 
 void Program::add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out) {
   auto add_steps = [=, this] {
-    add_step(g.out_h, out, [=, this](const Frame& frame, int64_t first, int64_t last) {
+    auto pool = [=, this](const Frame& frame, int64_t first, int64_t last) {
       Scratch scratch;
       float* const row = scratch.get(pool_scratch(g));
       clear_beside(frame, out, first, last);
       for (int64_t y = first; y < last; ++y)
         kernels().avg_pool_row(g, count_padding, images(frame, in), images(frame, out), y, row);
-    });
+    };
+    add_step(g.out_h, out, for_each_image(pool));
   };
   add_layer({{in}, out, kNone, add_steps});
 }
@@ -298,19 +310,23 @@ void Program::add_runs(std::vector<int64_t> reads, int64_t writes, int64_t in_pl
 
 void Program::add_mean(int64_t in, int64_t out) {
   add_runs({in}, out, kNone, [=, this](const Frame& frame, int64_t c, int64_t) {
-    float sums[kAlign] = {};  // lanes without a pixel are zero
-    for (int64_t run = 0; run < layout(in).runs; ++run) {
-      const float* const from = lanes(frame, in, c, run);
-      const int64_t count = layout(in).lanes, whole = count / kAlign * kAlign;
-      for (int64_t i = 0; i < whole; i += kAlign)
-        for (int64_t k = 0; k < kAlign; ++k) sums[k] += from[i + k];
-      for (int64_t i = whole; i < count; ++i) sums[i - whole] += from[i];
-    }
-    double total = 0;
-    for (float sum : sums) total += sum;
+    const Layout& from = layout(in);
     float* const to = lanes(frame, out, c, 0);
     std::fill_n(to, layout(out).lanes, 0.0f);
-    *to = total / (size(in).h * size(in).w);
+    float sums[kAlign] = {};  // lanes without a pixel are zero
+    for (int64_t run = 0; run < from.runs; ++run) {
+      const float* const row = lanes(frame, in, c, run);
+      const int64_t whole = from.lanes / kAlign * kAlign;
+      for (int64_t i = 0; i < whole; i += kAlign)
+        for (int64_t k = 0; k < kAlign; ++k) sums[k] += row[i + k];
+      for (int64_t i = whole; i < from.lanes; ++i) sums[i - whole] += row[i];
+    }
+    const int64_t width = kAlign / from.images;
+    for (int64_t i = 0; i < from.images; ++i) {
+      double total = 0;
+      for (int64_t k = i * width; k < (i + 1) * width; ++k) total += sums[k];
+      to[i * layout(out).step] = total / (size(in).h * size(in).w);
+    }
   });
 }
 
@@ -329,6 +345,7 @@ void Program::add_elementwise(Elementwise e, int64_t in, int64_t out) {
     if (e.gate != kNone) p.scale *= *lanes(frame, e.gate, c, 0);
     kernels().pointwise(p, lanes(frame, out, c, run), lanes(frame, in, c, run), layout(out).lanes);
   });
+  layers_.back().single = e.gate != kNone;
 }
 
 void Program::add_gather(const std::vector<int64_t>& in, const std::vector<int64_t>& channels, int64_t out) {
@@ -348,14 +365,17 @@ void Program::add_store(int64_t in, int64_t output) {
     const int64_t rows = size.h / layout(in).runs;  // of a run
     auto run = [=, this](const Frame& frame, int64_t first, int64_t last) {
       const Images& to = (*frame.outputs)[output];
-      float* const image = to.data + frame.image * to.image;
+      float* const image = to.data + (frame.image + frame.at) * to.image;
       for (int64_t i = first; i < last; ++i) {
         const int64_t c = i % size.channels, run = i / size.channels;
-        kernels().scatter(image + c * to.channel + run * to.row, to.row, to.col, lanes(frame, in, c, run),
-                          row_stride(in), rows, size.w);
+        const float* const from = lanes(frame, in, c, run) + frame.at * layout(in).step;
+        if (size.h * size.w == 1)
+          image[c * to.channel] = *from;
+        else
+          kernels().scatter(image + c * to.channel + run * to.row, to.row, to.col, from, row_stride(in), rows, size.w);
       }
     };
-    add_step(size.channels * layout(in).runs, kNone, run);
+    add_step(size.channels * layout(in).runs, kNone, for_each_image(run));
   };
   add_layer({{in}, kNone, kNone, add_steps});
 }
@@ -370,7 +390,56 @@ bool Program::reads_backwards(const Term& term) const {
   return term.direct && term.walk.pointwise() && is_far(term.in);
 }
 
+// Whether two images side by side take fewer registers than twice one, where no row is longer than a register.
+bool Program::has_room(const Layout& layout) const {
+  const int64_t pitch = layout.w + std::max(layout.side, layout.packed_side);
+  return kernels().lanes == kAlign && kSideBySide * pitch <= kAlign &&
+         kSideBySide * ceil_div((layout.h - 1) * pitch + layout.w, kAlign) > layout.h;
+}
+
+// The layers from which on all tensors have room for a second image. The only ones to read others are convolutions with
+// a packed source.
+void Program::choose_tail() {
+  std::vector<const Conv*> convs(layers_.size());
+  for (const auto& conv : convs_)
+    if (!conv->terms.empty()) convs[conv->layer] = conv.get();
+  auto fits = [&](size_t i) {
+    const Layer& layer = layers_[i];
+    if (layer.single || (layer.writes != kNone && !has_room(layout(layer.writes)))) return false;
+    if (!convs[i]) return true;
+    const bool by_rows = size(layer.writes).h > 1;
+    return !convs[i]->in_tiles() && !is_paired(*convs[i]) &&
+           (by_rows || convs[i]->own().size() == convs[i]->terms.size());
+  };
+  size_t first = layers_.size();
+  while (first > 0 && fits(first - 1)) --first;
+  if (std::none_of(convs.begin() + first, convs.end(), [](const Conv* conv) { return conv; })) return;
+  std::vector<char> tail(layouts_.size()), written(tensors_.size());
+  for (size_t i = first; i < layers_.size(); ++i) {
+    if (layers_[i].writes == kNone) continue;
+    written[layers_[i].writes] = true;
+    tail[tensors_[layers_[i].writes].layout] = true;
+  }
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    if (i < first && layers_[i].writes != kNone && tail[tensors_[layers_[i].writes].layout]) return;
+    for (int64_t tensor : layers_[i].reads)
+      if (i >= first && !convs[i] && tensor >= 0 && !written[tensor]) return;
+  }
+  first_of_tail_ = first;
+  for (size_t i = 0; i < layouts_.size(); ++i)
+    if (tail[i]) layouts_[i].images = kSideBySide, layouts_[i].step = kAlign / kSideBySide;
+}
+
 void Program::set_layout(Layout& layout, bool single) const {
+  if (layout.images > 1) {
+    layout.side = std::max(layout.side, layout.packed_side);
+    layout.shifting = layout.side > 0;
+    layout.runs = layout.h;
+    layout.pitch = layout.channel = layout.lanes = layout.lead = kAlign;
+    layout.mask.resize(kStripVectors * kAlign);
+    for (size_t i = 0; i < layout.mask.size(); ++i) layout.mask[i] = int64_t(i) % layout.step < layout.w ? -1 : 0;
+    return;
+  }
   // Rows of whole lines, or of half a line more, let the taps of a 3 x 3 be loaded by whole lines.
   const int64_t lines = round_up(layout.w + layout.side, kAlign);
   const bool by_rows = layout.h > 1 && !layout.flat && (single || lines > kernels().lanes) &&
@@ -413,8 +482,8 @@ void Program::choose_layouts(bool single) {
   for (size_t i = 0; i < flat.size(); ++i) {
     const Layout& padded = layout(i);
     // A register is in no more than kMoves rows.
-    flat[i] = kernels().moves_lanes && !tensors_[i].halo && padded.runs == 1 && padded.w >= kernels().lanes / 2 &&
-              round_up(padded.h * padded.w, kernels().lanes) < padded.lanes;
+    flat[i] = kernels().moves_lanes && !tensors_[i].halo && padded.runs == 1 && padded.images == 1 &&
+              padded.w >= kernels().lanes / 2 && round_up(padded.h * padded.w, kernels().lanes) < padded.lanes;
   }
   bool changed = true;
   auto agree = [&](const std::vector<int64_t>& some, bool may) {
@@ -459,7 +528,8 @@ void Program::choose_halves() {
   auto is_dense = [](const Term& term) { return term.is_dense; };
   for (auto& conv : convs_)
     for (auto& writer : convs_) {
-      if (conv->in_tiles() || is_paired(*conv)) continue;  // it packs its source in its own way
+      // Those pack their source in their own way, or for two images.
+      if (conv->in_tiles() || is_paired(*conv) || conv->layer >= int64_t(first_of_tail_)) continue;
       if (writer->in_tiles() || writer->terms.empty() || readers[writer->out] != 1 || writer->residual != kNone)
         continue;
       const Layout& layout = this->layout(writer->out);
@@ -504,7 +574,7 @@ void Program::place_tensors() {
   std::vector<Buffer> buffers;
   std::vector<int64_t> buffer_of(tensors_.size(), kNone);
   for (int64_t i = 0; i < int64_t(layers_.size()); ++i) {
-    const auto& [reads, writes, in_place, add_steps, lanewise] = layers_[i];
+    const auto& [reads, writes, in_place, add_steps, lanewise, single] = layers_[i];
     if (writes == kNone) continue;
     const bool over = in_place != kNone && in_place >= 0 && tensors_[in_place].last <= i;
     buffer_of[writes] = over ? buffer_of[in_place] : buffers.size();
@@ -543,8 +613,16 @@ Program::Work Program::with_zeros(int64_t items, int64_t writes, Work work) cons
   };
 }
 
+// What is done to an image, where that has the others' tensors beside its own.
+Program::Work Program::for_each_image(Work work) const {
+  if (!in_tail_) return work;
+  return [=](Frame frame, int64_t first, int64_t last) {
+    for (frame.at = 0; frame.at < frame.count; ++frame.at) work(frame, first, last);
+  };
+}
+
 void Program::add_step(int64_t items, int64_t writes, Work work) {
-  steps_.push_back({items, with_zeros(items, writes, std::move(work))});
+  steps().push_back({items, with_zeros(items, writes, std::move(work))});
 }
 
 // Zeros that taps find beyond an image's rows, and what is beside or between these that no layer writes, as a part of
@@ -566,21 +644,25 @@ void Program::clear_around(const Frame& frame, int64_t tensor, bool above, bool 
   }
 }
 
-// Zeros to the right of rows, for writers of pixels alone.
+// Zeros to the right of rows, for writers of an image's pixels alone.
 void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const {
   const Layout& layout = this->layout(tensor);
+  float* const image = data(frame, tensor) + frame.at * layout.step;
   for (int64_t y = first; y < last; ++y) {
-    const int64_t to = layout.runs > 1     ? layout.lanes
+    const int64_t to = layout.images > 1   ? layout.step
+                       : layout.runs > 1   ? layout.lanes
                        : y + 1 == layout.h ? layout.lanes - y * layout.pitch
                                            : layout.pitch;
     if (to == layout.w) continue;
-    kernels().clear(data(frame, tensor) + y * row_stride(tensor) + layout.w, layout.channel,
-                    tensors_[tensor].size.channels, to - layout.w);
+    kernels().clear(image + y * row_stride(tensor) + layout.w, layout.channel, tensors_[tensor].size.channels,
+                    to - layout.w);
   }
 }
 
 void Program::finish(bool single) {
   join_residuals();
+  first_of_tail_ = layers_.size();
+  if (!single) choose_tail();
   choose_layouts(single);
   for (auto& conv : convs_) {
     choose_blocks(*conv);
@@ -589,9 +671,12 @@ void Program::finish(bool single) {
   choose_halves();
   place_tensors();
   for (const Layer& layer : layers_) {
+    const size_t number = &layer - layers_.data();
+    in_tail_ = number >= first_of_tail_;
     layer.add_steps();
-    for (Step& step : steps_)
-      if (step.layer == kNone) step.layer = &layer - layers_.data();
+    for (std::vector<Step>* some : {&steps_, &tail_})
+      for (Step& step : *some)
+        if (step.layer == kNone) step.layer = number;
     if (layer.writes != kNone && layout(layer.writes).runs > 1) alone_ = steps_.size();
   }
   uses_ = {};
@@ -729,11 +814,13 @@ void Program::choose_blocks(Conv& conv) {
       walk.channel_stride = layout.channel;
       continue;
     }
-    term.whole = term.written || conv.terms.size() > 1 || term.channels() * walk.channel_stride <= kPackedFloats;
+    term.whole = term.written || conv.terms.size() > 1 || layout.images > 1 ||
+                 term.channels() * walk.channel_stride <= kPackedFloats;
     const int64_t channels = term.whole ? term.channels() : term.block;
     int64_t floats = channels * walk.channel_stride;
     if (by_rows) {
-      walk.channel_stride = round_up(walk.left + layout.w + walk.right, kAlign);
+      const int64_t images = (layout.images - 1) * layout.step + layout.w;
+      walk.channel_stride = round_up(walk.left + images + walk.right, kAlign);
       walk.pitch = channels * walk.channel_stride;
       floats = 0;
       for (Phase& p : walk.phases) {
@@ -774,11 +861,11 @@ void Program::add_tiled_steps(Conv& conv) {
     });
   };
   const int64_t shared = std::min(round_up(bands, kTeam), size(conv.out).h);
-  steps_.push_back({bands, cut(bands)});
-  steps_.back().backwards = is_far(conv.terms[0].in);
+  steps().push_back({bands, cut(bands)});
+  steps().back().backwards = is_far(conv.terms[0].in);
   if (shared == bands) return;
-  steps_.back().shared_items = shared;
-  steps_.back().shared_run = cut(shared);
+  steps().back().shared_items = shared;
+  steps().back().shared_run = cut(shared);
 }
 
 void Program::add_conv_steps(Conv& conv) {
@@ -792,7 +879,9 @@ void Program::add_conv_steps(Conv& conv) {
   if (packed) conv.halves = halves_of(layout, packed->walk);
   for (Term& term : conv.terms) {
     if (term.two_copies) shift_half_lines(term, conv.layer);
-    if (!term.direct && !term.written) term.packed = reserve(term.packed_floats, conv.layer, conv.layer);
+    // It waits until all images that are computed at once have theirs.
+    const bool waits = layout.images > 1 && !side_by_side(term.in);
+    if (!term.direct && !term.written) term.packed = reserve(term.packed_floats, waits ? 0 : conv.layer, conv.layer);
   }
   conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.shared_strips), 1, ceil_div(conv.terms[0].rows(), 64));
   for (Term& term : conv.terms) {
@@ -818,10 +907,10 @@ void Program::add_conv_steps(Conv& conv) {
       auto some = [=](const Frame& frame, int64_t first, int64_t last) { work(strips, frame, first, last); };
       return with_zeros(strips * conv.splits, elsewhere || packed ? kNone : conv.out, some);
     };
-    steps_.push_back({conv.strips * conv.splits, cut(conv.strips)});
+    steps().push_back({conv.strips * conv.splits, cut(conv.strips)});
     if (conv.shared_strips == conv.strips) return;
-    steps_.back().shared_items = conv.shared_strips * conv.splits;
-    steps_.back().shared_run = cut(conv.shared_strips);
+    steps().back().shared_items = conv.shared_strips * conv.splits;
+    steps().back().shared_run = cut(conv.shared_strips);
   };
   int64_t nnz = 0, blocks = 0;
   bool whole = true;
@@ -842,7 +931,7 @@ void Program::add_conv_steps(Conv& conv) {
     if (packed)
       add_copy(
           packed->walk, out, {0, packed->channels()},
-          [at = packed->packed](const Frame& frame) { return frame.memory + at; }, true);
+          [at = packed->packed](const Frame& frame) { return frame.memory + at; }, 0, true);
     if (elsewhere)
       add_step(size(out).h, out,
                [=, this](const Frame& frame, int64_t first, int64_t last) { clear_beside(frame, out, first, last); });
@@ -851,7 +940,7 @@ void Program::add_conv_steps(Conv& conv) {
     if (term.direct || term.written) continue;
     auto block = [at = term.packed](const Frame& frame) { return frame.memory + at; };
     if (term.whole) {
-      add_copy(term.walk, term.in, {0, term.channels()}, block);
+      add_copy(term.walk, term.in, {0, term.channels()}, block, layout.step);
       continue;
     }
     // Block by block, so that the packed source stays in a cache.
@@ -885,7 +974,7 @@ void Program::add_conv_steps(Conv& conv) {
         }
       });
   });
-  steps_.back().backwards = !by_blocks && reads_backwards(conv.terms[0]);
+  steps().back().backwards = !by_blocks && reads_backwards(conv.terms[0]);
   add_zeros();
 }
 
@@ -1079,6 +1168,7 @@ void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& 
   using Clock = std::chrono::steady_clock;
   const int64_t threads = torch::stable::get_num_threads();
   const size_t shared = share ? alone_ : 0;  // steps of a whole image that threads share
+  const int64_t at_once = tail_.empty() ? 1 : kSideBySide;
   const int64_t teams = alone_ == 0 ? 1 : std::clamp<int64_t>(threads / kTeam, 1, std::max<int64_t>(1, images));
   auto first_of = [=](int64_t all, int64_t team) { return all * team / teams; };
   std::deque<Team> members;
@@ -1094,37 +1184,54 @@ void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& 
     const int64_t begin = first_of(images, team), end = first_of(images, team + 1);
     Team::Member member(members[team], rank);
     std::vector<double> spent(layers_.size());
-    auto step = [&](size_t s, const Frame& frame, int64_t first, int64_t last, bool together = false) {
-      const Work& work = together && steps_[s].shared_run ? steps_[s].shared_run : steps_[s].run;
+    auto run_step = [&](const Step& step, const Frame& frame, int64_t first, int64_t last, bool together) {
+      const Work& work = together && step.shared_run ? step.shared_run : step.run;
       const auto start = Clock::now();
-      if (!steps_[s].backwards) work(frame, first, last);
-      for (int64_t i = steps_[s].backwards ? last : first; i-- > first;) work(frame, i, i + 1);
-      spent[steps_[s].layer] += std::chrono::duration<double>(Clock::now() - start).count();
+      if (!step.backwards) work(frame, first, last);
+      for (int64_t i = step.backwards ? last : first; i-- > first;) work(frame, i, i + 1);
+      spent[step.layer] += std::chrono::duration<double>(Clock::now() - start).count();
     };
-    auto frame = [&](int64_t image, int64_t i) { return Frame{memory[team][i]->data(), &inputs, &outputs, image}; };
-    auto together = [&](int64_t image, int64_t i, size_t steps) {
-      for (size_t s = 0; s < steps; ++s)
-        member.share(steps_[s].shared_run ? steps_[s].shared_items : steps_[s].items,
-                     [&](int64_t first, int64_t last) { step(s, frame(image, i), first, last, true); });
+    auto frame = [&](int64_t image, int64_t i, int64_t count = 1) {
+      return Frame{memory[team][i]->data(), &inputs, &outputs, begin + image, count};
     };
-    auto alone = [&](int64_t image, int64_t i) {
-      const Frame mine = frame(image, i);
-      for (size_t s = shared; s < steps_.size(); ++s) step(s, mine, 0, steps_[s].items);
+    // f(step, frame) for steps [from, to) of every image, and, if they are behind these, those of the tail.
+    auto each_step = [&](Frame frame, size_t from, size_t to, const auto& f) {
+      for (frame.at = 0; frame.at < frame.count; ++frame.at)
+        for (size_t s = from; s < to; ++s) f(steps_[s], frame);
+      frame.at = 0;
+      for (size_t s = 0; to == steps_.size() && s < tail_.size(); ++s) f(tail_[s], frame);
     };
-    const int64_t whole = (end - begin) / size * size;  // images of which every member can have as many
-    if (shared == 0) {
-      member.share(whole, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) alone(begin + i, rank);
+    auto together = [&](const Frame& images, size_t steps) {
+      each_step(images, 0, steps, [&](const Step& step, const Frame& frame) {
+        member.share(step.shared_run ? step.shared_items : step.items,
+                     [&](int64_t first, int64_t last) { run_step(step, frame, first, last, true); });
       });
+    };
+    auto alone = [&](const Frame& images) {
+      each_step(images, shared, steps_.size(),
+                [&](const Step& step, const Frame& frame) { run_step(step, frame, 0, step.items, false); });
+    };
+    const int64_t each = (end - begin) / size, groups = ceil_div(each, at_once);  // that every member can have
+    int64_t next = each * size;
+    if (shared == 0) {
+      member.share(groups * size, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t at = i % groups * at_once;
+          alone(frame(i / groups * each + at, rank, std::min(at_once, each - at)));
+        }
+      });
+    } else if (at_once > 1) {
+      next = 0;
     } else {
-      for (int64_t at = begin; at < begin + whole; at += size) {
-        for (int64_t i = 0; i < size; ++i) together(at + i, i, shared);
+      for (int64_t at = 0; at < next; at += size) {
+        for (int64_t i = 0; i < size; ++i) together(frame(at + i, i), shared);
         member.share(size, [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) alone(at + i, i);
+          for (int64_t i = first; i < last; ++i) alone(frame(at + i, i));
         });
       }
     }
-    for (int64_t image = begin + whole; image < end; ++image) together(image, 0, steps_.size());
+    for (; next < end - begin; next += at_once)
+      together(frame(next, 0, std::min(at_once, end - begin - next)), steps_.size());
     if (!seconds) return;
     const std::lock_guard lock(mutex_);
     for (size_t layer = 0; layer < spent.size(); ++layer) seconds[layer] += spent[layer];

@@ -12,7 +12,10 @@
 // A layer is finished for an image before the next one begins: no part of its output is pushed on. Tensors that no
 // cache nearby holds as a whole are read from their end on, since that was written last.
 //
-// Every thread computes an image of its own. The last ones, of which there are fewer than threads, are shared by two
+// The last layers' planes may be so small that registers are half empty. There, tensors hold two images side by side:
+// layers up to there run for the one, then for the other, and the rest for both at once.
+//
+// Every thread computes images of its own. The last ones, of which there are fewer than threads, are shared by two
 // threads each: both compute the same rows in every layer, so that they find them in their own caches. Where half a
 // tensor fits these and a whole one does not, that can be faster for all images; small layers at the end of the chain,
 // which have no rows to share out, stay a matter of one thread.
@@ -97,6 +100,8 @@ class Program {
     bool flat;                           // without zeros between rows
     int64_t side = 0, up = 0, down = 0;  // zeros that taps reach to the left and right, above and below
     int64_t packed_side = 0;             // the same of packed copies
+    int64_t images = 1;                  // side by side
+    int64_t step = 0;                    // floats from one of them to the next
     int64_t pitch = 0;                   // floats of a row
     int64_t runs = 1;                    // h, where tensors lie row by row
     int64_t channel = 0;                 // floats from a channel of a run to the next
@@ -121,13 +126,15 @@ class Program {
     int64_t in_place = kNone;         // tensor whose memory the written one may take over
     std::function<void()> add_steps;  // once memory is laid out
     bool lanewise = false;            // what it reads and writes has one layout, where it has one size
+    bool single = false;              // it is not for images side by side
   };
-  // One image on its way.
+  // Images on their way: one, or two that the last layers compute at once.
   struct Frame {
     float* memory;
     const std::vector<Images>* inputs;
     const std::vector<Images>* outputs;
-    int64_t image;
+    int64_t image, count;  // the first of those on their way together
+    int64_t at = 0;        // which of them it is about
   };
   // Work on items [first, last) of some number.
   using Work = std::function<void(const Frame&, int64_t first, int64_t last)>;
@@ -161,6 +168,9 @@ class Program {
   void join_residuals();
   bool is_far(int64_t tensor) const;
   bool reads_backwards(const Term& term) const;
+  bool has_room(const Layout& layout) const;
+  void choose_tail();
+  bool side_by_side(int64_t tensor) const { return tensor >= 0 && layout(tensor).images > 1; }
   void set_layout(Layout& layout, bool single) const;
   void choose_layouts(bool single);
   void choose_blocks(Conv& conv);
@@ -168,6 +178,8 @@ class Program {
   void place_tensors();
   int64_t reserve(int64_t floats, int64_t first, int64_t last);
   Work with_zeros(int64_t items, int64_t writes, Work work) const;
+  Work for_each_image(Work work) const;
+  std::vector<Step>& steps() { return in_tail_ ? tail_ : steps_; }
   void add_step(int64_t items, int64_t writes, Work work);
   void clear_around(const Frame& frame, int64_t tensor, bool above, bool below) const;
   void clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const;
@@ -189,7 +201,7 @@ class Program {
   void choose_strips(Conv& conv);
   Strip strip(const Conv& conv, int64_t index, int64_t strips) const;
   void shift_half_lines(Term& term, int64_t layer);
-  void add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block,
+  void add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block, int64_t step = 0,
                 bool zeros_alone = false);
   void run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
                 const Strip& strip, Range splits, float* parts = nullptr) const;
@@ -201,10 +213,12 @@ class Program {
   std::vector<Tensor> tensors_;
   std::vector<std::unique_ptr<Conv>> convs_;
   std::vector<Layer> layers_;
-  std::vector<Step> steps_;
-  size_t alone_ = 0;       // steps from here on have no rows to share out
-  int64_t floats_ = 0;     // of an image's memory
-  std::vector<Use> uses_;  // of it, by place, until finished
+  std::vector<Step> steps_, tail_;  // the tail's are for images that are side by side
+  size_t first_of_tail_ = 0;        // layer, or as many as there are
+  bool in_tail_ = false;            // whether steps that are added are the tail's
+  size_t alone_ = 0;                // steps from here on have no rows to share out
+  int64_t floats_ = 0;              // of an image's memory
+  std::vector<Use> uses_;           // of it, by place, until finished
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Memory>> free_;  // memory that no image has at hand

@@ -662,6 +662,82 @@ def test_images_that_threads_share(size, isa):
             torch.set_num_threads(threads)
 
 
+@st.composite
+def small_ends(draw):
+    """A stack of convolutions whose last planes are so small that two images lie side by side, and its input."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    size, channels = [draw(st.sampled_from((7, 13, 14, 14))) for _ in range(2)], draw(st.integers(1, 20))
+    x = torch.randn(draw(st.integers(1, 7)), channels, *size)
+    layers = [nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU()] if draw(st.booleans()) else []
+    how = draw(st.integers(0, 4)) if layers else 0
+    if how == 0:
+        kernel = draw(st.sampled_from((1, 2, 3, 5)))
+        layers += [nn.Conv2d(16 if layers else channels, 24, kernel, 2, kernel // 2), nn.ReLU()]
+    elif how == 1:
+        layers += [Block(16, 6, 2)]
+    elif how == 2:
+        layers += [nn.Conv2d(16, 24, 3, 2, 1, groups=8), nn.Hardswish()]
+    else:
+        layers += [(nn.MaxPool2d if how == 3 else nn.AvgPool2d)(2, ceil_mode=True), nn.Conv2d(16, 24, 1)]
+    for _ in range(draw(st.integers(1, 3))):
+        layers += draw(
+            st.sampled_from(
+                (
+                    [nn.Conv2d(24, 24, 3, padding=1), nn.ReLU6()],
+                    [nn.Conv2d(24, 24, (3, 1), padding=(1, 0), groups=24), nn.SiLU()],
+                    [nn.Conv2d(24, 24, 3, padding=2, dilation=2)],
+                    [Block(24, 6, 1)],
+                    [Joined(24, "sum")],
+                    [nn.MaxPool2d(3, 1, 1), nn.Conv2d(24, 24, 1)],
+                    [Joined(24, "concat"), nn.Conv2d(96, 24, 1)],
+                    [Gated(24, nn.Sigmoid(), True), nn.Conv2d(24, 24, 1)],
+                )
+            )
+        )
+    ends = ([], [nn.AdaptiveAvgPool2d(1)], [nn.AdaptiveAvgPool2d(1), nn.Conv2d(24, 7, 1)], [nn.Conv2d(24, 9, 3, 2, 1)])
+    layers += draw(st.sampled_from(ends))
+    return prune(nn.Sequential(*layers), draw(st.sampled_from((0.5, 0.9)))), x
+
+
+@settings(deadline=None, max_examples=60)
+@given(small_ends(), st.sampled_from(ISAS))
+def test_images_side_by_side(network, isa):
+    model, x = network
+    threads = torch.get_num_threads()
+    with sk.use_isa(isa):
+        try:
+            engine = chained(model, torch.cat([x, x]))
+            assert_equals(engine, model, x)
+            each = torch.cat([engine(image) for image in x.split(1)])
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                for schedule_of(engine).share in (False, True):
+                    assert torch.equal(engine(x), each)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_images_side_by_side_do_not_see_each_other(bad):
+    layers = [
+        nn.Conv2d(4, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 5, padding=2),
+    ]
+    model, x = prune(nn.Sequential(*layers), 0.5).eval(), torch.randn(3, 4, 14, 14)
+    engine = chained(model, x)
+    clean = engine(x)
+    for image in range(3):
+        dirty = x.clone()
+        dirty[image] = bad
+        others = [i for i in range(3) if i != image]
+        for _ in range(2):
+            assert torch.equal(engine(dirty)[others], clean[others])
+        assert torch.equal(engine(x), clean)  # nothing of it is left in the memory that calls share
+
+
 def test_chains_run_in_parts_of_a_batch():
     model, pixels = prune(Block(16, 8, 1), 0.8), 120 * 120
     engine = chained(model, torch.randn(2, 16, 120, 120))
