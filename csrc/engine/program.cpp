@@ -936,9 +936,10 @@ void Program::add_conv_steps(Conv& conv) {
       add_step(size(out).h, out,
                [=, this](const Frame& frame, int64_t first, int64_t last) { clear_beside(frame, out, first, last); });
   };
+  const bool in_tail = in_tail_;
   for (Term& term : conv.terms) {
     if (term.direct || term.written) continue;
-    auto block = [at = term.packed](const Frame& frame) { return frame.memory + at; };
+    auto block = [=, at = term.packed](const Frame& frame) { return (in_tail ? frame.tail : frame.memory) + at; };
     if (term.whole) {
       add_copy(term.walk, term.in, {0, term.channels()}, block, layout.step);
       continue;
@@ -1191,47 +1192,61 @@ void Program::run(const std::vector<Images>& inputs, const std::vector<Images>& 
       for (int64_t i = step.backwards ? last : first; i-- > first;) work(frame, i, i + 1);
       spent[step.layer] += std::chrono::duration<double>(Clock::now() - start).count();
     };
+    auto run_alone = [&](const Step& step, const Frame& frame) { run_step(step, frame, 0, step.items, false); };
+    auto run_together = [&](const Step& step, const Frame& frame) {
+      member.share(step.shared_run ? step.shared_items : step.items,
+                   [&](int64_t first, int64_t last) { run_step(step, frame, first, last, true); });
+    };
     auto frame = [&](int64_t image, int64_t i, int64_t count = 1) {
-      return Frame{memory[team][i]->data(), &inputs, &outputs, begin + image, count};
+      float* const data = memory[team][i]->data();
+      return Frame{data, data, &inputs, &outputs, begin + image, count};
     };
-    // f(step, frame) for steps [from, to) of every image, and, if they are behind these, those of the tail.
-    auto each_step = [&](Frame frame, size_t from, size_t to, const auto& f) {
-      for (frame.at = 0; frame.at < frame.count; ++frame.at)
-        for (size_t s = from; s < to; ++s) f(steps_[s], frame);
-      frame.at = 0;
-      for (size_t s = 0; to == steps_.size() && s < tail_.size(); ++s) f(tail_[s], frame);
+    // Steps [from, to) of an image; those of the tail, of all images of a frame.
+    auto image_steps = [&](const Frame& frame, size_t from, size_t to, const auto& run) {
+      for (size_t s = from; s < to; ++s) run(steps_[s], frame);
     };
-    auto together = [&](const Frame& images, size_t steps) {
-      each_step(images, 0, steps, [&](const Step& step, const Frame& frame) {
-        member.share(step.shared_run ? step.shared_items : step.items,
-                     [&](int64_t first, int64_t last) { run_step(step, frame, first, last, true); });
-      });
+    auto tail_steps = [&](const Frame& frame, const auto& run) {
+      for (const Step& step : tail_) run(step, frame);
     };
-    auto alone = [&](const Frame& images) {
-      each_step(images, shared, steps_.size(),
-                [&](const Step& step, const Frame& frame) { run_step(step, frame, 0, step.items, false); });
+    auto all_steps = [&](const Frame& images, const auto& run) {
+      Frame one = images;
+      for (one.at = 0; one.at < images.count; ++one.at) image_steps(one, 0, steps_.size(), run);
+      tail_steps(images, run);
     };
-    const int64_t each = (end - begin) / size, groups = ceil_div(each, at_once);  // that every member can have
-    int64_t next = each * size;
+    const int64_t count = end - begin, each = count / (size * at_once);  // images at once, for every member
+    int64_t next = each * size * at_once;
     if (shared == 0) {
-      member.share(groups * size, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t at = i % groups * at_once;
-          alone(frame(i / groups * each + at, rank, std::min(at_once, each - at)));
-        }
+      member.share(each * size, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) all_steps(frame(i * at_once, rank, at_once), run_alone);
       });
-    } else if (at_once > 1) {
-      next = 0;
-    } else {
+    } else if (tail_.empty()) {
       for (int64_t at = 0; at < next; at += size) {
-        for (int64_t i = 0; i < size; ++i) together(frame(at + i, i), shared);
+        for (int64_t i = 0; i < size; ++i) image_steps(frame(at + i, i), 0, shared, run_together);
         member.share(size, [&](int64_t first, int64_t last) {
-          for (int64_t i = first; i < last; ++i) alone(frame(at + i, i));
+          for (int64_t i = first; i < last; ++i) image_steps(frame(at + i, i), shared, steps_.size(), run_alone);
         });
       }
+    } else {
+      next = 0;
     }
-    for (; next < end - begin; next += at_once)
-      together(frame(next, 0, std::min(at_once, end - begin - next)), steps_.size());
+    const bool apart = shared == 0 && !tail_.empty();  // up to the tail, which wants more than one
+    for (int64_t some; next < count; next += some) {
+      some = std::min(apart ? size : at_once, count - next);
+      auto images = [&](int64_t i) { return frame(next + i, i, std::min(at_once, some - i)); };
+      if (some == 1 || !apart) {
+        all_steps(images(0), run_together);
+        continue;
+      }
+      member.share(some, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          Frame one = images(i / at_once * at_once);
+          one.at = i % at_once;
+          one.memory = memory[team][i]->data();
+          image_steps(one, 0, steps_.size(), run_alone);
+        }
+      });
+      for (int64_t i = 0; i < some; i += at_once) tail_steps(images(i), run_together);
+    }
     if (!seconds) return;
     const std::lock_guard lock(mutex_);
     for (size_t layer = 0; layer < spent.size(); ++layer) seconds[layer] += spent[layer];

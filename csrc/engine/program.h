@@ -16,9 +16,10 @@
 // layers up to there run for the one, then for the other, and the rest for both at once.
 //
 // Every thread computes images of its own. The last ones, of which there are fewer than threads, are shared by two
-// threads each: both compute the same rows in every layer, so that they find them in their own caches. Where half a
-// tensor fits these and a whole one does not, that can be faster for all images; small layers at the end of the chain,
-// which have no rows to share out, stay a matter of one thread.
+// threads each: both compute the same rows in every layer, so that they find them in their own caches. (If there are
+// layers for two images, threads have one image each up to there, and share the rest.) Where half a tensor fits these
+// and a whole one does not, that can be faster for all images; small layers at the end of the chain, which have no rows
+// to share out, stay a matter of one thread.
 #pragma once
 
 #include <functional>
@@ -128,13 +129,14 @@ class Program {
     bool lanewise = false;            // what it reads and writes has one layout, where it has one size
     bool single = false;              // it is not for images side by side
   };
-  // Images on their way: one, or two that the last layers compute at once.
+  // Images on their way: one, or two that the tail computes at once.
   struct Frame {
     float* memory;
+    float* tail;  // the memory where the tail finds them
     const std::vector<Images>* inputs;
     const std::vector<Images>* outputs;
-    int64_t image, count;  // the first of those on their way together
-    int64_t at = 0;        // which of them it is about
+    int64_t image, count;
+    int64_t at = 0;  // which of them it is about
   };
   // Work on items [first, last) of some number.
   using Work = std::function<void(const Frame&, int64_t first, int64_t last)>;
