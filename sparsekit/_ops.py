@@ -748,7 +748,7 @@ def finish_program(program: int, single: bool = False) -> None:
 
 
 def program_floats(program: int) -> int:
-    """The floats that an image takes on its way through a finished program."""
+    """The floats that an image takes on its way through a finished program, or two that some layers compute at once."""
     return torch.ops.sparsekit_cpu.program_floats(program)
 
 

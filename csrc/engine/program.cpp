@@ -644,15 +644,13 @@ void Program::clear_around(const Frame& frame, int64_t tensor, bool above, bool 
   }
 }
 
-// Zeros to the right of rows, for writers of an image's pixels alone.
+// Zeros to the right of rows, for writers of an image's pixels alone. The last image's go on to the end.
 void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const {
   const Layout& layout = this->layout(tensor);
   float* const image = data(frame, tensor) + frame.at * layout.step;
   for (int64_t y = first; y < last; ++y) {
-    const int64_t to = layout.images > 1   ? layout.step
-                       : layout.runs > 1   ? layout.lanes
-                       : y + 1 == layout.h ? layout.lanes - y * layout.pitch
-                                           : layout.pitch;
+    int64_t to = layout.runs > 1 ? layout.lanes : y + 1 == layout.h ? layout.lanes - y * layout.pitch : layout.pitch;
+    if (layout.images > 1) to = frame.at + 1 < frame.count ? layout.step : to - frame.at * layout.step;
     if (to == layout.w) continue;
     kernels().clear(image + y * row_stride(tensor) + layout.w, layout.channel, tensors_[tensor].size.channels,
                     to - layout.w);

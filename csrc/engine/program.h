@@ -12,13 +12,13 @@
 // A layer is finished for an image before the next one begins: no part of its output is pushed on. Tensors that no
 // cache nearby holds as a whole are read from their end on, since that was written last.
 //
-// The last layers' planes may be so small that registers are half empty. There, tensors hold two images side by side:
-// layers up to there run for the one, then for the other, and the rest for both at once.
+// The last layers' planes may be so small that registers are half empty. There, tensors hold two images side by side,
+// row by row: layers up to there run for the one, then for the other, and the rest, the tail, for both at once.
 //
-// Every thread computes images of its own. The last ones, of which there are fewer than threads, are shared by two
-// threads each: both compute the same rows in every layer, so that they find them in their own caches. (If there are
-// layers for two images, threads have one image each up to there, and share the rest.) Where half a tensor fits these
-// and a whole one does not, that can be faster for all images; small layers at the end of the chain, which have no rows
+// Every thread computes images of its own. The last ones, of which there are too few for that, are shared by two
+// threads each: both compute the same rows in every layer, so that they find them in their own caches. (If there is a
+// tail, threads have one image each up to there, and share the rest.) Where half a tensor fits these and a whole one
+// does not, that can be faster for all images; without a tail, small layers at the end of the chain, which have no rows
 // to share out, stay a matter of one thread.
 #pragma once
 
@@ -91,7 +91,7 @@ class Program {
   const std::vector<Size>& inputs() const { return inputs_; }
   const std::vector<Size>& outputs() const { return outputs_; }
   int64_t layers() const { return layers_.size(); }
-  // Of memory that an image takes on its way, once finished.
+  // Of memory that an image takes on its way, or two that the tail computes at once; once finished.
   int64_t floats() const { return floats_; }
 
  private:
@@ -218,7 +218,7 @@ class Program {
   std::vector<Step> steps_, tail_;  // the tail's are for images that are side by side
   size_t first_of_tail_ = 0;        // layer, or as many as there are
   bool in_tail_ = false;            // whether steps that are added are the tail's
-  size_t alone_ = 0;                // steps from here on have no rows to share out
+  size_t alone_ = 0;                // of the steps, those from here on have no rows to share out
   int64_t floats_ = 0;              // of an image's memory
   std::vector<Use> uses_;           // of it, by place, until finished
 
