@@ -256,18 +256,23 @@ class PackedWeight {
     });
   }
 
-  // Pairs are at the offsets of the column between them; until one is found, they read a pixel that the row reads
-  // anyway, if there is one: an Inf of another would make NaN of zero.
+  // What pairs read until a tap of their side is found: a pixel that the row reads anyway, if there is one, for an Inf
+  // of another would make NaN of zero.
   void fill_pairs(const Csr& csr, const std::vector<int32_t>& offsets, int64_t group, int64_t list, int64_t j,
                   int64_t end) {
-    uint32_t pixel = centre_;
-    for (; j < end; ++j)
-      if (offsets[csr.col[j]] >= 0) {
-        pixel = offsets[csr.col[j]] - beside_[csr.col[j]] + group;
-        break;
-      }
+    constexpr int64_t kNone = -1;
+    int64_t any = kNone, left = kNone, right = kNone;
+    for (; j < end; ++j) {
+      const int64_t column = csr.col[j], offset = offsets[column] + group;
+      if (offsets[column] < 0) continue;
+      any = offset;
+      if (beside_[column] == -1) left = offset;
+      if (beside_[column] == 1) right = offset;
+    }
+    const int64_t to_left = any == kNone ? centre_ : (left == kNone ? any : left) + 1;
+    const int64_t to_right = any == kNone ? centre_ : (right == kNone ? any : right) - 1;
     const int64_t first = begin_[slot_[list]], count = 2 * pairs_[list / rows_];
-    std::fill_n(offsets_.get() + first, count, pixel);
+    for (int64_t i = 0; i < count; ++i) offsets_[first + i] = lefts_ || i % 2 == 0 ? to_left : to_right;
     std::fill_n(values_.get() + first, count, 0.0f);
   }
 

@@ -807,7 +807,7 @@ void Program::choose_blocks(Conv& conv) {
     }
     term.blocks = ceil_div(term.channels(), term.block);
     if (term.direct) {
-      walk.phases[0].base = 0;
+      walk.phases[0].base = term.shifts ? kAlign : 0;  // pairs may read what is before the first tap's lanes
       walk.pitch = row_stride(term.in);
       walk.channel_stride = layout.channel;
       continue;
@@ -1014,7 +1014,7 @@ void Program::shift_half_lines(Term& term, int64_t layer) {
   const Layout& layout = this->layout(term.in);
   const int64_t from = tensors_[term.in].at - layout.lead, floats = layout.lead + term.channels() * layout.channel;
   const int64_t to = reserve(floats + kAlign, layer, layer) + kAlign / 2;
-  term.walk.phases[0].base = std::max<int64_t>(0, from - to);  // offsets are not negative
+  term.walk.phases[0].base += std::max<int64_t>(0, from - to);  // offsets are not negative
   for (Tap& tap : term.walk.parts[0].taps)
     if (tap.dy % 2) tap.elsewhere = to - from;
   add_step(kPieces, kNone, [=](const Frame& frame, int64_t first, int64_t last) {
