@@ -104,7 +104,9 @@ class Prepared:
             out = F.linear(input.flatten(1), self.weight.flatten(1), self.bias)
             return self._finish(out[:, :, None, None], residual)
         top, bottom, left, right = layer.padding
-        if top != bottom or left != right:
+        reach = [d * (k - 1) for d, k in zip(layer.dilation, self.size[2:])]
+        # Of windows that lie outside of the image as a whole, oneDNN reads what is behind it (found with torch 2.14.1).
+        if top != bottom or left != right or top > reach[0] or left > reach[1]:
             input, top, left = F.pad(input, (left, right, top, bottom)), 0, 0
         geometry = (layer.stride, (top, left), layer.dilation, layer.groups)
         fused = FUSED_DENSE and input.numel() > 0

@@ -480,9 +480,9 @@ def test_wide_dense_layers_of_what_is_not_finite(of, bad, monkeypatch):
 def layers_in_tiles(draw):
     """A convolution that fills tiles, dense or pruned, what it adds to itself, if anything, and its input."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    kernel, stride, dilation, padding = (
-        [draw(st.integers(*few)) for _ in range(2)] for few in ((1, 4), (1, 3), (1, 2), (0, 2))
-    )
+    kernel, stride, dilation = ([draw(st.integers(*few)) for _ in range(2)] for few in ((1, 4), (1, 3), (1, 2)))
+    # No more: PyTorch's own kernels may crash where a window lies outside of the image as a whole.
+    padding = [draw(st.integers(0, min(2, d * (k - 1)))) for k, d in zip(kernel, dilation)]
     channels, out = draw(st.sampled_from([1, 3, 7, 16, 17, 40, 70])), draw(st.sampled_from([16, 24, 33, 64]))
     conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, bias=draw(st.booleans()))
     size = [draw(st.integers(d * (k - 1) + 1, 40)) for d, k in zip(dilation, kernel)]
