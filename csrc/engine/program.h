@@ -135,8 +135,8 @@ class Program {
     float* tail;  // the memory where the tail finds them
     const std::vector<Images>* inputs;
     const std::vector<Images>* outputs;
-    int64_t image, count;
-    int64_t at = 0;  // which of them it is about
+    int64_t image, count;  // the first, and how many
+    int64_t at = 0;        // which of them it is about
   };
   // Work on items [first, last) of some number.
   using Work = std::function<void(const Frame&, int64_t first, int64_t last)>;

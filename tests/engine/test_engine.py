@@ -4,6 +4,8 @@ import copy
 import itertools
 import json
 import math
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -727,3 +729,30 @@ def test_inputs_without_dimensions():
 class Scaled(nn.Module):
     def forward(self, x):
         return x * 2
+
+
+# The images end where memory does, so that whoever reads behind them crashes.
+AT_THE_END_OF_MEMORY = """
+import ctypes, mmap
+import torch
+import sparsekit as sk
+
+page, size = mmap.PAGESIZE, (3, 3, 27, 1)
+memory = mmap.mmap(-1, 2 * page)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + page), page, 0) == 0
+floats = torch.frombuffer(memoryview(memory)[:page], dtype=torch.float32)
+images = floats[-3 * 3 * 27 :].view(3, 27, 1, 3).permute(0, 3, 1, 2).normal_()
+model = torch.nn.Conv2d(3, 33, (2, 1), (3, 2), (0, 1), (1, 2)).eval()
+engine = sk.compile(model, torch.randn(size), autotune=False)
+with torch.no_grad():
+    torch.testing.assert_close(engine(images), model.double()(images.double()).float())
+print("right")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects memory as Linux does")
+def test_dense_layers_read_nothing_behind_their_images():
+    """Windows of padding alone: oneDNN reads behind the image for them."""
+    run = subprocess.run([sys.executable, "-c", AT_THE_END_OF_MEMORY], capture_output=True, text=True, timeout=300)
+    assert (run.returncode, run.stdout) == (0, "right\n"), run.stderr
