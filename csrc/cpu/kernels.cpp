@@ -15,6 +15,7 @@ namespace {
 // Registers of lanes per strip, and at most. More would not lower the load rate much and would need a larger tile.
 constexpr int kStrip = kLanes == 16 ? 4 : 8;
 constexpr int kMostStrip = kLanes == 16 ? 5 : 8;
+constexpr int kWholeStrip = kLanes == 16 ? 7 : 0;  // two rows of 56 pixels, or four of 28; of plain strips alone
 constexpr bool kShiftsSums = kLanes == 16;
 constexpr bool kMovesLanes = kLanes == 16;
 constexpr int kLineFloats = 16;              // in a cache line
@@ -28,13 +29,37 @@ inline Vec some(const float* p, int64_t lanes) { return lanes == kLanes ? load(p
 inline void put(float* p, Vec v, int64_t lanes) { lanes == kLanes ? store(p, v) : store(p, v, lanes); }
 
 #if defined(__AVX512F__)
-inline void put_moved(float* p, Vec v, const Move* moves) {
-  store_lanes(p + moves[0].at, v, moves[0].lanes);
-  for (int i = 1; i < Results::kMoves && moves[i].lanes; ++i) store_lanes(p + moves[i].at, v, moves[i].lanes);
+template <bool kZeros>
+void put_moved(float* p, Vec v, const Move& move) {
+  store_lanes(p + move.at, kZeros ? keep(v, Mask(move.lanes)) : v, kZeros ? move.lanes | move.zeros : move.lanes);
 }
 #else
-inline void put_moved(float*, Vec, const Move*) {}
+template <bool kZeros>
+void put_moved(float*, Vec, const Move&) {}
 #endif
+
+// Where N registers go. Most go to one place.
+template <int N, bool kZeros>
+struct Places {
+  explicit Places(const Move* moves) : moves(moves) {
+    for (int v = 0; v < N; ++v) {
+      first[v] = moves[v * Results::kMoves];
+      apart |= moves[v * Results::kMoves + 1].lanes != 0;
+    }
+  }
+
+  void put(float* p, const Vec* registers) const {
+    for (int v = 0; v < N; ++v) put_moved<kZeros>(p, registers[v], first[v]);
+    if (!apart) return;
+    for (int v = 0; v < N; ++v)
+      for (int i = 1; i < Results::kMoves && moves[v * Results::kMoves + i].lanes; ++i)
+        put_moved<kZeros>(p, registers[v], moves[v * Results::kMoves + i]);
+  }
+
+  const Move* moves;
+  Move first[N ? N : 1];
+  bool apart = false;
+};
 
 // The share of a strip in what is wanted soon.
 Soon share_of(Soon soon, int64_t strip, int64_t strips) {
@@ -100,6 +125,7 @@ enum Does : unsigned {
   kCounts = 64,    // starts from what counts, as bits say; with kStarts, kStreams and kAhead only
   kMoves = 128,    // with kFinishes; not with kStreams and kCounts, nor with runs
   kHalves = 256,   // with kFinishes; not with kStreams, kCounts and kMoves
+  kWhole = 1024,   // not with kHasPairs: there are too many registers
   kAnything = 512  // asks at run time, but for these two; can have a short last register
 };
 
@@ -138,7 +164,9 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
   const int64_t tile_jump = tile.jump, jump = results.jump;
   constexpr int kTogether = kRun ? kRun : N, kTwos = (kTogether + 1) / 2, kAllTwos = N / kTogether * kTwos;
   Halves halves[kAllTwos];
-  for (int i = 0; i < kAllTwos && kDoes & kHalves; ++i) halves[i] = results.halves[first_lane / (2 * kLanes) + i];
+  for (int i = 0; i < kAllTwos && kDoes & kHalves && !(kDoes & kMoves); ++i)
+    halves[i] = results.halves[first_lane / (2 * kLanes) + i];
+  const Places<kDoes & kMoves ? (kDoes & kHalves ? 2 * kAllTwos : N) : 0, (kDoes & kHalves) != 0> places(moves);
   auto in_tile = [=](int v) { return v / kTogether * tile_jump + v % kTogether * kLanes; };
   auto in_row = [=](int v) { return v / kTogether * jump + v % kTogether * kLanes; };
   // Mostly, all lanes are kept but some in the last register of a run.
@@ -152,7 +180,7 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
     const int64_t row = order[r], soon = order[r + Rows::kAhead];
     if (kAsks || kDoes & kAhead) ahead.step();
     if (kDoes & kMoves) {
-      for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + moves[v * Results::kMoves].at, 1);
+      for (int v = 0; v < N; ++v) __builtin_prefetch(out + soon * stride + places.first[v].at, 1);
     } else if (kDoes & kHalves) {
       for (const Halves& two : halves) {
         __builtin_prefetch(out + soon * stride + two.even, 1);
@@ -253,18 +281,26 @@ void spmm_strip(const Tile& tile, Ahead ahead, const Rows& rows, const Results& 
     }
     float* const to = out + row * stride;
     if constexpr ((kDoes & kHalves) != 0) {
+      Vec split[2 * kAllTwos];
       for (int i = 0; i < kAllTwos; ++i) {
         const int v = i / kTwos * kTogether + i % kTwos * 2;
         const Vec a = sum[0][v], b = i % kTwos * 2 + 1 < kTogether ? sum[0][v + 1] : zero();
-        store(to + halves[i].even, even_lanes(a, b));
-        store(to + halves[i].odd, odd_lanes(a, b));
+        if (kDoes & kMoves) {
+          split[2 * i] = even_lanes(a, b), split[2 * i + 1] = odd_lanes(a, b);
+        } else {
+          store(to + halves[i].even, even_lanes(a, b));
+          store(to + halves[i].odd, odd_lanes(a, b));
+        }
       }
+      if (kDoes & kMoves) places.put(to, split);
+      continue;
+    }
+    if (kDoes & kMoves) {
+      places.put(to, sum[0]);
       continue;
     }
     for (int v = 0; v < N; ++v) {
-      if (kDoes & kMoves) {
-        put_moved(to, sum[0][v], moves + v * Results::kMoves);
-      } else if (stream) {
+      if (stream) {
         stream_store(to + in_row(v), sum[0][v]);
       } else {
         whole || v + 1 < N ? store(to + in_row(v), sum[0][v]) : store(to + in_row(v), sum[0][v], tail);
@@ -280,7 +316,8 @@ template <int N, int kRun, unsigned kDoes = 0, unsigned kBit = kAhead>
 SpmmStrip strip_that(unsigned does) {
   if constexpr (kBit == 0) {
     return spmm_strip<N, kRun, kDoes>;
-  } else if constexpr ((kBit == kHasPairs && !kShiftsSums) || (kBit == kFinishes && kDoes & (kMoves | kHalves))) {
+  } else if constexpr ((kBit == kHasPairs && (!kShiftsSums || kDoes & kWhole)) ||
+                       (kBit == kFinishes && kDoes & (kMoves | kHalves))) {
     return strip_that<N, kRun, kDoes, kBit / 2>(does);
   } else {
     return does & kBit ? strip_that<N, kRun, kDoes | kBit, kBit / 2>(does) : strip_that<N, kRun, kDoes, kBit / 2>(does);
@@ -318,6 +355,9 @@ SpmmStrip strip_of(int64_t vectors, int64_t run, unsigned does) {
     if (does & kAnything) return spmm_strip<N, kRun, kAnything>;
     if (does & (kStreams | kCounts)) return rare_strip_that<N, kRun>(does);
     if constexpr (kMovesLanes && kRun == 0) {
+      if (does & kMoves && does & kHalves) return strip_that<N, kRun, kMoves | kHalves | kFinishes>(does);
+    }
+    if constexpr (kMovesLanes) {
       if (does & kMoves) return strip_that<N, kRun, kMoves | kFinishes>(does);
     }
     if (does & kHalves) return strip_that<N, kRun, kHalves | kFinishes>(does);
@@ -342,7 +382,7 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
   unsigned does = (results.start ? kStarts : 0) | (results.bias ? kHasBias : 0) |
                   (results.mask || clamps ? kFinishes : 0) | (rows.pairs ? kHasPairs : 0) |
                   (tile.soon.data || rows.far ? kAhead : 0) | (results.moves ? kMoves : 0) |
-                  (results.halves ? kHalves : 0);
+                  (results.halves || results.splits ? kHalves : 0);
   const bool rare = does & (kHasBias | kFinishes | kHasPairs) && (results.stream || results.counts);
   if (rare) does |= kAnything;
   if (results.stream) does |= kStreams;
@@ -354,7 +394,10 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
       const int64_t first = runs * strip / strips, count = runs * (strip + 1) / strips - first;
       const Tile part{tile.lanes + first * tile.jump, share_of(tile.soon, strip, strips), tile.run, tile.jump};
       Results to = results;
-      to.data += first * results.jump;
+      if (to.moves)
+        to.moves += first * vectors * Results::kMoves;
+      else
+        to.data += first * results.jump;
       if (to.start) to.start += first * results.jump;
       if (to.counts) to.counts += first * results.jump / 8;
       if (to.mask) to.mask += first * tile.run;
@@ -367,10 +410,15 @@ void spmm(const Tile& tile, const Rows& rows, const Results& results, int64_t la
     }
     return;
   }
+  if constexpr (kWholeStrip > 0) {
+    constexpr unsigned kPlain = kStarts | kHasBias | kFinishes | kAhead;
+    if (tile.whole && lanes == kWholeStrip * kLanes && (does & ~kPlain) == 0)
+      return strip_that<kWholeStrip, 0, kWhole>(does)(tile, Ahead(tile.soon, rows.count), rows, results, 0, kLanes);
+  }
   const int64_t all = (lanes + kLanes - 1) / kLanes, strips = strips_of(all);
   auto cut = [&](int64_t strip) {
     const int64_t first = all * strip / strips;
-    return results.halves && strip < strips ? first + first % 2 : first;
+    return does & kHalves && strip < strips ? first + first % 2 : first;
   };
   for (int64_t strip = 0; strip < strips; ++strip) {
     const int64_t first = cut(strip), vectors = cut(strip + 1) - first;
@@ -415,7 +463,7 @@ void gemm_strip(const float* lanes, const uint32_t* offsets, const float* values
       if (r >= rows) break;
       const Vec y = keep(min(high, max(low, sum[r][v])), kept);
       if (results.moves) {
-        put_moved(out + r * stride, y, results.moves + (first_lane / kLanes + v) * Results::kMoves);
+        Places<1, false>(results.moves + (first_lane / kLanes + v) * Results::kMoves).put(out + r * stride, &y);
       } else {
         put(out + r * stride + first_lane + v * kLanes, y, v + 1 < N ? kLanes : tail);
       }
@@ -443,7 +491,10 @@ void gemm(const Tile& tile, const Panels& panels, const Results& results, int64_
                              tail);
       }
     }
-    to.data += results.jump;
+    if (to.moves)
+      to.moves += run / kLanes * Results::kMoves;
+    else
+      to.data += results.jump;
     if (to.start) to.start += results.jump;
     if (to.mask) to.mask += run;
   }
@@ -1332,6 +1383,7 @@ extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 kShiftsSums,
                                 kMovesLanes,
                                 kLanes == 16 ? 64 : 32,
+                                kWholeStrip * kLanes,
                                 sums,
                                 spmm,
                                 gemm,

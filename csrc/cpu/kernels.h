@@ -72,17 +72,19 @@ struct Soon {
 
 // A block of channels as the microkernels read it: a packed copy, or the source itself. Its lanes, and those of
 // results, are neighbours, or for spmm in runs: `run` of them, a multiple of 16, and the next run `jump` floats on from
-// the last.
+// the last. whole: spmm is to hold all of them at once, if they are Kernels::whole_lanes and results stay neighbours.
 struct Tile {
   const float* lanes;
   Soon soon;
   int64_t run = INT64_MAX, jump = 0;
+  bool whole = false;
 };
 
 // Lanes of a register that go to a place of their own: lane i of those whose bits are set to `at` + i, in floats.
+// zeros: lanes in whose places zeros are written, for Results::splits.
 struct Move {
-  int32_t at;
-  uint32_t lanes;
+  int32_t at = 0;
+  uint32_t lanes = 0, zeros = 0;
 };
 
 // Where even and odd lanes of two registers go, from data + row * stride on: a register of each, without gaps.
@@ -106,10 +108,12 @@ struct Results {
   const uint8_t* counts = nullptr;
   int64_t counts_stride = 0;
   // Where the lanes of a row go, seen from data + row * stride: kMoves for every register, those without lanes last.
-  // Lanes in none of them are not written. For Kernels::moves_lanes; not with mask, stream, counts or runs. Null: to
-  // their own places.
+  // Lanes in none of them are not written. For Kernels::moves_lanes; not with mask, stream or counts. Null: to their
+  // own places. splits: those are the places of every two registers' even lanes and of their odd ones; the last
+  // register may be alone, as if one of zeros followed; for spmm, not with runs.
   static constexpr int kMoves = 3;
   const Move* moves = nullptr;
+  bool splits = false;
   // For every two registers of a run, of which the last may be alone, as if one of zeros followed; for spmm. Not with
   // stream, counts and moves; `start` may still be `data`. Null: lanes stay neighbours.
   const Halves* halves = nullptr;
@@ -159,6 +163,7 @@ struct Kernels {
   bool shifts_sums;     // whether spmm takes Rows::pairs: shifting registers by a lane is cheap
   bool moves_lanes;     // whether spmm and gemm take Results::moves
   int64_t strip_lanes;  // that spmm holds in few registers, so that many channels of them fit the first-level cache
+  int64_t whole_lanes;  // that it can hold for Tile::whole; 0: it has no use for that
 
   // As how many sums, side by side, spmm computes the results of a lane, of so many in all: that decides on their bits.
   int64_t (*sums)(int64_t lanes, int64_t lane);

@@ -30,6 +30,7 @@ constexpr int64_t kNearFloats = 64 * 1024;  // of sums that stay in the second-l
 constexpr int64_t kFarFloats = 256 * 1024;  // of a tensor that the second-level cache does not hold, at least
 constexpr int64_t kTeam = 2;                // threads that share an image, at least if there are so many
 constexpr int64_t kSideBySide = 2;          // images in one tensor
+constexpr int64_t kLeastFlat = 48, kMostFlat = 128;  // lanes of a run of rows without zeros between them
 
 // That a strip reads while they stay in the first-level cache, of which results and weights need a part.
 int64_t first_level_floats() {
@@ -40,6 +41,24 @@ int64_t first_level_floats() {
   static const int64_t bytes = kLeast;
 #endif
   return bytes / sizeof(float) * 7 / 8;
+}
+
+// Rows that are whole registers without gaps between them, for strips of a good length, of which a plane is a multiple;
+// 0 if there are none.
+int64_t flat_rows(int64_t h, int64_t w) {
+  for (int64_t rows = ceil_div(kLeastFlat, w); rows * w <= kMostFlat && rows < h; ++rows)
+    if (rows * w % kAlign == 0 && h % rows == 0) return rows;
+  return 0;
+}
+
+// Where a pixel of the source is in a channel of the packed block; kNone if no tap reads it.
+int64_t place_in(const Walk& walk, int64_t y, int64_t x) {
+  const int64_t row = y / walk.step_h, column = walk.left + x / walk.step_w;
+  for (const Phase& p : walk.phases)
+    if (p.offset_h == y % walk.step_h && p.offset_w == x % walk.step_w && row < walk.tile_h + p.down &&
+        column < walk.row_lanes())
+      return p.base + (row + p.up) * walk.pitch + column;
+  return Program::kNone;
 }
 
 }  // namespace
@@ -79,6 +98,7 @@ struct Program::Conv {
   int64_t layout = 0;          // of what it computes
   int64_t at = 0;              // where that is in an image's memory, as a whole or in part
   std::vector<Move> moves;     // of registers of the result, if that has another layout
+  int64_t run_moves = 0;       // registers of a run
   std::vector<Halves> halves;  // the same, if it is a packed source
   int64_t unit = 1;            // registers of lanes that no strip divides
   int64_t parts = 1;           // strips of a row
@@ -132,15 +152,23 @@ void Program::add_layer(Layer layer) {
 
 float* Program::data(const Frame& frame, int64_t tensor) const { return frame.memory + tensors_[tensor].at; }
 
-// The image that the frame is about.
-Images Program::images(const Frame& frame, int64_t tensor) const {
+// Floats from the first row of a channel to another.
+int64_t Program::row_at(int64_t tensor, int64_t y) const {
+  const Layout& layout = this->layout(tensor);
+  const int64_t rows = layout.h / layout.runs;  // of a run
+  return y / rows * run_stride(tensor) + y % rows * layout.pitch;
+}
+
+// The image that the frame is about. y: a row that is right even if rows are not equally far apart.
+Images Program::images(const Frame& frame, int64_t tensor, int64_t y) const {
   if (tensor < 0) {
     Images images = (*frame.inputs)[-1 - tensor];
     images.data += (frame.image + frame.at) * images.image;
     return images;
   }
   const Layout& layout = this->layout(tensor);
-  return {data(frame, tensor) + frame.at * layout.step, 0, layout.channel, row_stride(tensor), 1};
+  const int64_t row = row_stride(tensor);
+  return {data(frame, tensor) + frame.at * layout.step + row_at(tensor, y) - y * row, 0, layout.channel, row, 1};
 }
 
 float* Program::lanes(const Frame& frame, int64_t tensor, int64_t channel, int64_t run) const {
@@ -148,6 +176,7 @@ float* Program::lanes(const Frame& frame, int64_t tensor, int64_t channel, int64
 }
 
 void Program::add_load(int64_t in, int64_t out) {
+  tensors_[out].even = true;
   auto add_steps = [=, this] {
     const Size& size = tensors_[out].size;
     // The walk of a pointwise convolution, of which only the copying is done.
@@ -168,11 +197,12 @@ void Program::add_load(int64_t in, int64_t out) {
 }
 
 // Copies channels of `in` into the packed block of a walk. step: floats from an image to the next, where they are side
-// by side in it.
+// by side in it. flat: its layout, if that has runs of several rows.
 void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block, int64_t step,
-                       bool zeros_alone) {
+                       bool zeros_alone, const Layout* flat) {
   // Rows of one register are better off as neighbours, but for threads that write to both halves of a plane.
   const bool by_rows = walk.pitch > walk.channel_stride;
+  const bool uneven = flat || (in >= 0 && layout(in).rows);
   auto copy = [=, this](const Frame& frame, int64_t first, int64_t last) {
     Walk part = walk;
     part.source = images(frame, in);
@@ -180,6 +210,35 @@ void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<floa
     // The last image's row goes on to the end.
     if (step) part.row = frame.at + 1 < frame.count ? step : walk.row_lanes() - frame.at * step;
     Channels some{channels.first, channels.count};
+    const TileAt tile{0, 0, 0, walk.grid_h, walk.grid_w};
+    if (!by_rows) {
+      some = {channels.first + first, last - first};
+      to += first * walk.channel_stride;
+    }
+    if (uneven) {
+      // Some rows after the other that are equally far apart, here and there. There is one phase, for one tap.
+      const int64_t to_rows = flat ? flat->rows : walk.tile_h, from_rows = in >= 0 ? layout(in).rows : 0;
+      if (flat) part.row = part.pitch = flat->w;
+      Phase& p = part.phases[0];
+      for (int64_t y = by_rows ? first : 0, end = by_rows ? last : walk.tile_h, next; y < end; y = next) {
+        next = std::min(end, (y / to_rows + 1) * to_rows);
+        const int64_t from = y * walk.step_h;
+        part.source = images(frame, in, from);
+        if (from_rows && walk.step_h % from_rows == 0) {
+          part.source.row = run_stride(in) / from_rows;
+          part.source.data = data(frame, in);
+        } else if (from_rows) {
+          next = std::min(next, y + ceil_div(from_rows - from % from_rows, walk.step_h));
+          part.source.row = layout(in).pitch;
+          part.source.data = data(frame, in) + row_at(in, from) - from * part.source.row;
+        }
+        p.base = walk.phases[0].base + y / to_rows * walk.pitch + y % to_rows * part.pitch;
+        p.up = -y;
+        p.down = next - walk.tile_h;
+        pack_source(part, tile, some, to);
+      }
+      return;
+    }
     if (by_rows) {
       for (Phase& p : part.phases) {
         // With the first and last rows come those beyond them.
@@ -189,11 +248,7 @@ void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<floa
         p.up = -begin;
         p.down = end - walk.tile_h;
       }
-    } else {
-      some = {channels.first + first, last - first};
-      to += first * walk.channel_stride;
     }
-    const TileAt tile{0, 0, 0, walk.grid_h, walk.grid_w};
     zeros_alone ? pack_zeros(part, tile, some, to) : pack_source(part, tile, some, to);
   };
   // What the tail reads of a tensor that is one image's is copied when that image has it.
@@ -269,12 +324,14 @@ void Program::join_residuals() {
 }
 
 void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
+  if (in >= 0) tensors_[in].even = true;
   auto add_steps = [=, this] {
     auto pool = [=, this](const Frame& frame, int64_t first, int64_t last) {
       Scratch scratch;
       float* const row = scratch.get(pool_scratch(g));
       clear_beside(frame, out, first, last);
-      for (int64_t y = first; y < last; ++y) kernels().max_pool_row(g, images(frame, in), images(frame, out), y, row);
+      for (int64_t y = first; y < last; ++y)
+        kernels().max_pool_row(g, images(frame, in), images(frame, out, y), y, row);
     };
     add_step(g.out_h, out, for_each_image(pool));
     steps().back().backwards = is_far(in);
@@ -283,13 +340,14 @@ void Program::add_max_pool2d(const Pool2dGeometry& g, int64_t in, int64_t out) {
 }
 
 void Program::add_avg_pool2d(const Pool2dGeometry& g, bool count_padding, int64_t in, int64_t out) {
+  if (in >= 0) tensors_[in].even = true;
   auto add_steps = [=, this] {
     auto pool = [=, this](const Frame& frame, int64_t first, int64_t last) {
       Scratch scratch;
       float* const row = scratch.get(pool_scratch(g));
       clear_beside(frame, out, first, last);
       for (int64_t y = first; y < last; ++y)
-        kernels().avg_pool_row(g, count_padding, images(frame, in), images(frame, out), y, row);
+        kernels().avg_pool_row(g, count_padding, images(frame, in), images(frame, out, y), y, row);
     };
     add_step(g.out_h, out, for_each_image(pool));
   };
@@ -372,7 +430,8 @@ void Program::add_store(int64_t in, int64_t output) {
         if (size.h * size.w == 1)
           image[c * to.channel] = *from;
         else
-          kernels().scatter(image + c * to.channel + run * to.row, to.row, to.col, from, row_stride(in), rows, size.w);
+          kernels().scatter(image + c * to.channel + run * rows * to.row, to.row, to.col, from, layout(in).pitch, rows,
+                            size.w);
       }
     };
     add_step(size.channels * layout(in).runs, kNone, for_each_image(run));
@@ -440,6 +499,12 @@ void Program::set_layout(Layout& layout, bool single) const {
     for (size_t i = 0; i < layout.mask.size(); ++i) layout.mask[i] = int64_t(i) % layout.step < layout.w ? -1 : 0;
     return;
   }
+  if (layout.rows) {
+    layout.pitch = layout.w;
+    layout.runs = layout.h / layout.rows;
+    layout.channel = layout.lanes = layout.rows * layout.w;
+    return;
+  }
   // Rows of whole lines, or of half a line more, let the taps of a 3 x 3 be loaded by whole lines.
   const int64_t lines = round_up(layout.w + layout.side, kAlign);
   const bool by_rows = layout.h > 1 && !layout.flat && (single || lines > kernels().lanes) &&
@@ -478,12 +543,26 @@ void Program::set_layout(Layout& layout, bool single) const {
 // have its layout, others the one with zeros; they move to that of the result on the way to memory.
 void Program::choose_layouts(bool single) {
   for (Layout& layout : layouts_) set_layout(layout, single);
+  for (const auto& conv : convs_) {
+    const bool by_rows = conv->in_tiles() || is_paired(*conv);
+    if (by_rows && !conv->terms.empty()) tensors_[conv->out].even = true;
+    if (by_rows && conv->residual != kNone) tensors_[conv->residual].even = true;
+    for (const Term& term : conv->terms) {
+      const Conv2dGeometry& g = term.geometry;
+      const bool pixels_alone = term.walk.pointwise() && g.pad_top == 0 && g.pad_left == 0;
+      if (term.in >= 0 && (by_rows || !pixels_alone)) tensors_[term.in].even = true;
+      if (!term.direct && !pixels_alone && conv->pointwise()) tensors_[conv->out].even = true;
+    }
+  }
   std::vector<char> flat(tensors_.size());
   for (size_t i = 0; i < flat.size(); ++i) {
     const Layout& padded = layout(i);
     // A register is in no more than kMoves rows.
-    flat[i] = kernels().moves_lanes && !tensors_[i].halo && padded.runs == 1 && padded.images == 1 &&
-              padded.w >= kernels().lanes / 2 && round_up(padded.h * padded.w, kernels().lanes) < padded.lanes;
+    flat[i] = kernels().moves_lanes && !tensors_[i].halo && padded.images == 1 && padded.w >= kernels().lanes / 2;
+    if (padded.runs > 1)
+      flat[i] &= !tensors_[i].even && flat_rows(padded.h, padded.w) && padded.w < padded.lanes;
+    else
+      flat[i] &= round_up(padded.h * padded.w, kernels().lanes) < padded.lanes;
   }
   bool changed = true;
   auto agree = [&](const std::vector<int64_t>& some, bool may) {
@@ -510,7 +589,10 @@ void Program::choose_layouts(bool single) {
   std::vector<int64_t> layouts(flat.size());
   for (size_t i = 0; i < flat.size(); ++i) {
     layouts[i] = tensors_[i].layout;
-    if (flat[i]) layouts[i] = layout_of(size(i).h, size(i).w, true);
+    if (!flat[i]) continue;
+    const int64_t rows = layout(i).runs > 1 ? flat_rows(size(i).h, size(i).w) : 0;
+    layouts[i] = layout_of(size(i).h, size(i).w, true);
+    layouts_[layouts[i]].rows = rows;
   }
   for (const auto& conv : convs_) {
     const std::vector<int64_t> own = conv->own();
@@ -533,17 +615,19 @@ void Program::choose_halves() {
       if (writer->in_tiles() || writer->terms.empty() || readers[writer->out] != 1 || writer->residual != kNone)
         continue;
       const Layout& layout = this->layout(writer->out);
-      if (layout.runs == 1 || writer->parts > 1 || layout.lanes > kStripLanes) continue;
+      const bool moves = layouts_[writer->layout].rows;  // it computes without the zeros between rows
+      if (layout.runs == 1 || layout.rows || layout.w % 2 || layout.lanes > kStripLanes) continue;
+      if (moves ? !even_parts(*writer) : writer->parts > 1) continue;
       if (std::any_of(writer->terms.begin(), writer->terms.end(), is_dense)) continue;
       for (Term& term : conv->terms) {
         if (term.direct || term.in != writer->out) continue;
         term.written = true;
         choose_blocks(*conv);
-        term.written = !halves_of(layout, term.walk).empty();
-        if (term.written)
-          tensors_[writer->out].packed = &term;
-        else
-          choose_blocks(*conv);
+        tensors_[writer->out].packed = &term;
+        term.written = moves ? choose_moves(*writer) : !halves_of(layout, term.walk).empty();
+        if (term.written) continue;
+        tensors_[writer->out].packed = nullptr;
+        choose_blocks(*conv);
       }
     }
 }
@@ -563,8 +647,19 @@ int64_t Program::reserve(int64_t floats, int64_t first, int64_t last) {
   return at;
 }
 
-// Largest first, each where memory is free from the layer that writes it to the last that reads it.
+// Largest first, each where memory is free from the layer that writes it to the last that reads it. What is written
+// pixel by pixel is where nothing but the like has ever been, so that the zeros around it stay.
 void Program::place_tensors() {
+  for (const auto& conv : convs_) {
+    Tensor& out = tensors_[conv->out];
+    const bool moves = !conv->terms.empty() && !conv->in_tiles() && !is_paired(*conv) && conv->layout != out.layout;
+    out.keeps_zeros = moves && !out.packed && layouts_[out.layout].rows == 0;
+  }
+  struct Place {
+    int64_t layout, channels, floats, at;
+    std::vector<Range> used;  // layers
+  };
+  std::vector<Place> kept;
   struct Buffer {
     int64_t first, last;
     std::vector<int64_t> tensors;  // one after another, in the same place
@@ -595,8 +690,24 @@ void Program::place_tensors() {
     buffer.floats = buffer.above + (layout.runs + rows * layout.down) * run + kAlign;
   }
   std::stable_sort(buffers.begin(), buffers.end(), [](auto& a, auto& b) { return a.floats > b.floats; });
+  auto place = [&](const Buffer& buffer) {
+    const auto& [size, layout, halo, even, keeps_zeros, packed, last, at] = tensors_[buffer.tensors[0]];
+    if (!keeps_zeros) return reserve(buffer.floats, buffer.first, buffer.last);
+    auto is_free = [&](const Place& p) {
+      if (p.layout != layout || p.channels != size.channels || p.floats != buffer.floats) return false;
+      return std::none_of(p.used.begin(), p.used.end(),
+                          [&](const Range& r) { return r.first <= buffer.last && r.first + r.count > buffer.first; });
+    };
+    auto found = std::find_if(kept.begin(), kept.end(), is_free);
+    if (found == kept.end()) {
+      kept.push_back({layout, size.channels, buffer.floats, reserve(buffer.floats, 0, layers_.size())});
+      found = kept.end() - 1;
+    }
+    found->used.push_back({buffer.first, buffer.last - buffer.first + 1});
+    return found->at;
+  };
   for (const Buffer& buffer : buffers) {
-    const int64_t at = reserve(buffer.floats, buffer.first, buffer.last) + buffer.above;
+    const int64_t at = place(buffer) + buffer.above;
     for (int64_t tensor : buffer.tensors) {
       tensors_[tensor].at = at;
       if (Term* packed = tensors_[tensor].packed) packed->packed = at;
@@ -647,6 +758,7 @@ void Program::clear_around(const Frame& frame, int64_t tensor, bool above, bool 
 // Zeros to the right of rows, for writers of an image's pixels alone. The last image's go on to the end.
 void Program::clear_beside(const Frame& frame, int64_t tensor, int64_t first, int64_t last) const {
   const Layout& layout = this->layout(tensor);
+  if (layout.rows) return;
   float* const image = data(frame, tensor) + frame.at * layout.step;
   for (int64_t y = first; y < last; ++y) {
     int64_t to = layout.runs > 1 ? layout.lanes : y + 1 == layout.h ? layout.lanes - y * layout.pitch : layout.pitch;
@@ -691,14 +803,23 @@ int64_t Program::strip_vectors(const Conv& conv) const {
   return vectors == kStripVectors ? kStripVectors / 2 : kStripVectors;
 }
 
+// Whether a run of what it reads stays in the first-level cache, and spmm can have as much in hand.
+bool Program::fits_whole(const Conv& conv) const {
+  const Layout& layout = layouts_[conv.layout];
+  return layout.lanes == kernels().whole_lanes &&
+         std::all_of(conv.terms.begin(), conv.terms.end(), [&](const Term& term) {
+           return !term.is_dense && term.walk.groups == 1 && term.channels() * layout.lanes <= first_level_floats();
+         });
+}
+
 void Program::choose_strips(Conv& conv) {
   const Layout& layout = layouts_[conv.layout];
   const int64_t wanted = strip_vectors(conv), most = wanted + wanted / 4;
   auto even = [=](int64_t vectors) { return std::max(ceil_div(vectors, most), (vectors + wanted / 2) / wanted); };
-  const int64_t row = ceil_div(std::min(layout.lanes, layout.pitch), kAlign);
+  const int64_t row = ceil_div(layout.runs > 1 ? layout.lanes : std::min(layout.lanes, layout.pitch), kAlign);
   if (layout.runs > 1) {
-    if (row > most) conv.parts = even(row);
-    conv.strips = conv.shared_strips = ceil_div(layout.h, std::max<int64_t>(1, wanted / row)) * conv.parts;
+    if (row > most && !(layout.rows && fits_whole(conv))) conv.parts = even(row);
+    conv.strips = conv.shared_strips = ceil_div(layout.runs, std::max<int64_t>(1, wanted / row)) * conv.parts;
     return;
   }
   bool shifts = false;
@@ -720,17 +841,25 @@ void Program::choose_strips(Conv& conv) {
   if (sums(conv.strips) != sums(conv.shared_strips)) conv.shared_strips = conv.strips;
 }
 
+// Whether every part of a run begins with an even register.
+bool Program::even_parts(const Conv& conv) const {
+  for (int64_t part = 0; part < conv.parts; ++part)
+    if (strip(conv, part, conv.strips).lane / kernels().lanes % 2) return false;
+  return true;
+}
+
 Program::Strip Program::strip(const Conv& conv, int64_t index, int64_t strips) const {
   const Layout& layout = layouts_[conv.layout];
   if (layout.runs == 1) {
     const int64_t units = ceil_div(ceil_div(layout.lanes, kAlign), conv.unit), unit = conv.unit * kAlign;
     const int64_t begin = units * index / strips * unit, end = units * (index + 1) / strips * unit;
-    return {0, 1, begin, std::min(layout.lanes, end) - begin};
+    return {index, 0, 1, begin, std::min(layout.lanes, end) - begin};
   }
   const int64_t vectors = ceil_div(layout.lanes, kAlign), part = index % conv.parts, rows = index / conv.parts;
-  const int64_t of = strips / conv.parts, row = layout.h * rows / of, lane = vectors * part / conv.parts * kAlign;
-  const int64_t end = std::min(layout.lanes, vectors * (part + 1) / conv.parts * kAlign);
-  return {row, layout.h * (rows + 1) / of - row, lane, end - lane};
+  const int64_t of = strips / conv.parts, row = layout.runs * rows / of;
+  const int64_t lane = ceil_div(vectors * part, conv.parts) * kAlign;
+  const int64_t end = std::min(layout.lanes, ceil_div(vectors * (part + 1), conv.parts) * kAlign);
+  return {index, row, layout.runs * (rows + 1) / of - row, lane, end - lane};
 }
 
 // What is dense and wide can do with fewer products.
@@ -818,12 +947,12 @@ void Program::choose_blocks(Conv& conv) {
     int64_t floats = channels * walk.channel_stride;
     if (by_rows) {
       const int64_t images = (layout.images - 1) * layout.step + layout.w;
-      walk.channel_stride = round_up(walk.left + images + walk.right, kAlign);
+      walk.channel_stride = layout.rows ? layout.channel : round_up(walk.left + images + walk.right, kAlign);
       walk.pitch = channels * walk.channel_stride;
       floats = 0;
       for (Phase& p : walk.phases) {
         p.base = floats + walk.lead;
-        floats += (p.up + walk.tile_h + p.down) * walk.pitch;
+        floats += (p.up + layout.runs + p.down) * walk.pitch;
       }
     }
     term.packed_floats = floats + walk.lead + walk.row_lanes() + kAlign;
@@ -873,8 +1002,10 @@ void Program::add_conv_steps(Conv& conv) {
   const bool elsewhere = conv.layout != tensors_[conv.out].layout;
   const Term* const packed = tensors_[conv.out].packed;
   conv.at = tensors_[conv.out].at;
-  if (elsewhere) choose_moves(conv);
-  if (packed) conv.halves = halves_of(layout, packed->walk);
+  if (elsewhere)
+    choose_moves(conv);
+  else if (packed)
+    conv.halves = halves_of(layout, packed->walk);
   for (Term& term : conv.terms) {
     if (term.two_copies) shift_half_lines(term, conv.layer);
     // It waits until all images that are computed at once have theirs.
@@ -924,28 +1055,26 @@ void Program::add_conv_steps(Conv& conv) {
   const bool own_parts = (packed || elsewhere) && blocks > 1 && whole && !by_blocks && conv.residual == kNone;
   if ((elsewhere || packed) && blocks > 1 && !own_parts)
     conv.at = reserve(size(conv.out).channels * layout.channel * layout.runs, conv.layer, conv.layer);
-  // Neither are registers that go elsewhere written with the zeros around them.
+  // Nor are all of the zeros around a packed source written.
   auto add_zeros = [=, this, out = conv.out] {
     if (packed)
       add_copy(
           packed->walk, out, {0, packed->channels()},
           [at = packed->packed](const Frame& frame) { return frame.memory + at; }, 0, true);
-    if (elsewhere)
-      add_step(size(out).h, out,
-               [=, this](const Frame& frame, int64_t first, int64_t last) { clear_beside(frame, out, first, last); });
   };
   const bool in_tail = in_tail_;
   for (Term& term : conv.terms) {
     if (term.direct || term.written) continue;
     auto block = [=, at = term.packed](const Frame& frame) { return (in_tail ? frame.tail : frame.memory) + at; };
+    const Layout* const flat = layout.rows ? &layout : nullptr;
     if (term.whole) {
-      add_copy(term.walk, term.in, {0, term.channels()}, block, layout.step);
+      add_copy(term.walk, term.in, {0, term.channels()}, block, layout.step, false, flat);
       continue;
     }
     // Block by block, so that the packed source stays in a cache.
     for (int64_t b = 0; b < term.blocks; ++b) {
       const int64_t first = b * term.block;
-      add_copy(term.walk, term.in, {first, std::min(term.block, term.channels() - first)}, block);
+      add_copy(term.walk, term.in, {first, std::min(term.block, term.channels() - first)}, block, 0, false, flat);
       add([=, &conv, &term, this](int64_t strips, const Frame& frame, int64_t first, int64_t last) {
         each_strip(strips, frame, first, last, [&](const Frame& frame, const Strip& strip, Range splits) {
           run_conv(conv, term, frame, frame.memory + term.packed, {b, 1}, strip, splits);
@@ -977,33 +1106,45 @@ void Program::add_conv_steps(Conv& conv) {
   add_zeros();
 }
 
-// Where the lanes that a convolution computes go in planes of another layout.
-void Program::choose_moves(Conv& conv) const {
-  const Layout &from = layouts_[conv.layout], &to = layout(conv.out);
-  const int64_t width = kernels().lanes;
-  conv.moves.assign(from.lanes / width * Results::kMoves, {0, 0});
-  for (int64_t lane = 0; lane < from.lanes; ++lane) {
-    const int64_t y = lane / from.pitch, x = lane % from.pitch, at = y * to.pitch + x - lane % width;
-    if (x >= from.w || y >= from.h) continue;
-    Move* move = &conv.moves[lane / width * Results::kMoves];
-    while (move->lanes && move->at != at) ++move;
-    *move = {int32_t(at), move->lanes | 1u << lane % width};
-  }
+// Where the lanes that a convolution computes go in planes of another layout, or, even and odd columns apart, in the
+// packed source of another convolution, with the zeros behind its rows. False if that is impossible.
+bool Program::choose_moves(Conv& conv) const {
+  const Layout& from = layouts_[conv.layout];
+  const Term* const packed = tensors_[conv.out].packed;
+  const int64_t width = kernels().lanes, rows = from.h / from.runs;
+  conv.run_moves = round_up(from.lanes / width, packed ? 2 : 1);
+  conv.moves.assign(from.runs * conv.run_moves * Results::kMoves, {});
+  for (int64_t run = 0; run < from.runs; ++run)
+    for (int64_t lane = 0; lane < from.lanes; ++lane) {
+      const int64_t y = run * rows + lane / from.pitch, x = lane % from.pitch;
+      if (x >= from.w || lane / from.pitch >= rows) continue;
+      int64_t at, in = lane % width, index = run * conv.run_moves + lane / width, zeros = 0;
+      if (packed) {
+        if ((at = place_in(packed->walk, y, x)) == kNone) return false;
+        index += lane % 2 - lane / width % 2;
+        in = lane % (2 * width) / 2;
+        if (x + 2 >= from.w) zeros = packed->walk.row_lanes() - (x / 2 + 1);
+        if (in + zeros >= width) return false;
+      } else {
+        at = row_at(conv.out, y) + x;
+      }
+      Move *move = &conv.moves[index * Results::kMoves], *const end = move + Results::kMoves;
+      while (move < end && move->lanes && move->at != at - in) ++move;
+      if (move == end) return false;
+      *move = {int32_t(at - in), move->lanes | 1u << in, ((1u << zeros) - 1) << (in + 1)};
+    }
+  return true;
 }
 
 // Where even and odd columns go in a packed source; empty if that has no place for them, or more than for a row's.
 std::vector<Halves> Program::halves_of(const Layout& from, const Walk& walk) const {
-  const int64_t twos = ceil_div(from.lanes, 2 * kernels().lanes);  // of a row's registers
-  if (walk.step_w != 2 || walk.row_lanes() != twos * kernels().lanes) return {};
+  const int64_t width = kernels().lanes, twos = ceil_div(from.lanes, 2 * width);  // of a row's registers
+  if (walk.step_w != 2 || walk.row_lanes() != twos * width) return {};
   std::vector<Halves> halves;
   for (int64_t y = 0; y < from.h; ++y) {
-    int64_t at[2] = {kNone, kNone};
-    for (const Phase& p : walk.phases)
-      if (p.offset_h == y % walk.step_h && y / walk.step_h < walk.tile_h + p.down)
-        at[p.offset_w] = p.base + (y / walk.step_h + p.up) * walk.pitch + walk.left;
-    if (at[0] == kNone || at[1] == kNone) return {};
-    for (int64_t i = 0; i < twos; ++i)
-      halves.push_back({int32_t(at[0] + i * kernels().lanes), int32_t(at[1] + i * kernels().lanes)});
+    const int64_t even = place_in(walk, y, 0), odd = place_in(walk, y, 1);
+    if (even == kNone || odd == kNone) return {};
+    for (int64_t i = 0; i < twos; ++i) halves.push_back({int32_t(even + i * width), int32_t(odd + i * width)});
   }
   return halves;
 }
@@ -1035,16 +1176,17 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
   out.start_stride = out.stride;
   out.jump = parts ? strip.lanes : size(conv.out).channels * layout.channel;
   Tile tile{source + strip.row * term.walk.pitch + strip.lane, {}};
+  tile.whole = layout.rows && strip.lanes == layout.lanes;
   if (strip.rows > 1) tile.run = strip.lanes, tile.jump = term.walk.pitch;
-  const bool ahead = layout.runs > 1 && conv.parts == 1 && strip.row > 0 && reads_backwards(term);
+  const bool ahead = layout.runs > 1 && strip.index > 0 && reads_backwards(term);
   for (int64_t b = blocks.first; b < blocks.first + blocks.count; ++b) {
     const bool first = b == 0 && &term == &conv.terms.front();
     const bool last = b + 1 == term.blocks && &term == &conv.terms.back();
     if (last && elsewhere) {
-      out.stride = this->layout(conv.out).channel;
-      out.moves = conv.moves.data() + strip.lane / width * Results::kMoves;
-    }
-    if (last && packed) {
+      out.stride = packed ? packed->walk.channel_stride : this->layout(conv.out).channel;
+      out.moves = conv.moves.data() + (strip.row * conv.run_moves + strip.lane / width) * Results::kMoves;
+      out.splits = packed;
+    } else if (last && packed) {
       out.stride = packed->walk.channel_stride;
       out.halves = conv.halves.data() + strip.row * ceil_div(layout.lanes, 2 * width);
     }
@@ -1052,9 +1194,10 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
     out.low = last ? conv.epilogue.low : -kInfinity;
     out.high = last ? conv.epilogue.high : kInfinity;
     if (ahead) {
-      const int64_t rows = std::min(strip.rows, strip.row),
-                    channels = std::min(term.block, term.channels() - b * term.block);
-      tile.soon = {tile.lanes - rows * term.walk.pitch, layout.channel, channels, term.walk.pitch, rows, strip.lanes};
+      const Strip before = this->strip(conv, strip.index - 1, conv.strips);
+      const int64_t channels = std::min(term.block, term.channels() - b * term.block),
+                    at = (before.row - strip.row) * term.walk.pitch + before.lane - strip.lane;
+      tile.soon = {tile.lanes + at, layout.channel, channels, term.walk.pitch, before.rows, before.lanes};
     }
     for (int64_t split = splits.first; split < splits.first + splits.count; ++split) {
       const int64_t row = term.first_row(split);
@@ -1062,7 +1205,7 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
       float* const partial = parts ? parts + row * lanes : frame.memory + conv.at + at;
       out.data = partial;
       if (out.moves) out.data = data(frame, conv.out) + row * out.stride;
-      if (out.halves) out.data = frame.memory + packed->packed + row * out.stride;
+      if (last && packed) out.data = frame.memory + packed->packed + row * out.stride;
       out.bias = first ? conv.bias.data() + row : nullptr;
       out.start = !first ? partial : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
       if (term.dense) {

@@ -95,7 +95,8 @@ class Program {
   int64_t floats() const { return floats_; }
 
  private:
-  // What the tensors of one height and width have in common. A tensor is [runs][channels][channel] floats.
+  // What the tensors of one height and width have in common. A tensor is [runs][channels][channel] floats, and a run as
+  // many rows as all have.
   struct Layout {
     int64_t h, w;
     bool flat;                           // without zeros between rows
@@ -105,6 +106,7 @@ class Program {
     int64_t step = 0;                    // floats from one of them to the next
     int64_t pitch = 0;                   // floats of a row
     int64_t runs = 1;                    // h, where tensors lie row by row
+    int64_t rows = 0;                    // of a run, where those are flat: whole registers; else 0
     int64_t channel = 0;                 // floats from a channel of a run to the next
     int64_t lanes = 0;                   // of these, that are computed: whole registers
     int64_t lead = 0;                    // floats before the first pixel
@@ -116,10 +118,12 @@ class Program {
   struct Tensor {
     Size size;
     int64_t layout;
-    bool halo = false;       // taps reach beyond it
-    Term* packed = nullptr;  // it is there as its packed source alone
-    int64_t last = -1;       // layer that reads it
-    int64_t at = 0;          // its first pixel in an image's memory
+    bool halo = false;         // taps reach beyond it
+    bool even = false;         // somebody wants all of its rows equally far apart
+    bool keeps_zeros = false;  // around it, for nothing else is ever in their places
+    Term* packed = nullptr;    // it is there as its packed source alone
+    int64_t last = -1;         // layer that reads it
+    int64_t at = 0;            // its first pixel in an image's memory
   };
   struct Layer {
     std::vector<int64_t> reads;
@@ -157,7 +161,7 @@ class Program {
   };
   // Lanes that spmm computes at once: some of a plane or row, or `rows` whole rows.
   struct Strip {
-    int64_t row, rows, lane, lanes;
+    int64_t index, row, rows, lane, lanes;
   };
   class Memory;
   class Team;
@@ -191,20 +195,23 @@ class Program {
   int64_t row_stride(int64_t tensor) const {
     return layout(tensor).runs > 1 ? run_stride(tensor) : layout(tensor).pitch;
   }
+  int64_t row_at(int64_t tensor, int64_t y) const;
   float* lanes(const Frame& frame, int64_t tensor, int64_t channel, int64_t run) const;
-  Images images(const Frame& frame, int64_t tensor) const;
+  Images images(const Frame& frame, int64_t tensor, int64_t y = 0) const;
   void add_paired_steps(const Conv& conv);
   void add_tiled_steps(Conv& conv);
   void add_conv_steps(Conv& conv);
   bool is_paired(const Conv& conv) const;
-  void choose_moves(Conv& conv) const;
+  bool choose_moves(Conv& conv) const;
   std::vector<Halves> halves_of(const Layout& from, const Walk& walk) const;
   int64_t strip_vectors(const Conv& conv) const;
+  bool fits_whole(const Conv& conv) const;
   void choose_strips(Conv& conv);
+  bool even_parts(const Conv& conv) const;
   Strip strip(const Conv& conv, int64_t index, int64_t strips) const;
   void shift_half_lines(Term& term, int64_t layer);
   void add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block, int64_t step = 0,
-                bool zeros_alone = false);
+                bool zeros_alone = false, const Layout* flat = nullptr);
   void run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
                 const Strip& strip, Range splits, float* parts = nullptr) const;
   std::unique_ptr<Memory> take_memory();

@@ -259,8 +259,8 @@ class Mixed(nn.Module):
 MEETINGS = ("apart", "taps added", "own lanes added", "sum of both", "lane by lane", "next to each other")
 
 
-# Planes with registers of one, two and three rows.
-@pytest.mark.parametrize("size", [(14, 14), (9, 13), (12, 9), (8, 20)])
+# Planes with registers of one, two and three rows, and with runs of two and four rows.
+@pytest.mark.parametrize("size", [(14, 14), (9, 13), (12, 9), (8, 20), (6, 56), (8, 28)])
 @pytest.mark.parametrize("how", MEETINGS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_zeros_between_rows_are_there_for_those_that_need_them(size, how, isa):
@@ -273,6 +273,55 @@ def test_zeros_between_rows_are_there_for_those_that_need_them(size, how, isa):
         engine = chained(model, x)
         assert chains_of(engine)
         engine(torch.full_like(x, torch.nan))  # stays in memory that the next images use
+        assert_equals(engine, model, x)
+
+
+ENDS = {
+    "mean": [nn.AdaptiveAvgPool2d(1)],
+    "as they are": [],
+    "every other row": [nn.Conv2d(48, 6, 1, 2), nn.ReLU()],
+    "every other row for taps": [nn.Conv2d(48, 6, 1, 2), nn.Conv2d(6, 5, 3, padding=1)],
+    "every third row": [nn.Conv2d(48, 6, 1, 3)],
+    "pooled": [nn.MaxPool2d(3, 2, 1)],
+}
+
+
+@pytest.mark.parametrize("size", [(112, 112), (16, 112), (56, 56), (16, 56)])
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_without_zeros_between_them(size, end, isa):
+    """Several to a run: from a pool, to strides of two that read every other one, and to whoever wants them apart."""
+    torch.manual_seed(0)
+    blocks = [Block(24, 8, 1), Block(32, 8, 1), Block(32, 12, 2), Block(48, 12, 1)]
+    model = prune(nn.Sequential(nn.MaxPool2d(2), *blocks, *ENDS[end]), 0.7).eval()
+    threads = torch.get_num_threads()
+    with sk.use_isa(isa):
+        for batch in (1, 3):
+            x = torch.randn(batch, 24, *size)
+            engine = chained(model, x)
+            assert chains_of(engine)
+            engine(torch.full_like(x, torch.nan))  # stays in memory that the next images use
+            assert_equals(engine, model, x)
+            assert not assert_values_come_back(engine)
+            try:
+                results = []
+                for count in (1, 2, 3):
+                    torch.set_num_threads(count)
+                    for schedule_of(engine).share in (False, True):
+                        results.append(engine(x))
+            finally:
+                torch.set_num_threads(threads)
+            assert all(torch.equal(results[0], result) for result in results)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_pixels_outside_of_the_image_for_rows_without_zeros(isa):
+    torch.manual_seed(0)
+    model = [nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 1, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.Conv2d(32, 8, 1)]
+    model, x = prune(nn.Sequential(*model), 0.7).eval(), torch.randn(3, 8, 54, 54)
+    with sk.use_isa(isa):
+        engine = chained(model, x)
+        assert chains_of(engine)
         assert_equals(engine, model, x)
 
 
@@ -310,7 +359,7 @@ def test_blockings_change_what_is_packed_at_once():
     assert floats(2, "half the channels") == floats(2, "as its sizes ask for") == floats(2, "twice the channels")
 
 
-@pytest.mark.parametrize("size", [(56, 56), (28, 28), (14, 14), (13, 14), (55, 63), (9, 38)])
+@pytest.mark.parametrize("size", [(56, 56), (28, 28), (14, 14), (13, 14), (16, 14), (55, 63), (9, 38)])
 @pytest.mark.parametrize("kernel", [(3, 3), (2, 2), (5, 4), (1, 1)])
 @pytest.mark.parametrize("isa", ISAS)
 def test_strides_of_two(size, kernel, isa):
