@@ -105,7 +105,16 @@ def extension():
                     "csrc/ops.cpp",
                     *(
                         f"csrc/cpu/{name}.cpp"
-                        for name in ("batch_norm", "conv2d", "depthwise", "dispatch", "pattern", "pool2d", "walk")
+                        for name in (
+                            "batch_norm",
+                            "conv2d",
+                            "depthwise",
+                            "dispatch",
+                            "linear",
+                            "pattern",
+                            "pool2d",
+                            "walk",
+                        )
                     ),
                     *(
                         f"csrc/engine/{name}.cpp"

@@ -13,6 +13,7 @@
 #include "arguments.h"
 #include "cpu/batch_norm.h"
 #include "cpu/conv2d.h"
+#include "cpu/linear.h"
 #include "cpu/pattern.h"
 #include "cpu/pool2d.h"
 
@@ -109,6 +110,17 @@ void conv2d_grads_op(Tensor grad_input, Tensor grad_values, Tensor grad_output, 
 void linear_op(Tensor out, Tensor input, Tensor values, Tensor crow, Tensor col, std::optional<Tensor> bias) {
   const Conv2dGeometry g = linear_geometry(input, out);
   run_forward(g, out, matrix(input, "input"), matrix(out, "out"), values, crow, col, bias);
+}
+
+void dense_linear_op(Tensor out, Tensor input, Tensor weight, std::optional<Tensor> bias) {
+  const Conv2dGeometry g = linear_geometry(input, out);
+  const Images w = matrix(weight, "weight");
+  STD_TORCH_CHECK(weight.size(0) == g.out_channels && weight.size(1) == g.in_channels, "weight must be [",
+                  g.out_channels, ", ", g.in_channels, "], got [", weight.size(0), ", ", weight.size(1), "]");
+  const float* const b = bias ? vector_data(*bias, "bias", g.out_channels) : nullptr;
+  if (!empty(out))
+    dense_linear(g.in_w, g.in_channels, g.out_channels, matrix(input, "input").data, w.data, b,
+                 matrix(out, "out").data);
 }
 
 void linear_input_grad_op(Tensor out, Tensor grad_output, Tensor values, Tensor t_crow, Tensor t_col,
@@ -548,6 +560,7 @@ STABLE_TORCH_LIBRARY(sparsekit_cpu, m) {
       "conv2d_grads(Tensor(a!) grad_input, Tensor(b!) grad_values, Tensor grad_output, Tensor input, Tensor values, "
       "Tensor crow_indices, Tensor col_indices, Tensor t_crow_indices, Tensor t_col_indices, Tensor t_permutation, "
       "Tensor? other, " GEOMETRY ") -> ()");
+  m.def("dense_linear(Tensor(a!) out, Tensor input, Tensor weight, Tensor? bias) -> ()");
   m.def(
       "linear(Tensor(a!) out, Tensor input, Tensor values, Tensor crow_indices, Tensor col_indices, Tensor? bias) "
       "-> ()");
@@ -610,6 +623,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("conv2d_values_grad", TORCH_BOX(&sparsekit::conv2d_values_grad_op));
   m.impl("conv2d_grads", TORCH_BOX(&sparsekit::conv2d_grads_op));
   m.impl("linear", TORCH_BOX(&sparsekit::linear_op));
+  m.impl("dense_linear", TORCH_BOX(&sparsekit::dense_linear_op));
   m.impl("linear_input_grad", TORCH_BOX(&sparsekit::linear_input_grad_op));
   m.impl("linear_values_grad", TORCH_BOX(&sparsekit::linear_values_grad_op));
   m.impl("bias_grad", TORCH_BOX(&sparsekit::bias_grad_op));

@@ -643,6 +643,14 @@ def run_linear(input, layer, out_features, bias, residual, low, high):
     return out.view(*input.shape[:-1], out_features)
 
 
+def dense_linear(input, weight, bias):
+    """``F.linear`` of float32, with the same bits for any number of threads, which PyTorch's does not promise."""
+    rows = input.reshape(math.prod(input.shape[:-1]), input.shape[-1]).contiguous()
+    out = rows.new_empty(rows.shape[0], weight.shape[0])
+    torch.ops.sparsekit_cpu.dense_linear(out, rows, weight, bias)
+    return out.view(*input.shape[:-1], weight.shape[0])
+
+
 # --- programs: chains of layers that run without PyTorch in between; tensors are numbers, inputs -1, -2, ... ----------
 
 _NO_TENSOR = 2**63 - 1

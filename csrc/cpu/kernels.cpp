@@ -500,6 +500,84 @@ void gemm(const Tile& tile, const Panels& panels, const Results& results, int64_
   }
 }
 
+// N registers of lanes of R rows of the weight at once. Those that there are not compute what the first does.
+template <int R, int N>
+void product_strip(const float* weight, int64_t weight_row, int64_t rows, const float* x, int64_t x_row, int64_t terms,
+                   float* to, int64_t to_row) {
+  const float* row[R];
+  for (int r = 0; r < R; ++r) row[r] = weight + (r < rows ? r : 0) * weight_row;
+  Vec sum[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < N; ++v) sum[r][v] = zero();
+  for (int64_t k = 0; k < terms; ++k, x += x_row) {
+    Vec factor[N];
+    for (int v = 0; v < N; ++v) factor[v] = load(x + v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const Vec w = broadcast(row[r][k]);
+      for (int v = 0; v < N; ++v) sum[r][v] = fma(w, factor[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < R && r < rows; ++r)
+    for (int v = 0; v < N; ++v) {
+      float* const at = to + r * to_row + v * kLanes;
+      store(at, add(load(at), sum[r][v]));
+    }
+}
+
+void add_products(const float* weight, int64_t weight_row, int64_t rows, const float* x, int64_t x_row, int64_t terms,
+                  float* to, int64_t to_row, int64_t lanes) {
+  // As many sums as there are registers for, and enough that FMAs do not wait for each other.
+  constexpr int kMost = kRegisters >= 32 ? 4 : 2, kRows = 6, kMany = 12;
+  for (int64_t lane = 0; lane < lanes;) {
+    const int64_t vectors = (lanes - lane) / kLanes;
+    const int n = vectors >= kMost ? kMost : vectors >= 2 ? 2 : 1, step = n == 1 ? kMany : kRows;
+    const auto strip = n == kMost ? product_strip<kRows, kMost>
+                       : n == 2   ? product_strip<kRows, 2>
+                                  : product_strip<kMany, 1>;
+    for (int64_t r = 0; r < rows; r += step)
+      strip(weight + r * weight_row, weight_row, rows - r, x + lane, x_row, terms, to + r * to_row + lane, to_row);
+    lane += n * kLanes;
+  }
+}
+
+// R rows of the weight at once, for N images. Rows that there are not compute what the first does.
+template <int R, int N>
+void dots_strip(const float* weight, int64_t weight_row, int64_t rows, const float* x, int64_t x_row, int64_t terms,
+                float* to, int64_t to_row) {
+  const float* row[R];
+  for (int r = 0; r < R; ++r) row[r] = weight + (r < rows ? r : 0) * weight_row;
+  Vec sum[R][N];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < N; ++i) sum[r][i] = zero();
+  for (int64_t k = 0; k < terms; k += kLanes) {
+    const int64_t count = terms - k < kLanes ? terms - k : kLanes;
+    Vec factor[N];
+    for (int i = 0; i < N; ++i) factor[i] = some(x + i * x_row + k, count);
+    for (int r = 0; r < R; ++r) {
+      const Vec w = some(row[r] + k, count);
+      for (int i = 0; i < N; ++i) sum[r][i] = fma(w, factor[i], sum[r][i]);
+    }
+  }
+  for (int r = 0; r < R && r < rows; ++r)
+    for (int i = 0; i < N; ++i) {
+      alignas(64) float lanes[kLanes];
+      store(lanes, sum[r][i]);
+      for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+      to[i * to_row + r] += lanes[0];
+    }
+}
+
+void dots(const float* weight, int64_t weight_row, int64_t rows, const float* x, int64_t x_row, int64_t images,
+          int64_t terms, float* to, int64_t to_row) {
+  constexpr int kSums = 8;  // so that FMAs do not wait for each other
+  constexpr decltype(&dots_strip<1, 1>) kStrips[] = {dots_strip<kSums, 1>, dots_strip<kSums / 2, 2>,
+                                                     dots_strip<kSums / 2, 3>, dots_strip<kSums / 4, 4>};
+  const int64_t most = kDotImages, step = images == 1 ? kSums : images < most ? kSums / 2 : kSums / 4;
+  for (int64_t r = 0; r < rows; r += step)
+    kStrips[images - 1](weight + r * weight_row, weight_row, rows - r, x, x_row, terms, to + r, to_row);
+}
+
 // Where a register of results of `paired` goes.
 struct PairedPlace {
   int64_t at;     // from the first result of a row of the weight on, in the first of two rows of results
@@ -1387,6 +1465,8 @@ extern const Kernels kernels = {SPARSEKIT_STRING(SPARSEKIT_ISA),
                                 sums,
                                 spmm,
                                 gemm,
+                                add_products,
+                                dots,
                                 paired,
                                 sddmm,
                                 gather,

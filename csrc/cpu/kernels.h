@@ -143,6 +143,9 @@ struct NormGrad {
   float of_x = 0, constant = 0;  // dx = scale * g + of_x * (x - mean) + constant
 };
 
+// Images, at most, of which dots has all sums in registers.
+constexpr int64_t kDotImages = 4;
+
 // Channels that pooling of rows has in hand at once.
 constexpr int64_t kPoolChannels = 4;
 
@@ -174,6 +177,15 @@ struct Kernels {
 
   // The same for a dense weight. Does not stream.
   void (*gemm)(const Tile& tile, const Panels& panels, const Results& results, int64_t lanes);
+
+  // to[r * to_row + lane] += sum over k of weight[r * weight_row + k] * x[k * x_row + lane], over `lanes` lanes, a
+  // multiple of 16.
+  void (*add_products)(const float* weight, int64_t weight_row, int64_t rows, const float* x, int64_t x_row,
+                       int64_t terms, float* to, int64_t to_row, int64_t lanes);
+
+  // to[i * to_row + r] += sum over k of weight[r * weight_row + k] * x[i * x_row + k], for 1 to kDotImages images i.
+  void (*dots)(const float* weight, int64_t weight_row, int64_t rows, const float* x, int64_t x_row, int64_t images,
+               int64_t terms, float* to, int64_t to_row);
 
   // Of runs of `run` lanes, one behind the other, each gives two rows of results, results.jump floats from one to the
   // next: of row r of the weight, results 2 * lane and 2 * lane + 1 of both are clamp(bias[r] + the lane's four

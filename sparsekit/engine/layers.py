@@ -19,6 +19,9 @@ from .plan import ACTIVATIONS, Layer, Plan
 # Whether PyTorch has oneDNN's convolution with what follows fused, which inductor uses.
 FUSED_DENSE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
+# Vectors of a dense linear layer's input for which our kernel is as fast as PyTorch's, which reads the weight twice.
+MOST_VECTORS = 128
+
 _ACTIVATE = {name: getattr(torch.ops.aten, f"{name}_").default for name in ACTIVATIONS.values()}
 _ONEDNN = {None: "none", "silu": "swish", **{name: name for name in ("sigmoid", "hardsigmoid", "hardswish")}}
 
@@ -98,10 +101,10 @@ class Prepared:
             out = _ops.run_linear(*shared) if layer.kind == "linear" else _ops.run_conv2d(*shared, *geometry)
             return self._activate(out)
         if layer.kind == "linear":
-            return self._finish(F.linear(input, self.weight, self.bias), residual)
+            return self._finish(self._dense_linear(input, self.weight), residual)
         if input.shape[2:] == self.size[2:] == (1, 1) and layer.groups == 1 and not any(layer.padding):
             # oneDNN's convolution takes milliseconds here if its weight was reordered for another batch size.
-            out = F.linear(input.flatten(1), self.weight.flatten(1), self.bias)
+            out = self._dense_linear(input.flatten(1), self.weight.flatten(1))
             return self._finish(out[:, :, None, None], residual)
         top, bottom, left, right = layer.padding
         reach = [d * (k - 1) for d, k in zip(layer.dilation, self.size[2:])]
@@ -116,6 +119,12 @@ class Prepared:
         if not fused:
             return self._finish(F.conv2d(input, self.weight, self.bias, *geometry), residual)
         return self._dense(input, residual, *geometry)
+
+    def _dense_linear(self, input: Tensor, weight: Tensor) -> Tensor:
+        vectors = math.prod(input.shape[:-1])
+        if _ops.backend() == "reference" or input.dtype != torch.float32 or not 0 < vectors <= MOST_VECTORS:
+            return F.linear(input, weight, self.bias)
+        return _ops.dense_linear(input, weight.contiguous(), self.bias)
 
     def _packed(self) -> int:
         """The number of the layer in the sparse kernels' registry."""
