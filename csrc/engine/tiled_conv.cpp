@@ -125,19 +125,22 @@ int64_t TiledConv2d::place(int64_t row, int64_t pair) const {
 }
 
 void TiledConv2d::pack(const Csr& weight) {
-  values_.resize(round_up(g_.out_channels, kRows) * chunks_.size() * 2 * kTile);
-  std::vector<int64_t> places;  // of the first row's
+  const int64_t rows = round_up(g_.out_channels, kRows), chunks = chunks_.size();
+  values_.reset(new float[rows * chunks * 2 * kTile]);  // set below, every one of them
+  std::vector<int64_t> places;                          // of the first row's
   for (size_t pair = 0; pair < terms_.size(); ++pair) places.push_back(place(0, pair));
   std::atomic<bool> has_parts = true;
-  parallel(g_.out_channels, [&](int64_t first, int64_t last) {
+  parallel(rows, [&](int64_t first, int64_t last) {
     std::vector<float> dense(columns());
     for (int64_t r = first; r < last; ++r) {
+      for (int64_t c = 0; c < chunks; ++c) std::fill_n(values_.get() + place(r, c * depth_), 2 * kTile, 0.0f);
+      if (r >= g_.out_channels) continue;
       std::fill(dense.begin(), dense.end(), 0.0f);
       for (int64_t j = weight.crow[r]; j < weight.crow[r + 1]; ++j)
         dense[weight.col[j]] = weight.values[weight.permutation ? weight.permutation[j] : j];
       if (!std::all_of(dense.begin(), dense.end(), is_small)) has_parts = false;
       for (size_t pair = 0; pair < terms_.size(); ++pair) {
-        float* const to = values_.data() + place(r, 0) + places[pair];
+        float* const to = values_.get() + place(r, 0) + places[pair];
         if (terms_[pair].a != kNone) to[0] = dense[terms_[pair].a];
         if (terms_[pair].b != kNone) to[kTile] = dense[terms_[pair].b];
       }
@@ -156,7 +159,7 @@ bool TiledConv2d::values(const Csr& weight, float* to) const {
   std::atomic<bool> fits = true;
   parallel(weight.rows, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
-      const float* const row = values_.data() + place(r, 0);
+      const float* const row = values_.get() + place(r, 0);
       for (int64_t j = weight.crow[r]; j < weight.crow[r + 1]; ++j) {
         if (weight.col[j] < columns())
           to[j] = row[places[weight.col[j]]];
@@ -312,7 +315,7 @@ bool TiledConv2d::run_in_tiles(const Images& x, const Images* start, const Image
   }
   std::vector<int64_t> offsets;
   for (const Chunk& c : chunks_) offsets.push_back(c.phase * at.phase + c.row * at.row + c.column + c.pair * at.pair);
-  const TileWeight weight{values_.data(), offsets.data(), int64_t(chunks_.size()), depth_, g_.out_channels};
+  const TileWeight weight{values_.get(), offsets.data(), int64_t(chunks_.size()), depth_, g_.out_channels};
   Results results{y.data + first * y.row, y.channel, bias_.data()};
   if (start) results.start = start->data + first * start->row, results.start_stride = start->channel;
   results.low = low_;
@@ -339,7 +342,7 @@ void TiledConv2d::run_exactly(const Images& x, const Images* start, const Images
     for (int64_t row = first; row < last; ++row) {
       std::fill(sums.begin(), sums.end(), bias_[r]);
       for (size_t pair = 0; pair < terms_.size(); ++pair) {
-        const float* const value = values_.data() + place(r, pair);
+        const float* const value = values_.get() + place(r, pair);
         add(row, terms_[pair].a, value[0]);
         add(row, terms_[pair].b, value[kTile]);
       }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -78,8 +79,9 @@ class TiledConv2d {
   const TileKernels& tiles_;
   const float low_, high_;
   const bool by_taps_;
-  std::vector<float> bias_, values_;  // the latter as of TileWeight
-  bool has_parts_ = true;             // the weight
+  std::vector<float> bias_;
+  std::unique_ptr<float[]> values_;  // as of TileWeight
+  bool has_parts_ = true;            // the weight
   std::vector<Phase> phases_;
   std::vector<std::pair<RowTerm, RowTerm>> row_terms_;
   std::vector<Chunk> chunks_;

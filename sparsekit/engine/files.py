@@ -1,6 +1,6 @@
 """An engine in one safetensors file: the plan as JSON in its metadata, weights compressed.
 
-Version 4. A weight with zeros is stored as ``<name>:values`` ``[nnz]``, ``:crow_indices`` and ``:col_indices``, the
+A weight with zeros is stored as ``<name>:values`` ``[nnz]``, ``:crow_indices`` and ``:col_indices``, the
 other tensors under their names. A file can name ATen ops of a plan and nothing else: no code is in it.
 """
 

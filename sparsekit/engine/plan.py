@@ -100,10 +100,11 @@ class Compressed(NamedTuple):
     size: torch.Size
 
     @staticmethod
-    def of(weight: Tensor) -> Compressed:
-        """The non-zeros of a weight."""
+    def of(weight: Tensor, nnz: int | None = None) -> Compressed:
+        """The non-zeros of a weight; ``nnz``: how many those are, if that is known."""
         rows, columns = weight.shape[0], weight.shape[1:].numel()
-        if columns and int(torch.count_nonzero(weight)) == weight.numel():
+        nnz = int(torch.count_nonzero(weight)) if nnz is None else nnz
+        if columns and nnz == weight.numel():
             crow = torch.arange(0, weight.numel() + 1, columns, dtype=torch.int32)
             return Compressed(
                 weight.flatten(), crow, torch.arange(columns, dtype=torch.int32).repeat(rows), weight.shape
@@ -142,6 +143,8 @@ class Lent(NamedTuple):
         known = values(crow, col)
         if known is None or not torch.equal(known, weight.values):
             return None
+        if len(col) == size.numel():
+            return Lent(torch.ones(len(col), dtype=torch.uint8), size, weight.nnz, values)
         gaps = col.to(torch.int32 if size.numel() < 2**31 else torch.int64, copy=True)
         gaps[1:] -= col[:-1]
         # Where a row begins, those that end since the one before lie between.
@@ -199,6 +202,7 @@ class Plan:
     per_image: list[int] = field(default_factory=list)
     compressed: dict[str, Compressed | Lent] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+    _counts: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)  # of non-zeros
 
     def tensor(self, name: str) -> Tensor:
         """One of the tensors, dense, and so it stays; several threads may ask at once."""
@@ -211,13 +215,14 @@ class Plan:
         """One of the weights, compressed."""
         with self._lock:
             known = self.compressed.get(name)
-            return Compressed.of(self.tensors[name]) if known is None else _whole(known)
+            return self._compressed(name) if known is None else _whole(known)
 
     def compress(self, name: str) -> None:
         """Keep a weight as its non-zeros, until somebody wants it dense."""
         with self._lock:
             if name not in self.compressed:
-                self.compressed[name] = Compressed.of(self.tensors.pop(name))
+                self.compressed[name] = self._compressed(name)
+                self.tensors.pop(name)
 
     def lend(self, name: str, values: Callable[[Tensor, Tensor], Tensor | None]) -> None:
         """Keep of a weight only what ``values`` does not know; see :class:`Lent`."""
@@ -225,7 +230,7 @@ class Plan:
             known = self.compressed.get(name)
             if isinstance(known, Lent):
                 return
-            if (lent := Lent.of(known or Compressed.of(self.tensors[name]), values)) is not None:
+            if (lent := Lent.of(known or self._compressed(name), values)) is not None:
                 self.compressed[name] = lent
                 self.tensors.pop(name, None)
 
@@ -241,7 +246,15 @@ class Plan:
         """How many elements of one of the weights are not zero."""
         with self._lock:
             known = self.compressed.get(name)
-            return int(torch.count_nonzero(self.tensors[name])) if known is None else known.nnz
+            return self._count(name) if known is None else known.nnz
+
+    def _count(self, name: str) -> int:
+        if name not in self._counts:
+            self._counts[name] = int(torch.count_nonzero(self.tensors[name]))
+        return self._counts[name]
+
+    def _compressed(self, name: str) -> Compressed:
+        return Compressed.of(self.tensors[name], self._count(name))
 
     def size_of(self, name: str) -> torch.Size:
         """The shape of one of the tensors."""
