@@ -76,6 +76,7 @@ struct Program::Term {
   bool two_copies = false;   // of the tensor, half a line apart
   bool written = false;      // whoever writes the tensor writes the packed source
   bool whole = true;         // all channels are packed at once
+  bool copied = false;       // by another convolution that reads the same rows
   int64_t packed_floats = 0;
   int64_t packed = 0;  // where the packed source is in an image's memory
   int64_t block = 0, blocks = 0;
@@ -196,6 +197,37 @@ void Program::add_load(int64_t in, int64_t out) {
   add_layer({{in}, out, kNone, add_steps});
 }
 
+// Copies rows of `in` into the packed block of a walk for one tap, some of them at a time that are equally far apart
+// here and there. The rest as of add_copy.
+Program::Work Program::copy_rows(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block,
+                                 int64_t step, const Layout* flat) const {
+  const int64_t to_rows = flat ? flat->rows : walk.tile_h, from_rows = in >= 0 ? layout(in).rows : 0;  // of a run
+  return [=, this](const Frame& frame, int64_t first, int64_t last) {
+    Walk part = walk;
+    Images& from = part.source = images(frame, in);
+    const float* const data = from.data;
+    const bool apart = from_rows && walk.step_h % from_rows;
+    if (from_rows) from.row = apart ? layout(in).pitch : run_stride(in) / from_rows;
+    // The last image's row goes on to the end.
+    if (step) part.row = frame.at + 1 < frame.count ? step : walk.row_lanes() - frame.at * step;
+    if (flat) part.row = part.pitch = flat->w;
+    Phase& p = part.phases[0];
+    for (int64_t y = first, next; y < last; y = next) {
+      const int64_t row = y * walk.step_h;
+      next = std::min(last, (y / to_rows + 1) * to_rows);
+      if (apart) {
+        next = std::min(next, y + ceil_div(from_rows - row % from_rows, walk.step_h));
+        from.data = const_cast<float*>(data) + row_at(in, row) - row * from.row;
+      }
+      p.base = walk.phases[0].base + y / to_rows * walk.pitch + y % to_rows * part.pitch;
+      p.up = -y;
+      p.down = next - walk.tile_h;
+      pack_source(part, {0, 0, 0, walk.grid_h, walk.grid_w}, {channels.first, channels.count},
+                  block(frame) + frame.at * step);
+    }
+  };
+}
+
 // Copies channels of `in` into the packed block of a walk. step: floats from an image to the next, where they are side
 // by side in it. flat: its layout, if that has runs of several rows.
 void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block, int64_t step,
@@ -203,57 +235,33 @@ void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<floa
   // Rows of one register are better off as neighbours, but for threads that write to both halves of a plane.
   const bool by_rows = walk.pitch > walk.channel_stride;
   const bool uneven = flat || (in >= 0 && layout(in).rows);
-  auto copy = [=, this](const Frame& frame, int64_t first, int64_t last) {
-    Walk part = walk;
-    part.source = images(frame, in);
-    float* to = block(frame) + frame.at * step;
-    // The last image's row goes on to the end.
-    if (step) part.row = frame.at + 1 < frame.count ? step : walk.row_lanes() - frame.at * step;
-    Channels some{channels.first, channels.count};
-    const TileAt tile{0, 0, 0, walk.grid_h, walk.grid_w};
-    if (!by_rows) {
-      some = {channels.first + first, last - first};
-      to += first * walk.channel_stride;
-    }
-    if (uneven) {
-      // Some rows after the other that are equally far apart, here and there. There is one phase, for one tap.
-      const int64_t to_rows = flat ? flat->rows : walk.tile_h, from_rows = in >= 0 ? layout(in).rows : 0;
-      if (flat) part.row = part.pitch = flat->w;
-      Phase& p = part.phases[0];
-      for (int64_t y = by_rows ? first : 0, end = by_rows ? last : walk.tile_h, next; y < end; y = next) {
-        next = std::min(end, (y / to_rows + 1) * to_rows);
-        const int64_t from = y * walk.step_h;
-        part.source = images(frame, in, from);
-        if (from_rows && walk.step_h % from_rows == 0) {
-          part.source.row = run_stride(in) / from_rows;
-          part.source.data = data(frame, in);
-        } else if (from_rows) {
-          next = std::min(next, y + ceil_div(from_rows - from % from_rows, walk.step_h));
-          part.source.row = layout(in).pitch;
-          part.source.data = data(frame, in) + row_at(in, from) - from * part.source.row;
-        }
-        p.base = walk.phases[0].base + y / to_rows * walk.pitch + y % to_rows * part.pitch;
-        p.up = -y;
-        p.down = next - walk.tile_h;
-        pack_source(part, tile, some, to);
-      }
-      return;
-    }
-    if (by_rows) {
-      for (Phase& p : part.phases) {
-        // With the first and last rows come those beyond them.
-        const int64_t begin = first == 0 ? -p.up : first;
-        const int64_t end = last == walk.tile_h ? last + p.down : last;
-        p.base += (begin + p.up) * walk.pitch;
-        p.up = -begin;
-        p.down = end - walk.tile_h;
-      }
-    }
-    zeros_alone ? pack_zeros(part, tile, some, to) : pack_source(part, tile, some, to);
-  };
+  Work copy = uneven ? copy_rows(walk, in, channels, block, step, flat)
+                     : [=, this](const Frame& frame, int64_t first, int64_t last) {
+                         Walk part = walk;
+                         part.source = images(frame, in);
+                         float* to = block(frame) + frame.at * step;
+                         // The last image's row goes on to the end.
+                         if (step) part.row = frame.at + 1 < frame.count ? step : walk.row_lanes() - frame.at * step;
+                         Channels some{channels.first, channels.count};
+                         const TileAt tile{0, 0, 0, walk.grid_h, walk.grid_w};
+                         if (by_rows) {
+                           for (Phase& p : part.phases) {
+                             // With the first and last rows come those beyond them.
+                             const int64_t begin = first == 0 ? -p.up : first;
+                             const int64_t end = last == walk.tile_h ? last + p.down : last;
+                             p.base += (begin + p.up) * walk.pitch;
+                             p.up = -begin;
+                             p.down = end - walk.tile_h;
+                           }
+                         } else {
+                           some = {channels.first + first, last - first};
+                           to += first * walk.channel_stride;
+                         }
+                         zeros_alone ? pack_zeros(part, tile, some, to) : pack_source(part, tile, some, to);
+                       };
   // What the tail reads of a tensor that is one image's is copied when that image has it.
   const bool tail = std::exchange(in_tail_, in_tail_ && (in < 0 || side_by_side(in)));
-  add_step(by_rows ? walk.tile_h : channels.count, kNone, for_each_image(copy));
+  add_step(by_rows || uneven ? walk.tile_h : channels.count, kNone, for_each_image(std::move(copy)));
   in_tail_ = tail;
 }
 
@@ -1010,7 +1018,8 @@ void Program::add_conv_steps(Conv& conv) {
     if (term.two_copies) shift_half_lines(term, conv.layer);
     // It waits until all images that are computed at once have theirs.
     const bool waits = layout.images > 1 && !side_by_side(term.in);
-    if (!term.direct && !term.written) term.packed = reserve(term.packed_floats, waits ? 0 : conv.layer, conv.layer);
+    if (!term.direct && !term.written && !term.copied)
+      term.packed = reserve(term.packed_floats, waits ? 0 : conv.layer, conv.layer);
   }
   conv.splits = std::clamp<int64_t>(ceil_div(kFewestTasks, conv.shared_strips), 1, ceil_div(conv.terms[0].rows(), 64));
   for (Term& term : conv.terms) {
@@ -1064,7 +1073,7 @@ void Program::add_conv_steps(Conv& conv) {
   };
   const bool in_tail = in_tail_;
   for (Term& term : conv.terms) {
-    if (term.direct || term.written) continue;
+    if (term.direct || term.written || term.copied) continue;
     auto block = [=, at = term.packed](const Frame& frame) { return (in_tail ? frame.tail : frame.memory) + at; };
     const Layout* const flat = layout.rows ? &layout : nullptr;
     if (term.whole) {
@@ -1083,6 +1092,7 @@ void Program::add_conv_steps(Conv& conv) {
     }
     return add_zeros();
   }
+  const Work copy = copy_beside(conv);
   add([=, &conv, this](int64_t strips, const Frame& frame, int64_t first, int64_t last) {
     for (int64_t begin = 0; begin < blocks; begin += together)
       each_strip(strips, frame, first, last, [&](const Frame& frame, const Strip& strip, Range splits) {
@@ -1100,10 +1110,40 @@ void Program::add_conv_steps(Conv& conv) {
                      splits, parts);
           at -= term.blocks;
         }
+        if (copy && begin == 0 && splits.first == 0 && strip.lane == 0) copy(frame, strip.row, strip.row + strip.rows);
       });
   });
   steps().back().backwards = !by_blocks && reads_backwards(conv.terms[0]);
   add_zeros();
+}
+
+// Copies what a later convolution with a stride wants packed of the tensor that this one reads, for some of its runs:
+// it is in a cache then. Null if there is none.
+Program::Work Program::copy_beside(const Conv& conv) {
+  const Term& own = conv.terms[0];
+  if (conv.terms.size() > 1 || !own.direct || !own.walk.pointwise() || !is_far(own.in)) return nullptr;
+  const Layout& from = layout(own.in);
+  const int64_t rows = from.h / from.runs;
+  if (from.runs == 1) return nullptr;
+  for (auto& later : convs_) {
+    if (later->layer <= conv.layer || later->layer >= int64_t(first_of_tail_)) continue;
+    if (later->in_tiles() || is_paired(*later)) continue;
+    for (Term& term : later->terms) {
+      const Walk& walk = term.walk;
+      const bool pixels_alone = walk.pointwise() && term.geometry.pad_top == 0 && term.geometry.pad_left == 0;
+      if (term.in != own.in || term.direct || !pixels_alone || !term.whole || term.copied) continue;
+      const Layout& to = layouts_[later->layout];
+      if (to.runs == 1) continue;  // some rows of many planes are no faster
+      term.copied = true;
+      term.packed = reserve(term.packed_floats, conv.layer, later->layer);
+      auto block = [at = term.packed](const Frame& frame) { return frame.memory + at; };
+      const Work copy = copy_rows(walk, own.in, {0, term.channels()}, block, 0, to.rows ? &to : nullptr);
+      return [=, step = walk.step_h](const Frame& frame, int64_t first, int64_t last) {
+        copy(frame, ceil_div(first * rows, step), ceil_div(last * rows, step));
+      };
+    }
+  }
+  return nullptr;
 }
 
 // Where the lanes that a convolution computes go in planes of another layout, or, even and odd columns apart, in the

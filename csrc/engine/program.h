@@ -210,6 +210,9 @@ class Program {
   bool even_parts(const Conv& conv) const;
   Strip strip(const Conv& conv, int64_t index, int64_t strips) const;
   void shift_half_lines(Term& term, int64_t layer);
+  Work copy_rows(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block, int64_t step,
+                 const Layout* flat) const;
+  Work copy_beside(const Conv& conv);
   void add_copy(Walk walk, int64_t in, Range channels, std::function<float*(const Frame&)> block, int64_t step = 0,
                 bool zeros_alone = false, const Layout* flat = nullptr);
   void run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
