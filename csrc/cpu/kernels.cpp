@@ -120,13 +120,13 @@ enum Does : unsigned {
   kHasBias = 2,
   kFinishes = 4,  // clamps or masks
   kHasPairs = 8,
-  kAhead = 16,     // prefetches what is wanted soon
-  kStreams = 32,   // with kStarts, kCounts and kAhead only
-  kCounts = 64,    // starts from what counts, as bits say; with kStarts, kStreams and kAhead only
-  kMoves = 128,    // with kFinishes; not with kStreams and kCounts, nor with runs
-  kHalves = 256,   // with kFinishes; not with kStreams, kCounts and kMoves
-  kWhole = 1024,   // not with kHasPairs: there are too many registers
-  kAnything = 512  // asks at run time, but for these two; can have a short last register
+  kAhead = 16,      // prefetches what is wanted soon
+  kStreams = 32,    // with kStarts, kCounts and kAhead only
+  kCounts = 64,     // starts from what counts, as bits say; with kStarts, kStreams and kAhead only
+  kMoves = 128,     // with kFinishes; not with kStreams and kCounts
+  kHalves = 256,    // with kFinishes; not with kStreams and kCounts; with kMoves, not with runs
+  kAnything = 512,  // asks at run time, but for these two; can have a short last register
+  kWhole = 1024     // of more registers than others; not with kHasPairs
 };
 
 // A strip of N registers, `tail` lanes in the last. All lanes are neighbours, or those of kRun registers if that is not

@@ -51,14 +51,19 @@ int64_t flat_rows(int64_t h, int64_t w) {
   return 0;
 }
 
-// Where a pixel of the source is in a channel of the packed block; kNone if no tap reads it.
+// Where a pixel of the source is in a channel of the packed block; kNone if no tap reads it, or if it is in two places.
 int64_t place_in(const Walk& walk, int64_t y, int64_t x) {
+  auto residue = [](int64_t n, int64_t step) { return (n % step + step) % step; };
   const int64_t row = y / walk.step_h, column = walk.left + x / walk.step_w;
-  for (const Phase& p : walk.phases)
-    if (p.offset_h == y % walk.step_h && p.offset_w == x % walk.step_w && row < walk.tile_h + p.down &&
-        column < walk.row_lanes())
-      return p.base + (row + p.up) * walk.pitch + column;
-  return Program::kNone;
+  int64_t place = Program::kNone;
+  for (const Phase& p : walk.phases) {
+    if (residue(p.offset_h - y, walk.step_h) || residue(p.offset_w - x, walk.step_w)) continue;
+    if (place != Program::kNone || p.offset_h != y % walk.step_h || p.offset_w != x % walk.step_w ||
+        row >= walk.tile_h + p.down || column >= walk.row_lanes())
+      return Program::kNone;
+    place = p.base + (row + p.up) * walk.pitch + column;
+  }
+  return place;
 }
 
 }  // namespace
@@ -559,7 +564,9 @@ void Program::choose_layouts(bool single) {
       const Conv2dGeometry& g = term.geometry;
       const bool pixels_alone = term.walk.pointwise() && g.pad_top == 0 && g.pad_left == 0;
       if (term.in >= 0 && (by_rows || !pixels_alone)) tensors_[term.in].even = true;
-      if (!term.direct && !pixels_alone && conv->pointwise()) tensors_[conv->out].even = true;
+      if (term.direct || pixels_alone || !conv->pointwise()) continue;
+      tensors_[conv->out].even = true;
+      for (int64_t tensor : conv->own()) tensors_[tensor].even = true;
     }
   }
   std::vector<char> flat(tensors_.size());
@@ -624,8 +631,8 @@ void Program::choose_halves() {
         continue;
       const Layout& layout = this->layout(writer->out);
       const bool moves = layouts_[writer->layout].rows;  // it computes without the zeros between rows
-      if (layout.runs == 1 || layout.rows || layout.w % 2 || layout.lanes > kStripLanes) continue;
-      if (moves ? !even_parts(*writer) : writer->parts > 1) continue;
+      if (layout.runs == 1 || layout.rows || layout.lanes > kStripLanes) continue;
+      if (moves ? layout.w % 2 || !even_parts(*writer) : writer->parts > 1) continue;
       if (std::any_of(writer->terms.begin(), writer->terms.end(), is_dense)) continue;
       for (Term& term : conv->terms) {
         if (term.direct || term.in != writer->out) continue;
@@ -1244,8 +1251,7 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
       const int64_t at = row * layout.channel + strip.row * out.jump + strip.lane;
       float* const partial = parts ? parts + row * lanes : frame.memory + conv.at + at;
       out.data = partial;
-      if (out.moves) out.data = data(frame, conv.out) + row * out.stride;
-      if (last && packed) out.data = frame.memory + packed->packed + row * out.stride;
+      if (out.moves || out.halves) out.data = data(frame, conv.out) + row * out.stride;
       out.bias = first ? conv.bias.data() + row : nullptr;
       out.start = !first ? partial : conv.residual == kNone ? nullptr : data(frame, conv.residual) + at;
       if (term.dense) {

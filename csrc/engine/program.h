@@ -4,10 +4,12 @@
 // that the zeros around an image are there for every tap of the layers that read it: a kept weight is one offset into
 // the tensor, and no layer copies its input. Those with a stride do, unless the layer before them can write its output
 // as that copy. Tensors of one height and width share the layout, hence a layer's output is at the same place of its
-// row or plane as what it came from. The exception are planes that no tap reaches beyond: they have no zeros between
-// their rows, and what is computed the one way for a tensor of the other kind changes places when it is stored.
+// row or plane as what it came from. The exception are tensors that no tap reaches beyond: they have no zeros between
+// their rows, of which several are a run, or all a plane; and what is computed the one way for a tensor of the other
+// kind changes places when it is stored.
 //
-// Tensors share memory as soon as they are not read any more; who writes one writes the zeros around it, too.
+// Tensors share memory as soon as they are not read any more; who writes one writes the zeros around it, too. What is
+// stored pixel by pixel shares it with its like alone, and zeros stay.
 //
 // A layer is finished for an image before the next one begins: no part of its output is pushed on. Tensors that no
 // cache nearby holds as a whole are read from their end on, since that was written last.
@@ -105,7 +107,7 @@ class Program {
     int64_t images = 1;                  // side by side
     int64_t step = 0;                    // floats from one of them to the next
     int64_t pitch = 0;                   // floats of a row
-    int64_t runs = 1;                    // h, where tensors lie row by row
+    int64_t runs = 1;                    // h, where tensors lie row by row; h / rows
     int64_t rows = 0;                    // of a run, where those are flat: whole registers; else 0
     int64_t channel = 0;                 // floats from a channel of a run to the next
     int64_t lanes = 0;                   // of these, that are computed: whole registers
@@ -159,7 +161,7 @@ class Program {
   struct Range {
     int64_t first, count;
   };
-  // Lanes that spmm computes at once: some of a plane or row, or `rows` whole rows.
+  // Lanes that spmm computes at once: some of a plane or run, or `rows` whole runs.
   struct Strip {
     int64_t index, row, rows, lane, lanes;
   };

@@ -38,7 +38,8 @@ class Prepared:
     def __init__(self, layer: Layer, plan: Plan):
         self.layer = layer
         self.size = plan.size_of(layer.weight)
-        self.bias = None if layer.bias is None else plan.tensor(layer.bias)
+        # F.linear takes one number for all, too.
+        self.bias = None if layer.bias is None else plan.tensor(layer.bias).expand(self.size[0]).contiguous()
         self._plan = plan
         self._number: int | None = None
         self._reordered: Tensor | None = None

@@ -325,6 +325,41 @@ def test_pixels_outside_of_the_image_for_rows_without_zeros(isa):
         assert_equals(engine, model, x)
 
 
+class OddSum(nn.Module):
+    """A pointwise layer of a tensor that no tap reads beyond, and one that begins outside of its image."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.q, self.r = nn.Conv2d(8, 16, 3, 2, 2), nn.Conv2d(16, 16, 1), nn.Conv2d(8, 16, 1, 2, 1)
+
+    def forward(self, x):
+        return F.relu(self.q(F.relu(self.a(x))) + self.r(x))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_sum_with_pixels_outside_of_the_image(isa):
+    torch.manual_seed(0)
+    model, x = prune(OddSum(), 0.5).eval(), torch.randn(3, 8, 54, 54)
+    with sk.use_isa(isa):
+        engine = chained(model, x)
+        assert chains_of(engine)
+        assert_equals(engine, model, x)
+
+
+@pytest.mark.parametrize("size", [(16, 14), (32, 28), (8, 56)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_rows_that_two_phases_read_for_one_image(size, isa):
+    """Where every other row of a packed source begins in the middle of a line, taps read odd rows from two places."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Conv2d(16, 8, 3, 2, 1)]
+    model, x = prune(nn.Sequential(*layers), 0.8).eval(), torch.randn(1, 8, *size)
+    with sk.use_isa(isa):
+        engine = chained(model, x)
+        assert chains_of(engine) and schedule_of(engine).single
+        engine(torch.full_like(x, torch.nan))  # stays in memory that the next images use
+        assert_equals(engine, model, x)
+
+
 @pytest.mark.parametrize("blocking", BLOCKINGS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_blockings(blocking, isa):

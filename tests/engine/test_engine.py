@@ -369,6 +369,24 @@ def test_same_for_any_number_of_threads():
     assert all(torch.equal(first, other) for other in others)
 
 
+class Biased(nn.Module):
+    def __init__(self, bias):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 12)), nn.Parameter(bias)
+
+    def forward(self, x):
+        return F.linear(x.flatten(1), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+@pytest.mark.parametrize("bias", [torch.tensor(0.5), torch.randn(5, 2)[:, 0]])
+def test_any_bias_of_a_linear_layer(bias, backend):
+    model, x = Biased(bias), torch.randn(3, 3, 2, 2)
+    engine = sk.compile(model.eval(), x, autotune=False)
+    run_all(engine, backend)
+    assert_as_good(engine, model, x)
+
+
 @pytest.mark.skipif(sk.backend() == "reference", reason="PyTorch does not promise it")
 @pytest.mark.parametrize("batch", [1, 3, 16, 64, 128])
 def test_dense_classifiers_are_the_same_for_any_number_of_threads(batch):
