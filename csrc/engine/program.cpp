@@ -663,7 +663,8 @@ int64_t Program::reserve(int64_t floats, int64_t first, int64_t last) {
 }
 
 // Largest first, each where memory is free from the layer that writes it to the last that reads it. What is written
-// pixel by pixel is where nothing but the like has ever been, so that the zeros around it stay.
+// pixel by pixel is where nothing but the like has ever been, so that the zeros around it stay, unless that takes too
+// much memory.
 void Program::place_tensors() {
   for (const auto& conv : convs_) {
     Tensor& out = tensors_[conv->out];
@@ -721,13 +722,41 @@ void Program::place_tensors() {
     found->used.push_back({buffer.first, buffer.last - buffer.first + 1});
     return found->at;
   };
-  for (const Buffer& buffer : buffers) {
-    const int64_t at = place(buffer) + buffer.above;
-    for (int64_t tensor : buffer.tensors) {
-      tensors_[tensor].at = at;
-      if (Term* packed = tensors_[tensor].packed) packed->packed = at;
+  auto place_all = [&] {
+    for (const Buffer& buffer : buffers) {
+      const int64_t at = place(buffer) + buffer.above;
+      for (int64_t tensor : buffer.tensors) {
+        tensors_[tensor].at = at;
+        if (Term* packed = tensors_[tensor].packed) packed->packed = at;
+      }
     }
+  };
+  place_all();
+  int64_t most = 0;  // of the two largest tensors that live at once
+  for (int64_t i = 0; i < int64_t(layers_.size()); ++i) {
+    int64_t first = 0, second = 0;
+    for (const Buffer& buffer : buffers) {
+      if (buffer.first > i || buffer.last < i) continue;
+      const Size& size = tensors_[buffer.tensors[0]].size;
+      second = std::max(second, std::min(first, size.channels * size.h * size.w));
+      first = std::max(first, size.channels * size.h * size.w);
+    }
+    most = std::max(most, first + second);
   }
+  auto with_packed = [&] {  // sources
+    const std::vector<Use> uses = uses_;
+    const int64_t floats = floats_;
+    for (const auto& conv : convs_)
+      for (const Term& term : conv->terms)
+        if (!term.direct && !term.written && !conv->in_tiles()) reserve(term.packed_floats, conv->layer, conv->layer);
+    uses_ = uses;
+    return std::exchange(floats_, floats);
+  };
+  if (kept.empty() || with_packed() <= most * 7 / 4) return;  // a bit less than two of them: other copies come on top
+  for (Tensor& tensor : tensors_) tensor.keeps_zeros = false;
+  uses_.clear();
+  floats_ = 0;
+  place_all();
 }
 
 // The work of a layer that writes a tensor, or kNone. What was in its memory before is not zero around it.
@@ -1071,12 +1100,15 @@ void Program::add_conv_steps(Conv& conv) {
   const bool own_parts = (packed || elsewhere) && blocks > 1 && whole && !by_blocks && conv.residual == kNone;
   if ((elsewhere || packed) && blocks > 1 && !own_parts)
     conv.at = reserve(size(conv.out).channels * layout.channel * layout.runs, conv.layer, conv.layer);
-  // Nor are all of the zeros around a packed source written.
+  // Neither are registers that go elsewhere written with all of the zeros around them.
   auto add_zeros = [=, this, out = conv.out] {
     if (packed)
       add_copy(
           packed->walk, out, {0, packed->channels()},
           [at = packed->packed](const Frame& frame) { return frame.memory + at; }, 0, true);
+    else if (elsewhere && !tensors_[out].keeps_zeros)
+      add_step(size(out).h, out,
+               [=, this](const Frame& frame, int64_t first, int64_t last) { clear_beside(frame, out, first, last); });
   };
   const bool in_tail = in_tail_;
   for (Term& term : conv.terms) {
