@@ -91,6 +91,8 @@ struct Program::Term {
 
   int64_t channels() const { return walk.groups * walk.source_channels; }
   int64_t rows() const { return walk.groups * walk.rows; }
+  // Whether it reads one pixel for every lane, and none outside of the image.
+  bool pixels_alone() const { return walk.pointwise() && geometry.pad_top == 0 && geometry.pad_left == 0; }
   int64_t first_row(int64_t split) const { return dense ? dense->first_row(split) : kernel->first_row(split); }
 };
 
@@ -210,7 +212,7 @@ Program::Work Program::copy_rows(Walk walk, int64_t in, Range channels, std::fun
   return [=, this](const Frame& frame, int64_t first, int64_t last) {
     Walk part = walk;
     Images& from = part.source = images(frame, in);
-    const float* const data = from.data;
+    float* const data = from.data;
     const bool apart = from_rows && walk.step_h % from_rows;
     if (from_rows) from.row = apart ? layout(in).pitch : run_stride(in) / from_rows;
     // The last image's row goes on to the end.
@@ -222,7 +224,7 @@ Program::Work Program::copy_rows(Walk walk, int64_t in, Range channels, std::fun
       next = std::min(last, (y / to_rows + 1) * to_rows);
       if (apart) {
         next = std::min(next, y + ceil_div(from_rows - row % from_rows, walk.step_h));
-        from.data = const_cast<float*>(data) + row_at(in, row) - row * from.row;
+        from.data = data + row_at(in, row) - row * from.row;
       }
       p.base = walk.phases[0].base + y / to_rows * walk.pitch + y % to_rows * part.pitch;
       p.up = -y;
@@ -240,30 +242,30 @@ void Program::add_copy(Walk walk, int64_t in, Range channels, std::function<floa
   // Rows of one register are better off as neighbours, but for threads that write to both halves of a plane.
   const bool by_rows = walk.pitch > walk.channel_stride;
   const bool uneven = flat || (in >= 0 && layout(in).rows);
-  Work copy = uneven ? copy_rows(walk, in, channels, block, step, flat)
-                     : [=, this](const Frame& frame, int64_t first, int64_t last) {
-                         Walk part = walk;
-                         part.source = images(frame, in);
-                         float* to = block(frame) + frame.at * step;
-                         // The last image's row goes on to the end.
-                         if (step) part.row = frame.at + 1 < frame.count ? step : walk.row_lanes() - frame.at * step;
-                         Channels some{channels.first, channels.count};
-                         const TileAt tile{0, 0, 0, walk.grid_h, walk.grid_w};
-                         if (by_rows) {
-                           for (Phase& p : part.phases) {
-                             // With the first and last rows come those beyond them.
-                             const int64_t begin = first == 0 ? -p.up : first;
-                             const int64_t end = last == walk.tile_h ? last + p.down : last;
-                             p.base += (begin + p.up) * walk.pitch;
-                             p.up = -begin;
-                             p.down = end - walk.tile_h;
-                           }
-                         } else {
-                           some = {channels.first + first, last - first};
-                           to += first * walk.channel_stride;
-                         }
-                         zeros_alone ? pack_zeros(part, tile, some, to) : pack_source(part, tile, some, to);
-                       };
+  auto plain = [=, this](const Frame& frame, int64_t first, int64_t last) {
+    Walk part = walk;
+    part.source = images(frame, in);
+    float* to = block(frame) + frame.at * step;
+    // The last image's row goes on to the end.
+    if (step) part.row = frame.at + 1 < frame.count ? step : walk.row_lanes() - frame.at * step;
+    Channels some{channels.first, channels.count};
+    const TileAt tile{0, 0, 0, walk.grid_h, walk.grid_w};
+    if (by_rows) {
+      for (Phase& p : part.phases) {
+        // With the first and last rows come those beyond them.
+        const int64_t begin = first == 0 ? -p.up : first;
+        const int64_t end = last == walk.tile_h ? last + p.down : last;
+        p.base += (begin + p.up) * walk.pitch;
+        p.up = -begin;
+        p.down = end - walk.tile_h;
+      }
+    } else {
+      some = {channels.first + first, last - first};
+      to += first * walk.channel_stride;
+    }
+    zeros_alone ? pack_zeros(part, tile, some, to) : pack_source(part, tile, some, to);
+  };
+  Work copy = uneven ? copy_rows(walk, in, channels, block, step, flat) : Work(plain);
   // What the tail reads of a tensor that is one image's is copied when that image has it.
   const bool tail = std::exchange(in_tail_, in_tail_ && (in < 0 || side_by_side(in)));
   add_step(by_rows || uneven ? walk.tile_h : channels.count, kNone, for_each_image(std::move(copy)));
@@ -561,10 +563,8 @@ void Program::choose_layouts(bool single) {
     if (by_rows && !conv->terms.empty()) tensors_[conv->out].even = true;
     if (by_rows && conv->residual != kNone) tensors_[conv->residual].even = true;
     for (const Term& term : conv->terms) {
-      const Conv2dGeometry& g = term.geometry;
-      const bool pixels_alone = term.walk.pointwise() && g.pad_top == 0 && g.pad_left == 0;
-      if (term.in >= 0 && (by_rows || !pixels_alone)) tensors_[term.in].even = true;
-      if (term.direct || pixels_alone || !conv->pointwise()) continue;
+      if (term.in >= 0 && (by_rows || !term.pixels_alone())) tensors_[term.in].even = true;
+      if (term.direct || term.pixels_alone() || !conv->pointwise()) continue;
       tensors_[conv->out].even = true;
       for (int64_t tensor : conv->own()) tensors_[tensor].even = true;
     }
@@ -1169,8 +1169,7 @@ Program::Work Program::copy_beside(const Conv& conv) {
     if (later->in_tiles() || is_paired(*later)) continue;
     for (Term& term : later->terms) {
       const Walk& walk = term.walk;
-      const bool pixels_alone = walk.pointwise() && term.geometry.pad_top == 0 && term.geometry.pad_left == 0;
-      if (term.in != own.in || term.direct || !pixels_alone || !term.whole || term.copied) continue;
+      if (term.in != own.in || term.direct || !term.pixels_alone() || !term.whole || term.copied) continue;
       const Layout& to = layouts_[later->layout];
       if (to.runs == 1) continue;  // some rows of many planes are no faster
       term.copied = true;
@@ -1191,6 +1190,7 @@ bool Program::choose_moves(Conv& conv) const {
   const Layout& from = layouts_[conv.layout];
   const Term* const packed = tensors_[conv.out].packed;
   const int64_t width = kernels().lanes, rows = from.h / from.runs;
+  if (packed && packed->walk.step_w != 2) return false;
   conv.run_moves = round_up(from.lanes / width, packed ? 2 : 1);
   conv.moves.assign(from.runs * conv.run_moves * Results::kMoves, {});
   for (int64_t run = 0; run < from.runs; ++run)

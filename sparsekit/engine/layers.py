@@ -19,7 +19,7 @@ from .plan import ACTIVATIONS, Layer, Plan
 # Whether PyTorch has oneDNN's convolution with what follows fused, which inductor uses.
 FUSED_DENSE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
-# Vectors of a dense linear layer's input for which our kernel is as fast as PyTorch's, which reads the weight twice.
+# Vectors of a dense linear layer's input, at most, for which our kernel is about as fast as PyTorch's.
 MOST_VECTORS = 128
 
 _ACTIVATE = {name: getattr(torch.ops.aten, f"{name}_").default for name in ACTIVATIONS.values()}
