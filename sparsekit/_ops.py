@@ -770,6 +770,11 @@ def program_values(program: int, layer: int, crow: Tensor, col: Tensor) -> Tenso
     return values if torch.ops.sparsekit_cpu.program_values(values, program, layer, crow, col) else None
 
 
+def program_holds(program: int, layer: int, crow: Tensor, col: Tensor) -> bool:
+    """Whether :func:`program_values` would give any."""
+    return torch.ops.sparsekit_cpu.program_holds(program, layer, crow, col)
+
+
 def run_program(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],

@@ -76,9 +76,12 @@ class PackedWeight {
             lefts_};
   }
 
-  // The values that it was made of, given the rest of the CSR, in its order; false if they are not all there.
+  // Whether it has all values that it was made of, given the rest of the CSR.
+  bool holds(const Csr& csr) const { return all_taps_ && values_ && made_of(csr); }
+
+  // They, in the order of the CSR; false if it does not hold them.
   bool values(const Csr& csr, float* to) const {
-    if (!all_taps_ || !values_ || !made_of(csr)) return false;
+    if (!holds(csr)) return false;
     auto kept = [](int64_t) { return true; };
     parallel(csr.rows, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)

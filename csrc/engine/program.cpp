@@ -1298,12 +1298,21 @@ void Program::run_conv(const Conv& conv, const Term& term, const Frame& frame, c
   }
 }
 
-bool Program::values(int64_t layer, const Csr& weight, float* to) const {
+// f(a convolution's weight in the form that runs), if it is in one that holds its values.
+template <class F>
+bool Program::of_weight(int64_t layer, const F& f) const {
   for (const auto& conv : convs_)
     for (const Term& term : conv->terms)
-      if (term.layer == layer)
-        return term.tiled ? term.tiled->values(weight, to) : term.kernel && term.kernel->values(weight, to);
+      if (term.layer == layer) return term.tiled ? f(*term.tiled) : term.kernel && f(*term.kernel);
   return false;
+}
+
+bool Program::values(int64_t layer, const Csr& weight, float* to) const {
+  return of_weight(layer, [&](const auto& packed) { return packed.values(weight, to); });
+}
+
+bool Program::holds(int64_t layer, const Csr& weight) const {
+  return of_weight(layer, [&](const auto& packed) { return packed.holds(weight); });
 }
 
 // Threads that go through the same steps and share the items of each. Every thread has its share, the same in every

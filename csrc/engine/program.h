@@ -88,6 +88,8 @@ class Program {
   // Once finished, the values of a convolution's weight, given what else it had; false if the program has not kept
   // them.
   bool values(int64_t layer, const Csr& weight, float* to) const;
+  // Whether it has kept them.
+  bool holds(int64_t layer, const Csr& weight) const;
 
   const Size& size(int64_t tensor) const { return tensor < 0 ? inputs_.at(-1 - tensor) : tensors_.at(tensor).size; }
   const std::vector<Size>& inputs() const { return inputs_; }
@@ -219,6 +221,8 @@ class Program {
                 bool zeros_alone = false, const Layout* flat = nullptr);
   void run_conv(const Conv& conv, const Term& term, const Frame& frame, const float* source, Range blocks,
                 const Strip& strip, Range splits, float* parts = nullptr) const;
+  template <class F>
+  bool of_weight(int64_t layer, const F& f) const;
   std::unique_ptr<Memory> take_memory();
   void give_back(std::unique_ptr<Memory> memory);
 

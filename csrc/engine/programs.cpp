@@ -209,13 +209,22 @@ void finish_program_op(int64_t number, bool single) {
   b->weights.clear();
 }
 
-// The values of a layer's weight; false if they are not there to be read.
-bool program_values_op(Tensor values, int64_t number, int64_t layer, Tensor crow, Tensor col) {
+std::shared_ptr<Building> finished(int64_t number) {
   const auto b = programs().at(number);
   STD_TORCH_CHECK(b->finished, "program ", number, " is not finished");
+  return b;
+}
+
+// The values of a layer's weight; false if they are not there to be read.
+bool program_values_op(Tensor values, int64_t number, int64_t layer, Tensor crow, Tensor col) {
+  const auto b = finished(number);
   check_vector(values, "values", kFloat, col.size(0));
   const Csr weight = csr(crow, col, nullptr, INT32_MAX, nullptr);
   return b->program.values(layer, weight, static_cast<float*>(values.mutable_data_ptr()));
+}
+
+bool program_holds_op(int64_t number, int64_t layer, Tensor crow, Tensor col) {
+  return finished(number)->program.holds(layer, csr(crow, col, nullptr, INT32_MAX, nullptr));
 }
 
 int64_t program_floats_op(int64_t number) { return programs().at(number)->program.floats(); }
@@ -239,8 +248,7 @@ std::vector<Images> checked(const std::vector<Tensor>& tensors, const std::vecto
 
 void run_program_op(std::vector<Tensor> outputs, std::vector<Tensor> inputs, int64_t number, bool share,
                     std::optional<Tensor> seconds) {
-  const auto b = programs().at(number);
-  STD_TORCH_CHECK(b->finished, "program ", number, " is not finished");
+  const auto b = finished(number);
   STD_TORCH_CHECK(!inputs.empty() && inputs[0].dim() == 4, "inputs must have 4 dimensions");
   const int64_t batch = inputs[0].size(0);
   const auto from = checked(inputs, b->program.inputs(), batch, "inputs");
@@ -281,6 +289,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparsekit_cpu, m) {
   m.def("finish_program(int program, bool single) -> ()");
   m.def("program_floats(int program) -> int");
   m.def("program_values(Tensor(a!) values, int program, int layer, Tensor crow_indices, Tensor col_indices) -> bool");
+  m.def("program_holds(int program, int layer, Tensor crow_indices, Tensor col_indices) -> bool");
   m.def("run_program(Tensor(a!)[] outputs, Tensor[] inputs, int program, bool share, Tensor(b!)? seconds) -> ()");
 }
 
@@ -301,5 +310,6 @@ STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(sparsekit_cpu, CPU, m) {
   m.impl("program_conv2d", TORCH_BOX(&sparsekit::program_conv2d_op));
   m.impl("program_values", TORCH_BOX(&sparsekit::program_values_op));
+  m.impl("program_holds", TORCH_BOX(&sparsekit::program_holds_op));
   m.impl("run_program", TORCH_BOX(&sparsekit::run_program_op));
 }

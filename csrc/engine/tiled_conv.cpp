@@ -149,26 +149,31 @@ void TiledConv2d::pack(const Csr& weight) {
   has_parts_ = has_parts;
 }
 
-bool TiledConv2d::values(const Csr& weight, float* to) const {
+bool TiledConv2d::holds(const Csr& weight) const {
   if (weight.rows != g_.out_channels) return false;
+  std::atomic<bool> fits = true;
+  parallel(weight.rows, [&](int64_t first, int64_t last) {
+    bool all = true;
+    for (int64_t j = weight.crow[first]; j < weight.crow[last]; ++j) all &= weight.col[j] < columns();
+    if (!all) fits = false;
+  });
+  return fits;
+}
+
+bool TiledConv2d::values(const Csr& weight, float* to) const {
+  if (!holds(weight)) return false;
   std::vector<int64_t> places(columns());  // of the first row's
   for (size_t pair = 0; pair < terms_.size(); ++pair) {
     if (terms_[pair].a != kNone) places[terms_[pair].a] = place(0, pair);
     if (terms_[pair].b != kNone) places[terms_[pair].b] = place(0, pair) + kTile;
   }
-  std::atomic<bool> fits = true;
   parallel(weight.rows, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       const float* const row = values_.get() + place(r, 0);
-      for (int64_t j = weight.crow[r]; j < weight.crow[r + 1]; ++j) {
-        if (weight.col[j] < columns())
-          to[j] = row[places[weight.col[j]]];
-        else
-          fits = false;
-      }
+      for (int64_t j = weight.crow[r]; j < weight.crow[r + 1]; ++j) to[j] = row[places[weight.col[j]]];
     }
   });
-  return fits;
+  return true;
 }
 
 // The band of rows [first, first + rows), by phases and channels. Whatever is read of it is written, in its order: what

@@ -29,7 +29,9 @@ class TiledConv2d {
   // Rows [first, last) of an image. start: what is added, or null; its size is y's.
   void run(const Images& x, const Images* start, const Images& y, int64_t first, int64_t last) const;
 
-  // The values that it was made of, given the rest of the weight; false if it was made of another.
+  // Whether it has the values that it was made of, given the rest of the weight.
+  bool holds(const Csr& weight) const;
+  // They; false if it does not hold them.
   bool values(const Csr& weight, float* to) const;
 
  private:

@@ -82,6 +82,10 @@ class Chain:
         """As :func:`_ops.program_values`, of the layer that is step ``number``."""
         return _ops.program_values(self.number, self._place[number], crow, col)
 
+    def holds(self, number: int, crow: Tensor, col: Tensor) -> bool:
+        """As :func:`_ops.program_holds`, of the layer that is step ``number``."""
+        return _ops.program_holds(self.number, self._place[number], crow, col)
+
 
 class _Builder:
     """What a chain's program is made of.

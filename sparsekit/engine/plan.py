@@ -137,11 +137,12 @@ class Lent(NamedTuple):
     values: Callable[[Tensor, Tensor], Tensor]
 
     @staticmethod
-    def of(weight: Compressed, values: Callable[[Tensor, Tensor], Tensor | None]) -> Lent | None:
-        """None if they are not what ``values`` gives."""
+    def of(
+        weight: Compressed, holds: Callable[[Tensor, Tensor], bool], values: Callable[[Tensor, Tensor], Tensor]
+    ) -> Lent | None:
+        """None if ``holds``, given crow_indices and col_indices, says that ``values`` has none for them."""
         _, crow, col, size = weight
-        known = values(crow, col)
-        if known is None or not torch.equal(known, weight.values):
+        if not holds(crow, col):
             return None
         if len(col) == size.numel():
             return Lent(torch.ones(len(col), dtype=torch.uint8), size, weight.nnz, values)
@@ -224,13 +225,13 @@ class Plan:
                 self.compressed[name] = self._compressed(name)
                 self.tensors.pop(name)
 
-    def lend(self, name: str, values: Callable[[Tensor, Tensor], Tensor | None]) -> None:
-        """Keep of a weight only what ``values`` does not know; see :class:`Lent`."""
+    def lend(self, name: str, holds: Callable, values: Callable) -> None:
+        """Keep of a weight only what ``values`` does not know; see :meth:`Lent.of`."""
         with self._lock:
             known = self.compressed.get(name)
             if isinstance(known, Lent):
                 return
-            if (lent := Lent.of(known or self._compressed(name), values)) is not None:
+            if (lent := Lent.of(known or self._compressed(name), holds, values)) is not None:
                 self.compressed[name] = lent
                 self.tensors.pop(name, None)
 

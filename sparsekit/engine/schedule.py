@@ -414,7 +414,8 @@ class Schedule:
                 layer.compress()
         for chain in self.chains:
             for number in self.layers.keys() & set(chain.numbers):
-                self.plan.lend(self.layers[number].layer.weight, functools.partial(chain.values, number))
+                holds, values = (functools.partial(known, number) for known in (chain.holds, chain.values))
+                self.plan.lend(self.layers[number].layer.weight, holds, values)
 
     def _chained(self) -> set[int]:
         return {number for chain in self.chains for number in chain.numbers}

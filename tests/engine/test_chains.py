@@ -1075,6 +1075,7 @@ def test_programs_check_what_they_are_given():
         (lambda: _ops.program_gather(p, [-1], [0, 1], 1), "tensors of the program"),
         (lambda: _ops.program_store(p, 0, 3), "output"),
         (lambda: _ops.program_values(p, 1, *weight[1:]), "not finished"),
+        (lambda: _ops.program_holds(p, 1, *weight[1:]), "not finished"),
         (lambda: _ops.run_program([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 4)], p), "not finished"),
     ):
         with pytest.raises(RuntimeError, match=message):
@@ -1086,6 +1087,7 @@ def test_programs_check_what_they_are_given():
         conv(p)
     rows, columns = weight[1:]
     assert torch.equal(_ops.program_values(p, 1, rows, columns), weight[0])
+    assert _ops.program_holds(p, 1, rows, columns)
     for layer, crow, col in (
         (0, rows, columns),  # no convolution
         (9, rows, columns),
@@ -1094,6 +1096,7 @@ def test_programs_check_what_they_are_given():
         (1, torch.tensor([0, 2], dtype=torch.int32), columns),
     ):
         assert _ops.program_values(p, layer, crow, col) is None
+        assert not _ops.program_holds(p, layer, crow, col)
     with pytest.raises(RuntimeError, match="crow_indices"):
         _ops.program_values(p, 1, torch.tensor([0, 3, 1], dtype=torch.int32), columns)
     images = [torch.zeros(1, 2, 4, 4)]
