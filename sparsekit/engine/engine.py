@@ -35,8 +35,8 @@ def compile(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], autot
         autotune: measure every layer, sparse against dense and, in a chain, cut into other blocks of channels and strips
             of pixels, which part of the batch to run at a time, and whether threads share images, instead of following
             the cost table. Measurements are kept on disk
-            (:mod:`sparsekit.engine.tuning`). With False the same model gives the same plan, and bit-identical results
-            for any number of threads where all layers run sparse.
+            (:mod:`sparsekit.engine.tuning`). With False the same model gives the same plan. One plan gives bit-identical
+            results for any number of threads, but for steps that run in PyTorch as they are where PyTorch's do not.
 
     Returns:
         An :class:`Engine`.

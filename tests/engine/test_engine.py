@@ -399,6 +399,33 @@ def test_dense_classifiers_are_the_same_for_any_number_of_threads(batch):
     assert_as_good(engine, model, x)
 
 
+@pytest.mark.skipif(sk.backend() == "reference", reason="PyTorch does not promise it")
+@pytest.mark.parametrize("features", [(1536, 384), (384, 1536), (3072, 768)])
+@pytest.mark.parametrize("vectors", [129, 300])
+def test_dense_layers_of_many_vectors_are_the_same_for_any_number_of_threads(features, vectors):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*features)).eval()
+    x = torch.randn(1, vectors, features[0])
+    engine = sk.compile(model, x, autotune=False)
+    first, *others = for_some_numbers_of_threads(engine, x)
+    assert all(torch.equal(first, other) for other in others)
+    assert_as_good(engine, model, x)
+
+
+@pytest.mark.skipif(sk.backend() == "reference", reason="PyTorch does not promise it")
+@pytest.mark.parametrize("batch", [1, 3])
+def test_dense_convolutions_are_the_same_for_any_number_of_threads(batch):
+    """Also where those of F.conv2d are not: many channels, and few pixels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(512, 128, 1), nn.ReLU(), nn.Conv2d(128, 40, 3, padding=1)).eval()
+    x = torch.randn(batch, 512, 14, 14)
+    engine = sk.compile(model, x, autotune=False)
+    run_all(engine, "dense")
+    first, *others = for_some_numbers_of_threads(engine, x)
+    assert all(torch.equal(first, other) for other in others)
+    assert_as_good(engine, model, x)
+
+
 def test_many_threads_may_call_it():
     model = small_net()
     engine = sk.compile(model, torch.randn(4, 3, 16, 16), autotune=False)
