@@ -21,9 +21,9 @@ FUSED_DENSE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn,
 
 # Vectors of a dense linear layer's input, at most, for which our kernel is about as fast as PyTorch's, or faster.
 MOST_VECTORS = 128
-# Features of the input, at least, of which MKL gives some to every thread where there are more of them than of anything
-# else (seen from 1536 on): bits would depend on the number of threads.
-FEWEST_DIVIDED = 1024
+# Features of the input, at least, of which MKL gives some to every thread where there are more than four times as many
+# of them as of vectors, or of features of the output: bits would depend on the number of threads.
+FEWEST_DIVIDED = 512
 
 _ACTIVATE = {name: getattr(torch.ops.aten, f"{name}_").default for name in ACTIVATIONS.values()}
 _ONEDNN = {None: "none", "silu": "swish", **{name: name for name in ("sigmoid", "hardsigmoid", "hardswish")}}
@@ -126,7 +126,7 @@ class Prepared:
 
     def _dense_linear(self, input: Tensor, weight: Tensor) -> Tensor:
         vectors, (rows, columns) = math.prod(input.shape[:-1]), weight.shape
-        ours = vectors <= MOST_VECTORS or (columns >= FEWEST_DIVIDED and columns > max(vectors, rows))
+        ours = vectors <= MOST_VECTORS or (columns >= FEWEST_DIVIDED and columns > 4 * min(vectors, rows))
         if _ops.backend() == "reference" or input.dtype != torch.float32 or not vectors or not ours:
             return F.linear(input, weight, self.bias)
         return _ops.dense_linear(input, weight.contiguous(), self.bias)

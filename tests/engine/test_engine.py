@@ -400,8 +400,8 @@ def test_dense_classifiers_are_the_same_for_any_number_of_threads(batch):
 
 
 @pytest.mark.skipif(sk.backend() == "reference", reason="PyTorch does not promise it")
-@pytest.mark.parametrize("features", [(1536, 384), (384, 1536), (3072, 768)])
-@pytest.mark.parametrize("vectors", [129, 300])
+@pytest.mark.parametrize("features", [(1536, 384), (384, 1536), (3072, 768), (1024, 64), (768, 100), (1200, 256)])
+@pytest.mark.parametrize("vectors", [129, 300, 800])
 def test_dense_layers_of_many_vectors_are_the_same_for_any_number_of_threads(features, vectors):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(*features)).eval()
